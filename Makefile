@@ -1,0 +1,85 @@
+# Needs make and a Python 3.11 or newer; everything else goes into .venv. `make` lists the targets.
+
+# The first of these that really runs (a version manager may leave names on the PATH that don't).
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo "$$p"; break; }; done)
+
+BIN = .venv/bin
+BENCH_PYTHON ?= $(BIN)/python
+
+# With it set, every start would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# $(call install,FOLDER): the command that installs packages there; uv where there is one, as it is faster.
+install = $$(command -v uv >/dev/null 2>&1 && echo "uv pip install --compile-bytecode --python $(1)/bin/python" \
+	|| echo "$(1)/bin/python -m pip install --quiet")
+
+# $(call environment,FOLDER): make the virtual environment, or make it again if it was left half made.
+define environment
+@$(1)/bin/python -m pip --version >/dev/null 2>&1 || { \
+	python="$(PYTHON)"; \
+	test -n "$$python" || { echo "Found no Python 3.11 or newer with venv and pip" \
+		"(tried python3.13, python3.12, python3.11, python3). Install one, or say: make PYTHON=/path/to/python3" >&2; \
+		exit 1; }; \
+	echo "Making $(1) with $$("$$python" --version)"; \
+	rm -rf $(1) && "$$python" -m venv $(1); }
+endef
+
+.PHONY: help install demo test test-slow check format bench bench-env lock clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: .venv/.installed  ## make .venv with the locked packages and millstream itself
+
+.venv/.installed: requirements.lock pyproject.toml
+	$(call environment,.venv)
+	@echo "Installing what requirements.lock names"
+	@$(call install,.venv) --require-hashes -r requirements.lock
+	@$(call install,.venv) --no-deps -e .
+	@touch $@
+
+demo: .venv/.installed  ## pack the standard library's source, verify the run, show a sample
+	$(BIN)/millstream pack stdlib: --out demo-run --overwrite
+	$(BIN)/millstream verify demo-run
+	$(BIN)/millstream show demo-run 0
+
+test: .venv/.installed  ## the tests and doctests, without the slow ones
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.installed  ## the slow tests alone
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/.installed  ## formatting, lint and types; changes nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/.installed  ## format the code and mend what the linter can
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed  ## the benchmarks (ARGS="..." is passed on)
+	$(BENCH_PYTHON) -m bench $(ARGS)
+
+bench-env: .venv-bench/.installed  ## .venv-bench: what the benchmarks compare with, and millstream
+
+.venv-bench/.installed: bench/requirements.txt pyproject.toml
+	$(call environment,.venv-bench)
+	@echo "Installing what bench/requirements.txt names, and millstream"
+	@$(call install,.venv-bench) -r bench/requirements.txt
+	@$(call install,.venv-bench) -e .
+	@touch $@
+
+lock:  ## renew requirements.lock after a change of dependencies (ARGS=--upgrade: newest versions)
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \
+	"$(PYTHON)" -m venv "$$tmp" && "$$tmp/bin/python" -m pip install --quiet uv && \
+	"$$tmp/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+		--group dev --output-file requirements.lock $(ARGS) pyproject.toml && \
+	if grep -n '://' requirements.lock; then echo "requirements.lock names a host" >&2; exit 1; fi
+
+clean:  ## remove everything that make made
+	rm -rf .venv .venv-bench demo-run build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

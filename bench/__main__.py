@@ -1,0 +1,106 @@
+"""`python -m bench`: measure, print the table, and write it into docs/performance.md if asked."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from bench import contenders, corpus, gpt2, rows, table
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / ".bench"
+PAGE = ROOT / "docs" / "performance.md"
+MERGES = ROOT / "src" / "millstream" / "data" / "gpt2" / "vocab.bpe"
+NAMED = ("fastokens", "tokenizers", "transformers", "datasets", "datatrove")
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--size", type=int, metavar="MB", help="JSONL to pack (default 300, --quick 30)")
+    parser.add_argument("--subset", type=int, metavar="MB", help="for the rivals (default 25, --quick 5)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="rounds (default 5, --quick 1)")
+    parser.add_argument("--quick", action="store_true", help="small inputs, one round; judges no target")
+    parser.add_argument("--rows", metavar="NAME,...", help=f"only these: {', '.join(contenders.ROWS)}")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/performance.md")
+    parser.add_argument("--rivals", metavar="PYTHON", help="the rivals' interpreter (default: .venv-bench)")
+    options = parser.parse_args(arguments)
+    options.wanted = tuple(options.rows.split(",")) if options.rows else contenders.ROWS
+    if unknown := set(options.wanted) - set(contenders.ROWS):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(contenders.ROWS)}")
+    if options.write and (options.quick or options.rows):
+        parser.error("--write wants every row of one full run: leave --quick and --rows away")
+    return options
+
+
+def rivals_python(given: str | None) -> str:
+    """The interpreter asked for, else that of `make bench-env`, else this one."""
+    installed = ROOT / ".venv-bench" / "bin" / "python"
+    return given or (str(installed) if installed.exists() else sys.executable)
+
+
+def planned(options: argparse.Namespace) -> contenders.Plan:
+    """Gather the corpus, make the tokenizer file, and fill in what was not said."""
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / ".gitignore").write_text("*\n")
+    tokenizer = FOLDER / "gpt2.json"
+    tokenizer.write_text(gpt2.tokenizer_json(MERGES), encoding="utf-8")
+    contenders.say("gathering text")
+    size, subset, repeats, memory = (30, 5, 1, (50, 200)) if options.quick else (300, 25, 5, (500, 2000))
+    return contenders.Plan(
+        wanted=options.wanted,
+        folder=FOLDER,
+        mixed=corpus.mixed(FOLDER, options.size or size),
+        subset_mb=options.subset or subset,
+        memory_mb=memory,
+        repeats=options.repeats or repeats,
+        tokenizer=tokenizer,
+        rivals=rivals_python(options.rivals),
+        judge=not options.quick,
+    )
+
+
+def versions(python: str) -> str:
+    """Which releases of the rivals were measured, as that interpreter tells."""
+    code = (
+        "import sys, importlib.metadata as m; print(', '.join(f'{n} {m.version(n)}' for n in sys.argv[1:]))"
+    )
+    told = subprocess.run([python, "-c", code, *NAMED], capture_output=True, text=True)
+    return told.stdout.strip() if told.returncode == 0 else "not all installed"
+
+
+def command(options: argparse.Namespace) -> str:
+    """The command line to say again, without this machine's paths."""
+    numbers = {name: getattr(options, name) for name in ("size", "subset", "repeats")}
+    words = ["python -m bench", *(f"--{name} {number}" for name, number in numbers.items() if number)]
+    words += ["--quick"] if options.quick else []
+    words += [f"--rows {options.rows}"] if options.rows else []
+    words += ["--write"] if options.write else []
+    return " ".join(words)
+
+
+def heading(plan: contenders.Plan, options: argparse.Namespace) -> str:
+    """What the table rests on: machine, command, text, and how it was measured."""
+    rounds = f"{plan.repeats} (rivals: {plan.rival_repeats})"
+    lines = [
+        f"* Machine: {table.machine()}.",
+        f"* Command: `{command(options)}`.",
+        f"* Text: {plan.mixed.described()}.",
+        f"* Compared with: {versions(plan.rivals)}; each on one thread.",
+        f"* Medians of {rounds} rounds in which the contenders take turns, lowest and highest in brackets; "
+        "ratios are taken within a round. CPU seconds are user and system time of all processes.",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    options = parsed(arguments)
+    plan = planned(options)
+    contenders.warm_up(plan)
+    found = rows.measured_rows(plan)
+    head = heading(plan, options)
+    print(f"{head}\n\n{table.plain(found)}")
+    if options.write:
+        table.write(PAGE, f"{head}\n\n{table.markdown(found)}")
+
+
+main(sys.argv[1:])

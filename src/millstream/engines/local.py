@@ -1,0 +1,166 @@
+"""Run a function over units on this machine: inline, or in worker processes, with the results in unit order.
+
+Workers are started anew (never forked: threads that hold locks do not survive a fork) and without importing the main
+module, so that a script or notebook without an ``if __name__ == "__main__"`` guard works as well.
+"""
+
+import os
+import pickle
+import selectors
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, TypeVar
+
+from millstream.errors import WorkerDied
+
+U = TypeVar("U")
+R = TypeVar("R")
+
+_AHEAD = 2  # units a worker has at once, so that it never waits for the next one
+_SIZE = struct.Struct("<Q")
+
+
+def map_ordered(
+    function: Callable[[U], R],
+    units: Iterable[U],
+    *,
+    workers: int = 1,
+    window_bytes: int = 64 << 20,
+    size: Callable[[U], int] = lambda unit: 1,
+) -> Iterator[R]:
+    """`function(unit)` for every unit, in order. `function` and what it returns must be picklable.
+
+    At most `window_bytes` (by `size`) are with the workers or wait for an earlier unit; a larger unit goes alone.
+    An exception in `function` is raised here, in order. Raises WorkerDied if a process ends by itself.
+
+    >>> list(map_ordered(abs, [-1, 2, -3]))
+    [1, 2, 3]
+    """
+    if workers <= 1:
+        yield from map(function, units)
+        return
+    pool = _Pool(function, workers)
+    try:
+        yield from pool.run(units, window_bytes, size)
+    finally:
+        pool.close()
+
+
+def send(file: IO[bytes], item: Any) -> None:
+    data = pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL)
+    file.write(_SIZE.pack(len(data)))
+    file.write(data)
+    file.flush()
+
+
+def receive(file: IO[bytes]) -> Any:
+    """The next item; raises EOFError when the other side is gone."""
+    head = file.read(_SIZE.size)
+    if len(head) < _SIZE.size:
+        raise EOFError
+    (size,) = _SIZE.unpack(head)
+    data = file.read(size)
+    if len(data) < size:
+        raise EOFError
+    return pickle.loads(data)
+
+
+class _Pool:
+    def __init__(self, function: Callable[[Any], Any], workers: int) -> None:
+        command = [sys.executable, "-P", "-c", "from millstream.engines.worker import main; main()"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # An ignored SIGINT is inherited: Ctrl-C reaches the whole group, but only this process answers it.
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+        try:
+            self.processes = [
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+                for _ in range(workers)
+            ]
+        finally:
+            if main:
+                signal.signal(signal.SIGINT, before)
+        self.selector = selectors.DefaultSelector()
+        self.queued = [0] * workers
+        for number, process in enumerate(self.processes):
+            assert process.stdout
+            self.selector.register(process.stdout, selectors.EVENT_READ, number)
+            self._send(number, function)
+
+    def run(self, units: Iterable[U], window_bytes: int, size: Callable[[U], int]) -> Iterator[Any]:
+        source = iter(units)
+        waiting: deque[int] = deque()  # sizes of units handed out and not yet handed on, in order
+        done: dict[int, tuple[bool, Any]] = {}
+        sent = given = held = 0
+        pending: list[U] = []
+        exhausted = False
+        while True:
+            while not exhausted and min(self.queued) < _AHEAD:
+                if not pending:
+                    unit = next(source, self)
+                    if unit is self:
+                        exhausted = True
+                        break
+                    pending.append(unit)  # type: ignore[arg-type]
+                cost = size(pending[0])
+                if waiting and held + cost > window_bytes:
+                    break
+                number = self.queued.index(min(self.queued))
+                self._send(number, (sent, pending.pop()))
+                self.queued[number] += 1
+                waiting.append(cost)
+                held, sent = held + cost, sent + 1
+            if given in done:
+                held -= waiting.popleft()
+                failed, result = done.pop(given)
+                given += 1
+                if failed:
+                    raise result
+                yield result
+            elif waiting:
+                for key, _ in self.selector.select():
+                    index, failed, result = self._receive(key.data)
+                    done[index] = (failed, result)
+                    self.queued[key.data] -= 1
+            elif exhausted:
+                return
+
+    def _send(self, number: int, item: Any) -> None:
+        stdin = self.processes[number].stdin
+        assert stdin
+        try:
+            send(stdin, item)
+        except BrokenPipeError:
+            self._died(number)
+
+    def _receive(self, number: int) -> Any:
+        stdout = self.processes[number].stdout
+        assert stdout
+        try:
+            return receive(stdout)
+        except EOFError:
+            self._died(number)
+
+    def _died(self, number: int) -> None:
+        code = self.processes[number].wait()
+        why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        hint = "; often the system was out of memory: fewer --workers need less" if code == -signal.SIGKILL else ""
+        raise WorkerDied(f"a worker process ended by itself ({why}){hint}. Run the same command again to go on")
+
+    def close(self) -> None:
+        self.selector.close()
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    pass

@@ -1,0 +1,37 @@
+"""A worker process of the local engine: units come on standard input, results go to standard output."""
+
+import os
+import queue
+import threading
+from typing import Any
+
+from millstream.engines.local import receive, send
+
+
+def main() -> None:
+    units: "queue.SimpleQueue[Any]" = queue.SimpleQueue()
+    # Nobody else may write into the frames: whatever prints goes to standard error.
+    source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+    def read() -> None:
+        # Reading all the time keeps the parent from waiting in a write while we wait in ours.
+        try:
+            while True:
+                units.put(receive(source))
+        except EOFError:
+            os._exit(0)  # the parent is gone, killed perhaps: nobody wants the rest
+
+    threading.Thread(target=read, daemon=True).start()
+    function = units.get()
+    while True:
+        number, unit = units.get()
+        try:
+            answer = (number, False, function(unit))
+        except BaseException as error:  # noqa: BLE001  every failure belongs to the parent, in order
+            answer = (number, True, error)
+        try:
+            send(target, answer)
+        except BrokenPipeError:
+            os._exit(0)

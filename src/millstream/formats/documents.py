@@ -1,0 +1,285 @@
+"""Decode slices into documents; what cannot be decoded becomes a fault, and the same one wherever the slice was cut."""
+
+import io
+import json
+import tokenize as python_source
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from millstream.formats.slices import too_long
+from millstream.records import Fault, Ids, Slice, TextBatch
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where a document's parts are found. With `ids`, the ids themselves are read and `text` is not looked at."""
+
+    text: str = "text"
+    id: str = "id"
+    ids: str | None = None
+    max_id: int = 0xFFFFFFFF
+
+    @property
+    def content(self) -> str:
+        return self.ids or self.text
+
+
+def decode(unit: tuple[Slice, ...], fields: Fields, max_document: int, whole_text: bool = True) -> TextBatch:
+    """The documents of a unit of slices, in order. `whole_text`: `max_document` holds for plain text too."""
+    batch = TextBatch(opened=not unit[0].begins, open=not unit[-1].ends)
+    if batch.opened:
+        batch.count = -1  # the first row goes on with a document that has its number already
+    for piece in unit:
+        if piece.fault:
+            line = 1 if piece.kind == "jsonl" else 0
+            _add_fault(batch, piece, piece.start, line, *piece.fault)
+            batch.lines.append((piece.source, line))
+        elif piece.kind == "jsonl":
+            _decode_lines(batch, piece, fields, max_document)
+        elif piece.kind == "rows":
+            _decode_rows(batch, piece, fields, max_document)
+        else:
+            _decode_file(batch, piece, fields)
+    return batch
+
+
+def _add(batch: TextBatch, piece: Slice, offset: int, content: str | Ids, doc_id: str | None) -> None:
+    if isinstance(content, str):
+        batch.texts.append(content)
+    else:
+        batch.ids.append(content)
+    batch.doc_ids.append(f"{piece.name}#{offset}" if doc_id is None else doc_id)
+    batch.position.append(batch.count)
+    batch.source.append(piece.source)
+    batch.offset.append(offset)
+    batch.count += 1
+
+
+def _add_fault(
+    batch: TextBatch, piece: Slice, offset: int, line: int, reason: str, message: str, doc_id: str | None = None
+) -> None:
+    batch.faults.append(Fault(batch.count, reason, message, piece.name, offset, line, doc_id))
+    batch.count += 1
+
+
+def slice_bytes(piece: Slice) -> bytes:
+    if piece.data is not None:
+        return piece.data
+    with open(piece.uri, "rb") as file:
+        file.seek(piece.start)
+        data = file.read(piece.stop - piece.start)
+    if len(data) != piece.stop - piece.start:
+        raise OSError(f"{piece.name} became shorter while it was read")
+    return data
+
+
+# JSON lines ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _row_decoder(fields: Fields) -> msgspec.json.Decoder[Any]:
+    content: Any = list[int] if fields.ids else str
+    row = msgspec.defstruct(
+        "Row",
+        [("content", content), ("id", str | int | None, None)],
+        rename={"content": fields.content, "id": fields.id},
+        gc=False,
+    )
+    return msgspec.json.Decoder(row)
+
+
+def _decode_lines(batch: TextBatch, piece: Slice, fields: Fields, max_document: int) -> None:
+    data = slice_bytes(piece)
+    bytes_ = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(bytes_ == ord("\n"))
+    if len(data) and data[-1:] != b"\n":
+        ends = np.append(ends, len(data))
+    starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
+    batch.lines.append((piece.source, len(ends)))
+    rows = _all_lines(data, bytes_, starts, ends, fields, max_document)
+    if rows is None:
+        _line_by_line(batch, piece, data, starts, ends, fields, max_document)
+        return
+    contents = [row.content for row in rows]
+    if fields.ids:
+        batch.ids += [np.array(content, np.int64) for content in contents]
+    else:
+        batch.texts += contents
+    offsets = (starts + piece.start).tolist()
+    batch.doc_ids += [
+        f"{piece.name}#{offset}" if row.id is None else str(row.id)
+        for row, offset in zip(rows, offsets, strict=True)
+    ]
+    batch.position += range(batch.count, batch.count + len(rows))
+    batch.source += [piece.source] * len(rows)
+    batch.offset += offsets
+    batch.count += len(rows)
+
+
+def _all_lines(
+    data: bytes, bytes_: Ids, starts: Ids, ends: Ids, fields: Fields, max_document: int
+) -> list[Any] | None:
+    """All lines in one call, or None where it cannot be certain that this equals decoding line by line.
+
+    It is certain if every line starts with "{" and ends with "}" and there are as many values as lines: in a JSON
+    value a line end cannot stand between "}" and "{", nor raw inside a string, so no value spans two lines.
+    """
+    if not len(ends):
+        return []
+    lengths = ends - starts
+    if lengths.min() < 2 or lengths.max() > max_document:
+        return None
+    last = bytes_[ends - 1]
+    if (last == ord("\r")).any():
+        last = np.where(last == ord("\r"), bytes_[ends - 2], last)
+    if (bytes_[starts] != ord("{")).any() or (last != ord("}")).any():
+        return None
+    try:
+        rows: list[Any] = _row_decoder(fields).decode_lines(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError):
+        return None
+    if len(rows) != len(ends) or (fields.ids and not all(_fit(row.content, fields.max_id) for row in rows)):
+        return None
+    return rows
+
+
+def _line_by_line(
+    batch: TextBatch, piece: Slice, data: bytes, starts: Ids, ends: Ids, fields: Fields, max_document: int
+) -> None:
+    for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True), 1):
+        offset = piece.start + start
+        line = data[start:end]
+        if offset == 0:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if len(line) > max_document:
+            _add_fault(batch, piece, offset, number, *too_long(len(line), max_document))
+        elif line.strip():
+            content, doc_id, fault = _one_line(line, fields)
+            if fault:
+                _add_fault(batch, piece, offset, number, *fault, doc_id)
+            else:
+                _add(batch, piece, offset, content, doc_id)
+
+
+def _one_line(line: bytes, fields: Fields) -> tuple[Any, str | None, tuple[str, str] | None]:
+    """(content, id, fault) of one line; the fault names what is wrong for a person."""
+    try:
+        row = _row_decoder(fields).decode(line)
+        found: dict[str, Any] = {fields.content: row.content, fields.id: row.id}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError):
+        # The standard library's reader is slower but takes NaN, and its message says where the error is.
+        try:
+            found = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            message = f"not valid UTF-8: {error.reason} at byte {error.start} of the line"
+            return None, None, ("invalid_utf8", message)
+        except (json.JSONDecodeError, RecursionError) as error:
+            return None, None, ("invalid_json", f"not valid JSON: {error}")
+        if not isinstance(found, dict):
+            return None, None, ("invalid_json", f"not a JSON object but {type(found).__name__}")
+    return _content(found, fields)
+
+
+def _content(found: dict[str, Any], fields: Fields) -> tuple[Any, str | None, tuple[str, str] | None]:
+    doc_id = found.get(fields.id)
+    if doc_id is not None and not isinstance(doc_id, str):
+        doc_id = str(doc_id)
+    if doc_id is not None and _lone_surrogate(doc_id):
+        doc_id = doc_id.encode("utf-8", "backslashreplace").decode()
+    content = found.get(fields.content)
+    name = fields.content
+    if content is None:
+        problem = "is null" if name in found else f"is missing; there are {', '.join(map(str, found)) or 'none'}"
+        return None, doc_id, ("missing_field", f"field {name!r} {problem}")
+    if fields.ids:
+        if not isinstance(content, list | np.ndarray) or not all(type(i) is int for i in content):
+            return None, doc_id, ("not_ids", f"field {name!r} is not a list of integers")
+        if not _fit(content, fields.max_id):
+            return None, doc_id, ("id_range", f"field {name!r} has ids below 0 or above {fields.max_id:,}")
+        return np.array(content, np.int64), doc_id, None
+    if not isinstance(content, str):
+        return None, doc_id, ("not_text", f"field {name!r} is not text but {type(content).__name__}")
+    if _lone_surrogate(content):
+        message = f"field {name!r} has half of a surrogate pair, which no tokenizer accepts"
+        return None, doc_id, ("lone_surrogate", message)
+    return content, doc_id, None
+
+
+def _fit(ids: list[int], max_id: int) -> bool:
+    return not ids or (min(ids) >= 0 and max(ids) <= max_id)
+
+
+def _lone_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+# Parquet rows -------------------------------------------------------------------------------------------------------
+
+
+def _decode_rows(batch: TextBatch, piece: Slice, fields: Fields, max_document: int) -> None:
+    import pyarrow as pa
+
+    with pa.ipc.open_stream(slice_bytes(piece)) as reader:
+        table = reader.read_all()
+    ids = _values(table[fields.id]) if fields.id in table.column_names else iter([None] * table.num_rows)
+    for row, (content, doc_id) in enumerate(zip(_values(table[fields.content]), ids, strict=True), piece.start):
+        if isinstance(content, UnicodeDecodeError):
+            _add_fault(batch, piece, row, 0, "invalid_utf8", f"not valid UTF-8: {content.reason}")
+            continue
+        doc_id = None if isinstance(doc_id, Exception) else doc_id
+        found = {fields.content: content, fields.id: doc_id}
+        value, name, fault = _content(found, fields)
+        if not fault and isinstance(value, str) and len(value.encode()) > max_document:
+            fault = too_long(len(value.encode()), max_document, "text")
+        if fault:
+            _add_fault(batch, piece, row, 0, *fault, name)
+        else:
+            _add(batch, piece, row, value, name)
+    batch.lines.append((piece.source, 0))
+
+
+def _values(column: Any) -> Iterator[Any]:
+    """A column's values as Python objects; an invalid string as its UnicodeDecodeError."""
+    try:
+        yield from column.to_pylist()
+    except UnicodeDecodeError:
+        for value in column:
+            try:
+                yield value.as_py()
+            except UnicodeDecodeError as error:
+                yield error
+
+
+# Plain text, one document a file ------------------------------------------------------------------------------------
+
+
+def _decode_file(batch: TextBatch, piece: Slice, fields: Fields) -> None:
+    batch.lines.append((piece.source, 0))
+    if fields.ids:
+        _add_fault(batch, piece, 0, 0, "not_ids", "plain text has no token ids; --ids-field needs JSONL or Parquet")
+        return
+    try:
+        data = slice_bytes(piece)
+        text = _python_text(data) if piece.kind == "python" else data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"not valid UTF-8: {error.reason} at byte {error.start:,}"
+        _add_fault(batch, piece, 0, 0, "invalid_utf8", message)
+    except SyntaxError as error:
+        _add_fault(batch, piece, 0, 0, "invalid_utf8", f"its encoding cannot be told: {error.msg}")
+    else:
+        _add(batch, piece, 0, text.removeprefix("\ufeff") if piece.begins else text, piece.name)
+
+
+def _python_text(data: bytes) -> str:
+    """Source code in the encoding that it declares itself (PEP 263)."""
+    encoding, _ = python_source.detect_encoding(io.BytesIO(data).readline)
+    return data.decode(encoding)

@@ -1,0 +1,243 @@
+"""Write one output shard: its samples, its segments and its documents, sealed together."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from millstream.formats.manifest import TEMPORARY, commit_file, remainder_name, shard_names
+from millstream.records import SEGMENT, Ids
+
+DOCUMENT_ROWS = 1 << 16
+SAMPLE_ROWS = 1 << 10
+
+
+class _Npy:
+    """A .npy file written in pieces: its header is padded to a fixed size and written again at the end."""
+
+    def __init__(self, path: str, dtype: "np.dtype[Any]", columns: int | None = None) -> None:
+        self.rows = 0
+        self._dtype, self._columns = dtype, columns
+        self._file: IO[bytes] = open(path, "w+b")  # noqa: SIM115  closed by `close`
+        self._file.write(self._header())
+
+    def _header(self) -> bytes:
+        # The format: 6 + 2 bytes of magic, u16 length, a dict literal padded with blanks to a multiple of 64 bytes.
+        shape = (self.rows,) if self._columns is None else (self.rows, self._columns)
+        descr = np.lib.format.dtype_to_descr(self._dtype)
+        text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
+        size = 128 if self._columns is not None else 256
+        return b"\x93NUMPY\x01\x00" + (size - 10).to_bytes(2, "little") + text.ljust(size - 11).encode() + b"\n"
+
+    def write(self, rows: Ids) -> None:
+        self.rows += len(rows)
+        if rows.size:
+            self._file.write(np.ascontiguousarray(rows, self._dtype).view(np.uint8).data)
+
+    def finish(self) -> None:
+        self._file.seek(0)
+        self._file.write(self._header())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Parquet:
+    """A Parquet file written in row groups of a fixed number of rows, however the rows arrive."""
+
+    def __init__(self, path: str, schema: Any, rows: int, compression: str) -> None:
+        import pyarrow.parquet as pq
+
+        self._writer = pq.ParquetWriter(path, schema, compression=compression, use_dictionary=False)
+        self._schema, self._rows = schema, rows
+        self._held: list[Any] = []
+        self._size = 0
+
+    def write(self, columns: Sequence[Any]) -> None:
+        import pyarrow as pa
+
+        batch = pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, self._schema, strict=True)], self._schema)
+        while self._size + batch.num_rows >= self._rows:
+            take = self._rows - self._size
+            self._write([*self._held, batch.slice(0, take)])
+            batch = batch.slice(take)
+            self._held, self._size = [], 0
+        if batch.num_rows:
+            self._held.append(batch)
+            self._size += batch.num_rows
+
+    def _write(self, batches: list[Any]) -> None:
+        import pyarrow as pa
+
+        self._writer.write_table(pa.Table.from_batches(batches, self._schema).combine_chunks(), self._rows)
+
+    def finish(self) -> None:
+        if self._held:
+            self._write(self._held)
+        self._writer.close()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Samples(Protocol):
+    def write(self, ids: Ids, segments: Ids) -> None: ...
+    def finish(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class _NpySamples:
+    def __init__(self, path: str, dtype: "np.dtype[Any]", seq_len: int) -> None:
+        self._file = _Npy(path, dtype, seq_len)
+        self.finish, self.close = self._file.finish, self._file.close
+
+    def write(self, ids: Ids, segments: Ids) -> None:
+        self._file.write(ids)
+
+
+class _ParquetSamples:
+    """Columns for Hugging Face `datasets` and TRL: input_ids, seq_lengths (of the segments), documents (ordinals)."""
+
+    def __init__(self, path: str, seq_len: int, metadata: dict[str, str]) -> None:
+        import pyarrow as pa
+
+        schema = pa.schema(
+            [
+                ("input_ids", pa.list_(pa.int32())),
+                ("seq_lengths", pa.list_(pa.int32())),
+                ("documents", pa.list_(pa.int64())),
+            ],
+            metadata,
+        )
+        self._seq_len = seq_len
+        self._file = _Parquet(path, schema, SAMPLE_ROWS, "snappy")
+        self.finish, self.close = self._file.finish, self._file.close
+
+    def write(self, ids: Ids, segments: Ids) -> None:
+        import pyarrow as pa
+
+        rows = len(ids)
+        if not rows:
+            return
+        even = np.arange(0, (rows + 1) * self._seq_len, self._seq_len, dtype=np.int32)
+        first = segments["sample"][0] if len(segments) else 0
+        bounds = np.searchsorted(segments["sample"], np.arange(first, first + rows + 1)).astype(np.int32)
+
+        def lists(offsets: Ids, values: Ids) -> Any:
+            return pa.ListArray.from_arrays(offsets, values)
+
+        self._file.write(
+            [
+                lists(even, ids.reshape(-1).astype(np.int32)),
+                lists(bounds, segments["length"].astype(np.int32)),
+                lists(bounds, segments["document"].astype(np.int64)),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the form of the output shards: `per_shard` samples of `seq_len` ids each, in `format`."""
+
+    seq_len: int
+    dtype: "np.dtype[Any]"
+    per_shard: int
+    format: str = "npy"
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Documents, in columns, as documents-K.parquet keeps them; `length` in ids, `offset` in bytes or rows."""
+
+    ordinal: Ids
+    id: list[str]
+    source: Ids
+    offset: Ids
+    length: Ids
+    split: Ids
+
+
+def documents_schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("ordinal", pa.uint64()),
+            ("id", pa.string()),
+            ("source", pa.uint32()),
+            ("offset", pa.uint64()),
+            ("length", pa.uint64()),
+            ("split", pa.bool_()),
+        ]
+    )
+
+
+class ShardWriter:
+    """Output shard `number` of a subset; nothing has its name before `seal`."""
+
+    def __init__(self, folder: str, subset: str, number: int, shape: Shape) -> None:
+        self.folder, self.number, self.shape = folder, number, shape
+        self.samples = self.padding = self.documents = self.empty = self.split = 0
+        self._names = shard_names(subset, number, shape.format)
+        paths = {kind: os.path.join(folder, name + TEMPORARY) for kind, name in self._names.items()}
+        self._samples: _Samples
+        if shape.format == "parquet":
+            self._samples = _ParquetSamples(paths["samples"], shape.seq_len, shape.metadata)
+        else:
+            self._samples = _NpySamples(paths["samples"], shape.dtype, shape.seq_len)
+        self._segments = _Npy(paths["segments"], SEGMENT)
+        self._documents = _Parquet(paths["documents"], documents_schema(), DOCUMENT_ROWS, "zstd")
+
+    def write(self, ids: Ids, segments: Ids, padding: int = 0) -> None:
+        """Samples (rows, seq_len) and their segments, numbered from the shard's first sample."""
+        self._samples.write(ids, segments)
+        self._segments.write(segments)
+        self.samples += len(ids)
+        self.padding += padding
+
+    def write_segments(self, segments: Ids) -> None:
+        """Segments of the remainder, which belong to the sample after the last one."""
+        self._segments.write(segments)
+
+    def write_documents(self, rows: Rows) -> None:
+        self._documents.write([rows.ordinal, rows.id, rows.source, rows.offset, rows.length, rows.split])
+        self.documents += len(rows.id)
+        self.empty += int((rows.length == 0).sum())
+        self.split += int(rows.split.sum())
+
+    def seal(self) -> dict[str, Any]:
+        """Write everything durably under its name; the shard's manifest entry."""
+        for part in (self._samples, self._segments, self._documents):
+            part.finish()
+            part.close()
+        return {
+            "number": self.number,
+            "samples": self.samples,
+            "padding": self.padding,
+            "segments": self._segments.rows,
+            "documents": self.documents,
+            "empty": self.empty,
+            "split": self.split,
+            "files": {
+                kind: {"name": name, **commit_file(self.folder, name)} for kind, name in self._names.items()
+            },
+        }
+
+    def close(self) -> None:
+        """Give up: the temporary files stay for the next run to delete."""
+        for part in (self._samples, self._segments, self._documents):
+            part.close()
+
+
+def write_remainder(folder: str, subset: str, ids: Ids) -> dict[str, Any]:
+    name = remainder_name(subset)
+    file = _Npy(os.path.join(folder, name + TEMPORARY), ids.dtype, None)
+    file.write(ids)
+    file.finish()
+    file.close()
+    return {"ids": len(ids), "name": name, **commit_file(folder, name)}

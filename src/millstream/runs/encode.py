@@ -1,0 +1,128 @@
+"""What a worker does: decode a unit of slices, tokenize its documents, compare some of them with the reference."""
+
+import hashlib
+import time
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import numpy as np
+
+from millstream.formats.documents import Fields, decode
+from millstream.records import Fault, Ids, Slice, TextBatch
+from millstream.stream.tokenize import compare, surround
+from millstream.stream.tokenizers import Engine, Tokenizer, load_tokenizer
+
+CHECK_FIRST = 1_000_000
+"""Bytes at the beginning of a run of which every document is compared with the reference engine."""
+_CHECK_EVERY = 1000
+_CHECK_SIZE = 4 << 20  # longer texts are left out: the reference would need seconds for one
+
+
+@dataclass(slots=True)
+class Encoded:
+    """The result of one unit, in columns. `position` numbers documents and faults together, from 0 (-1: goes on with
+    the document before); `in_validation` is empty without a validation subset."""
+
+    ids: Ids
+    length: Ids
+    position: Ids
+    doc_ids: list[str]
+    source: Ids
+    offset: Ids
+    in_validation: Ids
+    faults: list[Fault]
+    count: int
+    lines: list[tuple[int, int]]
+    opened: bool
+    open: bool
+    size: int
+    compared: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Encode:
+    """`Encode(...)(unit, check_all)`: small, picklable, the same in every worker.
+
+    `tokenizer` is a name for `load_tokenizer`, None for text that is tokenized already; `engine` is fast or reference.
+    """
+
+    fields: Fields
+    tokenizer: str | None
+    bos: int | None = None
+    eos: int | None = None
+    max_document: int = 32 << 20
+    validation: float = 0.0
+    engine: str = "fast"
+
+    def __call__(self, task: tuple[tuple[Slice, ...], bool]) -> Encoded:
+        unit, check_all = task
+        clock = [time.perf_counter()]
+        batch = decode(unit, self.fields, self.max_document)
+        clock.append(time.perf_counter())
+        tokenizer = engine_of(self.tokenizer, self.engine) if self.tokenizer else None
+        if tokenizer and not self.fields.ids:
+            ids, length = tokenizer.engine.encode(batch.texts)
+            ids = ids.astype(tokenizer.dtype)
+        else:
+            length = np.fromiter(map(len, batch.ids), np.int64, len(batch.ids))
+            dtype = tokenizer.dtype if tokenizer else np.dtype(np.uint32)
+            ids = np.concatenate(batch.ids).astype(dtype) if batch.ids else np.zeros(0, dtype)
+        ids, length = surround(ids, length, self.bos, self.eos, batch.opened, batch.open)
+        clock.append(time.perf_counter())
+        compared = self._compare(tokenizer, batch, check_all) if tokenizer else 0
+        clock.append(time.perf_counter())
+        parts = ("decode", "tokenize", "compare")
+        return Encoded(
+            ids,
+            length,
+            np.array(batch.position, np.int64),
+            batch.doc_ids,
+            np.array(batch.source, np.uint32),
+            np.array(batch.offset, np.uint64),
+            _in_validation(batch.doc_ids, self.validation),
+            batch.faults,
+            batch.count,
+            batch.lines,
+            batch.opened,
+            batch.open,
+            sum(piece.size for piece in unit),
+            compared,
+            {part: b - a for part, a, b in zip(parts, clock, clock[1:], strict=False)},
+        )
+
+    def _compare(self, tokenizer: Tokenizer, batch: TextBatch, check_all: bool) -> int:
+        if tokenizer.reference is None or not batch.texts:
+            return 0
+        # A multiplicative hash of the place, so that the choice depends on the corpus and not on the batches.
+        place = np.array(batch.offset, np.uint64) + np.array(batch.source, np.uint64) * np.uint64(0x5851F42D)
+        hashed = (place + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)
+        chosen = np.full(len(place), True) if check_all else hashed % np.uint64(_CHECK_EVERY) == 0
+        rows = [row for row in np.flatnonzero(chosen).tolist() if len(batch.texts[row]) <= _CHECK_SIZE]
+        if not rows:
+            return 0
+        texts, names = [batch.texts[row] for row in rows], [batch.doc_ids[row] for row in rows]
+        return compare(tokenizer, _reference(self.tokenizer or ""), texts, names)
+
+
+def engine_of(name: str, engine: str) -> Tokenizer:
+    """The tokenizer with its fast engine, or with the reference engine in its place."""
+    tokenizer = load_tokenizer(name)
+    if engine == "reference" and tokenizer.reference:
+        return replace(tokenizer, engine=_reference(name), reference=None)
+    return tokenizer
+
+
+@cache
+def _reference(name: str) -> Engine:
+    make = load_tokenizer(name).reference
+    assert make is not None
+    return make()
+
+
+def _in_validation(doc_ids: list[str], fraction: float) -> Ids:
+    """Whether each document's id hashes below `fraction`: the same documents whatever else the corpus holds."""
+    if not fraction:
+        return np.zeros(0, bool)
+    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in doc_ids)
+    return np.frombuffer(digests, ">u8") < fraction * 2.0**64

@@ -1,0 +1,406 @@
+"""Tokenizers by name: a fast engine, a reference engine that checks it, and what packing has to know of them."""
+
+import base64
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib import resources
+from typing import Any, Protocol
+
+import numpy as np
+
+from millstream.errors import RequestError
+from millstream.records import Ids
+
+# One thread an engine: workers are processes, and two of them at one thread each beat one with two threads. It is read
+# when the engine is first used; the usual RAYON_NUM_THREADS has no effect on it.
+os.environ["FASTOKENS_BPE_THREADS"] = "1"
+
+GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+TIKTOKEN_NAMES = ("cl100k_base", "o200k_base")
+
+
+class Engine(Protocol):
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        """(ids u32 of all texts, back to back; length i64 of each). Special tokens in a text are ordinary text."""
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer as packing sees it; `load_tokenizer` makes one.
+
+    `vocab_size` is the largest id + 1, `sha256` identifies what decides the ids, `safe_cuts` tells whether long plain
+    text may be cut between a letter and a blank, `reference` builds the engine that checks `engine` (None: it is the
+    reference itself), `files` are what to keep with a run so that it can be decoded anywhere.
+    """
+
+    name: str
+    engine: Engine
+    reference: Callable[[], Engine] | None
+    vocab_size: int
+    sha256: str
+    specials: dict[str, int]
+    bos_token: str | None = None
+    eos_token: str | None = None
+    safe_cuts: bool = False
+    definition: str | None = None
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """uint16 if every id fits, else uint32."""
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    def special_id(self, token: str | None, what: str) -> int:
+        """The id of a special token (or of any token spelled like that)."""
+        if token is None:
+            raise RequestError(f"tokenizer {self.name} names no {what} token; name one with --{what}-token")
+        found = self.specials.get(token)
+        if found is None:
+            known = ", ".join(sorted(self.specials)[:8]) or "none"
+            raise RequestError(f"tokenizer {self.name} has no token {token!r}; its special tokens: {known}")
+        return found
+
+
+# Engines ------------------------------------------------------------------------------------------------------------
+
+
+class Fastokens:
+    """The fast engine: its ids and offsets come back as two buffers, without an object per token."""
+
+    name = "fastokens"
+
+    def __init__(self, tokenizer: Any) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.tokenizer = tokenizer
+
+    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        ids, offsets = self.tokenizer.encode_batch_flat(texts, split_special_tokens=True)
+        return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids)))
+
+
+class HuggingFace:
+    """`tokenizers`: the reference for every tokenizer.json, and the engine for those that the fast one cannot load."""
+
+    name = "tokenizers"
+
+    def __init__(self, definition: str) -> None:
+        from tokenizers import Tokenizer as Definition
+
+        self.tokenizer = Definition.from_str(definition)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True
+
+    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        found = [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        lengths = np.fromiter(map(len, found), np.int64, len(found))
+        return np.fromiter((i for ids in found for i in ids), np.uint32, int(lengths.sum())), lengths
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+class Tiktoken:
+    """tiktoken: the reference where the merges are OpenAI's."""
+
+    name = "tiktoken"
+
+    def __init__(self, name: str, pat_str: str, ranks: dict[bytes, int], specials: dict[str, int]) -> None:
+        import tiktoken
+
+        self.encoding = tiktoken.Encoding(
+            name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=specials
+        )
+
+    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        found = [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        lengths = np.fromiter(map(len, found), np.int64, len(found))
+        return np.concatenate(found) if found else np.zeros(0, np.uint32), lengths
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.encoding.decode(list(ids))
+
+
+def _fastokens(definition: str) -> Engine | None:
+    import fastokens
+
+    try:
+        return Fastokens(fastokens.Tokenizer.from_json_str(definition))
+    except Exception:  # noqa: BLE001  its errors have no type of their own; the reference engine takes over
+        return None
+
+
+# By name ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def load_tokenizer(name: str) -> Tokenizer:
+    """`gpt2`, a tiktoken name, the path of a tokenizer.json or of a folder with one, or a hub id ("org/name").
+
+    Raises RequestError if there is none.
+
+    >>> load_tokenizer("gpt2").engine.encode(["Hello world"])[0].tolist()
+    [15496, 995]
+    """
+    if name == "gpt2":
+        return _gpt2()
+    if name in TIKTOKEN_NAMES:
+        return _tiktoken(name)
+    path = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
+    if os.path.isfile(path):
+        config = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+        return _from_files(os.path.basename(os.path.abspath(name)), path, config)
+    if os.path.isdir(name):
+        raise RequestError(f"the folder {name} has no tokenizer.json; save one there with save_pretrained()")
+    if name.count("/") == 1 and not name.startswith((".", "/")) and not name.endswith(".json"):
+        return _from_hub(name)
+    raise RequestError(
+        f"unknown tokenizer {name!r}: give gpt2, {', '.join(TIKTOKEN_NAMES)}, a tokenizer.json, a folder with one, "
+        "or a hub id such as org/name"
+    )
+
+
+def _gpt2() -> Tokenizer:
+    merges = gpt2_merges()
+    definition = json.dumps(_gpt2_definition(merges), separators=(",", ":"))
+    engine = _fastokens(definition)
+    assert engine is not None, "the pinned engine loads GPT-2"
+    specials = {"<|endoftext|>": 50256}
+
+    def reference() -> Engine:
+        return Tiktoken("gpt2", GPT2_PATTERN, _gpt2_ranks(merges), specials)
+
+    return Tokenizer(
+        "gpt2",
+        engine,
+        reference,
+        50257,
+        hashlib.sha256(definition.encode()).hexdigest(),
+        specials,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        safe_cuts=True,
+    )
+
+
+def gpt2_merges() -> list[tuple[str, str]]:
+    """GPT-2's merges in order, from the package data, whose SHA-256 is checked."""
+    data = resources.files("millstream").joinpath("data/gpt2/vocab.bpe").read_bytes()
+    if hashlib.sha256(data).hexdigest() != GPT2_MERGES_SHA256:
+        raise RequestError("the package's GPT-2 merges are damaged; install millstream again")
+    lines = data.decode().split("\n")[1:-1]
+    return [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+
+
+def _byte_letters() -> dict[int, str]:
+    """The printable letter GPT-2's files write for each byte, in the order of the first 256 ids."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
+
+
+def _gpt2_definition(merges: list[tuple[str, str]]) -> dict[str, Any]:
+    tokens = [*_byte_letters().values(), *(left + right for left, right in merges), "<|endoftext|>"]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": 50256, "content": "<|endoftext|>", **special}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {token: number for number, token in enumerate(tokens)},
+            "merges": [list(pair) for pair in merges],
+        },
+    }
+
+
+def _gpt2_ranks(merges: list[tuple[str, str]]) -> dict[bytes, int]:
+    letters = _byte_letters()
+    bytes_of = {letter: bytes([byte]) for byte, letter in letters.items()}
+    tokens = [*letters.values(), *(left + right for left, right in merges)]
+    return {b"".join(bytes_of[letter] for letter in token): rank for rank, token in enumerate(tokens)}
+
+
+def _tiktoken(name: str) -> Tokenizer:
+    import fastokens
+    from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS
+
+    try:
+        parts = ENCODING_CONSTRUCTORS[name]()
+    except Exception as error:  # noqa: BLE001  the download can fail in every way a network can
+        raise RequestError(
+            f"tokenizer {name} is not on this machine and could not be downloaded "
+            f"({type(error).__name__}); put its file into the folder named by TIKTOKEN_CACHE_DIR"
+        ) from error
+    ranks, specials = parts["mergeable_ranks"], parts["special_tokens"]
+    lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
+        file.write(lines)
+        file.flush()
+        fast = fastokens.Tokenizer.from_tiktoken(file.name, encoding=name)
+    decider = lines + json.dumps([parts["pat_str"], specials]).encode()
+    return Tokenizer(
+        name,
+        Fastokens(fast),
+        lambda: Tiktoken(name, parts["pat_str"], ranks, specials),
+        max(*ranks.values(), *specials.values()) + 1,
+        hashlib.sha256(decider).hexdigest(),
+        specials,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        safe_cuts=True,
+    )
+
+
+def _from_hub(name: str) -> Tokenizer:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        path = hf_hub_download(name, "tokenizer.json")
+    except (HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RequestError(
+            f"no tokenizer {name!r}: no such path here, and the hub did not give its tokenizer.json ({reason})"
+        ) from error
+    try:
+        config = hf_hub_download(name, "tokenizer_config.json")
+    except (HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, OSError, ValueError):
+        config = ""
+    return _from_files(name, path, config)
+
+
+def _from_files(name: str, path: str, config_path: str) -> Tokenizer:
+    with open(path, encoding="utf-8") as file:
+        definition = file.read()
+    config = {}
+    if config_path and os.path.isfile(config_path):
+        with open(config_path, encoding="utf-8") as file:
+            config = json.load(file)
+    return from_definition(name, definition, config)
+
+
+def from_definition(name: str, definition: str, config: dict[str, Any] | None = None) -> Tokenizer:
+    """A tokenizer from the text of a tokenizer.json, and the contents of its tokenizer_config.json."""
+    try:
+        content = json.loads(definition)
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+        reference = HuggingFace(definition)
+    except Exception as error:  # noqa: BLE001  `tokenizers` raises plain Exception for what it cannot read
+        raise RequestError(f"{name} is no tokenizer.json that can be read: {error}") from error
+    vocabulary = reference.tokenizer.get_vocab(with_added_tokens=True)
+    fast = _fastokens(definition)
+    config = config or {}
+    return Tokenizer(
+        name,
+        fast or reference,
+        (lambda: HuggingFace(definition)) if fast else None,
+        max(vocabulary.values(), default=0) + 1,
+        hashlib.sha256(definition.encode()).hexdigest(),
+        {token: number for token, number in vocabulary.items() if token in added} | added,
+        bos_token=_token_text(config.get("bos_token")),
+        eos_token=_token_text(config.get("eos_token")),
+        safe_cuts=_cuts_safely(content),
+        definition=definition,
+    )
+
+
+def _token_text(entry: Any) -> str | None:
+    """tokenizer_config.json writes a token as its text or as an object with it under "content"."""
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
+_KNOWN_SPLITS = (
+    # cl100k and Llama 3; Qwen; o200k: none matches across the end of a word that a blank follows.
+    r"[^\r\n\p{L}\p{N}]?\p{L}+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*",
+)
+
+
+def _cuts_safely(content: dict[str, Any]) -> bool:
+    """Whether text may be cut between an ASCII letter and a blank: byte-level BPE with a known split pattern only."""
+    if (content.get("model") or {}).get("type") != "BPE" or (content["model"].get("dropout")):
+        return False
+    if (content.get("normalizer") or {}).get("type") not in (None, "NFC"):
+        return False
+    for token in content.get("added_tokens") or []:
+        spaced = any(letter.isspace() for letter in token["content"])
+        if not token.get("special") and (spaced or token.get("lstrip") or token.get("rstrip")):
+            return False
+    before = content.get("pre_tokenizer") or {}
+    steps = before.get("pretokenizers", [before])
+    kinds = [step.get("type") for step in steps]
+    if any(step.get("add_prefix_space") for step in steps):
+        return False
+    if kinds == ["ByteLevel"]:
+        return bool(steps[0].get("use_regex", True))
+    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        pattern = (steps[0].get("pattern") or {}).get("Regex", "")
+        return steps[0].get("behavior") == "Isolated" and any(known in pattern for known in _KNOWN_SPLITS)
+    return False
+
+
+def available() -> list[tuple[str, str]]:
+    """(name, where it is) of the tokenizers known by name, and of those in the hub's cache on this machine."""
+    found = [("gpt2", "in the package, works offline")]
+    for name in TIKTOKEN_NAMES:
+        here = _in_tiktoken_cache(name)
+        found.append((name, "in tiktoken's cache" if here else "tiktoken downloads it on first use"))
+    return found + [(name, "in the hub's cache") for name in _in_hub_cache()]
+
+
+def _in_tiktoken_cache(name: str) -> bool:
+    from tiktoken import load
+    from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS
+
+    def no_network(_: str) -> bytes:
+        raise FileNotFoundError
+
+    read_file, load.read_file = load.read_file, no_network
+    try:
+        ENCODING_CONSTRUCTORS[name]()
+    except FileNotFoundError:
+        return False
+    finally:
+        load.read_file = read_file
+    return True
+
+
+def _in_hub_cache() -> list[str]:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    return sorted(
+        repo.repo_id
+        for repo in repos
+        if any(file.file_name == "tokenizer.json" for revision in repo.revisions for file in revision.files)
+    )

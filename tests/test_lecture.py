@@ -4,6 +4,7 @@ The loops below know nothing of numpy, batches or states.
 They are the definition; the fast path has to equal them on every corpus.
 """
 
+import json
 from itertools import count, islice
 
 import numpy as np
@@ -85,6 +86,17 @@ def samples(stream):
     return [(sample.token_ids.tolist(), sample.complete) for sample in stream]
 
 
+def in_hops(build, hops, listed):
+    """All items of a stream that is left after each of `hops` and built again from its state (as JSON)."""
+    found, state = [], None
+    for taken in hops:
+        stream = build(state)
+        found += listed(islice(stream, taken))
+        state = json.loads(json.dumps(stream.state()))
+        stream.close()
+    return found + listed(build(state))
+
+
 # --- pack ------------------------------------------------------------------
 
 
@@ -123,17 +135,27 @@ def test_pack_takes_arrays_and_generators_as_it_takes_lists(corpus):
         assert lists(s.token_ids for s in millstream.pack(ids, seq_len)) == expected
 
 
+@pytest.mark.parametrize("remainder", ["keep", "drop", "pad"])
 @settings(deadline=None)
-@given(corpora(), st.integers(0, 60))
-def test_pack_goes_on_from_its_state(corpus, taken):
+@given(corpora(), st.lists(st.integers(0, 60), min_size=1, max_size=4))
+def test_pack_goes_on_from_its_state(remainder, corpus, hops):
     seq_len, documents = corpus
-    expected = samples(millstream.pack(documents, seq_len))
-    stream = millstream.pack(documents, seq_len)
-    first = samples(islice(stream, taken))
-    state = stream.state()
-    stream.close()
-    rest = samples(millstream.pack(documents, seq_len, state=state))
-    assert first + rest == expected
+
+    def build(state):
+        return millstream.pack(documents, seq_len, remainder=remainder, pad_id=0, state=state)
+
+    assert in_hops(build, hops, samples) == samples(build(None))
+
+
+@settings(deadline=None)
+@given(corpora(), st.lists(st.integers(0, 60), min_size=1, max_size=4))
+def test_pack_of_pieces_goes_on_from_its_state(corpus, hops):
+    seq_len, documents = corpus
+
+    def build(state):
+        return millstream.pack(millstream.split(documents, seq_len + 1), seq_len, state=state)
+
+    assert in_hops(build, hops, samples) == samples(build(None))
 
 
 @settings(deadline=None)
@@ -161,15 +183,14 @@ def test_split_equals_the_loop(corpus):
 
 
 @settings(deadline=None)
-@given(corpora(), st.integers(0, 60))
-def test_split_goes_on_from_its_state(corpus, taken):
+@given(corpora(), st.lists(st.integers(0, 60), min_size=1, max_size=4))
+def test_split_goes_on_from_its_state(corpus, hops):
     seq_len, documents = corpus
-    stream = millstream.split(documents, seq_len)
-    first = lists(islice(stream, taken))
-    state = stream.state()
-    stream.close()
-    rest = lists(millstream.split(documents, seq_len, state=state))
-    assert first + rest == list(split_by_hand(documents, seq_len))
+
+    def build(state):
+        return millstream.split(documents, seq_len, state=state)
+
+    assert in_hops(build, hops, lists) == list(split_by_hand(documents, seq_len))
 
 
 # --- one after the other ---------------------------------------------------

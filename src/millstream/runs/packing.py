@@ -1,10 +1,8 @@
 """The pack run: a corpus into a run folder of samples, resumable after any interruption, the same bytes every time."""
 
 import contextlib
-import itertools
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -93,6 +91,8 @@ class Progress(NamedTuple):
     seconds: float
     stages: dict[str, float]
     workers: int
+    bytes_before: int
+    ids_before: int
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,9 @@ class Report:
     @property
     def faults(self) -> int:
         return int(self.ledger["documents"]["faulty"])
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "faults": self.faults}
 
 
 @dataclass(frozen=True)
@@ -271,11 +274,8 @@ class Subset:
             segments["sample"] = local
             if remainder == "pad":
                 row = np.full((1, n), pad_id, rest.ids.dtype)
-                row[0, n - len(rest.ids) :] if pad_side == "left" else row[0, : len(rest.ids)]
-                if pad_side == "left":
-                    row[0, n - len(rest.ids) :] = rest.ids
-                else:
-                    row[0, : len(rest.ids)] = rest.ids
+                left = n - len(rest.ids) if pad_side == "left" else 0
+                row[0, left : left + len(rest.ids)] = rest.ids
                 self._open().write(row, segments, n - len(rest.ids))
             elif remainder == "keep":
                 self._open().write_segments(segments)
@@ -451,6 +451,7 @@ class PackRun:
             if found is None:
                 self._commit(subsets, mark)
             journal.write("resume" if found else "start", workers=self.workers, ordinal=mark.ordinal)
+            first = mark
             try:
                 mark = self._stream(subsets, mark, faults, journal)
                 ledger = self._finish(subsets, mark, faults)
@@ -462,7 +463,7 @@ class PackRun:
                             subset.writer.close()
                 raise
         journal.write("done", seconds=round(time.perf_counter() - self.started, 3))
-        return self._report(ledger, {k: v.entry(True) for k, v in subsets.items()}, resumed=bool(found), mark=mark)
+        return self._report(ledger, {k: v.entry(True) for k, v in subsets.items()}, resumed=bool(found), span=(first, mark))
 
     def _subsets(self, found: dict[str, Any] | None) -> dict[str, Subset]:
         settings = self.settings
@@ -509,7 +510,7 @@ class PackRun:
         """Read, encode and pack everything from `mark` on; the mark at the end."""
         encode = self._encode()
         afters: list[Place] = []  # where each unit handed to the engine ends, in order
-        start, tasks = mark.bytes, self._tasks(mark.place)
+        start, tasks = mark, self._tasks(mark.place)
 
         def watched() -> Iterator[tuple[tuple[Slice, ...], bool]]:
             for unit, check_all in self._timed("read", tasks):
@@ -716,7 +717,7 @@ class PackRun:
             known |= {file["name"] for shard in subset["shards"] for file in shard["files"].values()}
         return known
 
-    def _progress(self, mark: Mark, start: int) -> Progress:
+    def _progress(self, mark: Mark, start: Mark) -> Progress:
         ids = mark.text_ids + mark.special_ids
         elapsed = time.perf_counter() - self.started
         return Progress(
@@ -728,6 +729,8 @@ class PackRun:
             elapsed,
             dict(self.seconds),
             self.workers,
+            start.bytes,
+            start.text_ids + start.special_ids,
         )
 
     def _report(
@@ -737,8 +740,10 @@ class PackRun:
         *,
         already: bool = False,
         resumed: bool = False,
-        mark: Mark | None = None,
+        span: tuple[Mark, Mark] | None = None,
     ) -> Report:
+        first, last = span or (Mark(), Mark())
+
         def samples(name: str) -> int:
             return sum(shard["samples"] for shard in subsets[name]["shards"]) if name in subsets else 0
 
@@ -764,8 +769,8 @@ class PackRun:
             shards=len(subsets["train"]["shards"]),
             seconds=time.perf_counter() - self.started,
             stages={k: round(v, 3) for k, v in self.seconds.items()},
-            bytes=mark.bytes if mark else 0,
-            ids_this_time=ledger["ids"]["in"] if not already else 0,
+            bytes=last.bytes - first.bytes,
+            ids_this_time=last.text_ids + last.special_ids - first.text_ids - first.special_ids,
             workers=self.workers,
             workers_why=self.workers_why,
             compared=self.compared,
@@ -978,5 +983,3 @@ def _shown(value: Any) -> str:
         return f"{value['bytes']:,} bytes"
     return "not given" if value is None else str(value)
 
-
-_ = (itertools, shutil)

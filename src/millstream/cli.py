@@ -1,0 +1,169 @@
+"""The command line: arguments in, exit codes out. Everything else is the Python API."""
+
+import json
+import os
+import re
+import sys
+from typing import Any
+
+import click
+
+from millstream import __version__
+from millstream.errors import MillstreamError
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_BINARY = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+INTERRUPTED = 130
+WITH_FAULTS = 3
+
+
+class Size(click.ParamType):
+    """A number of bytes: 300000, 64MiB (powers of 1,024) or 64MB (powers of 1,000)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower())
+        if not found:
+            self.fail(f"{value!r} is no size; give one such as 256MiB", param, ctx)
+        number, unit, binary = found.groups()
+        return int(float(number) * (_BINARY if binary else _UNITS)[unit])
+
+
+SIZE = Size()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="millstream", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Text in, training samples of exactly N token ids out: in bounded memory, with nothing lost.
+
+    \b
+    millstream pack corpus/*.jsonl --out packed --eos
+    millstream verify packed
+    millstream show packed 0
+
+    Exit codes: 0 done, 1 the data or the machine failed (run it again to go on), 2 the request was wrong,
+    3 done with faulty documents left out, 130 interrupted (run it again to go on).
+    """
+
+
+@cli.command(short_help="Pack a corpus into samples of exactly N token ids.")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("--out", required=True, type=click.Path(), help="Folder of the run: new, or one to go on with.")
+@click.option("--tokenizer", default=None, help="gpt2 (default), cl100k_base, o200k_base, a tokenizer.json, a folder, a hub id.")
+@click.option("--seq-len", default=2048, show_default=True, metavar="N", help="Token ids in a sample.")
+@click.option("--strategy", default="concat", show_default=True, type=click.Choice(["concat", "split"]),
+              help="concat: join documents, cut every N ids. split: no two documents in a sample, padded.")
+@click.option("--bos", is_flag=True, help="Put a BOS token before each document.")
+@click.option("--eos", is_flag=True, help="Put an EOS token after each document.")
+@click.option("--bos-token", metavar="T", help="The BOS token's text, if the tokenizer names none; implies --bos.")
+@click.option("--eos-token", metavar="T", help="The EOS token's text, if the tokenizer names none; implies --eos.")
+@click.option("--remainder", default="keep", show_default=True, type=click.Choice(["keep", "drop", "pad"]),
+              help="What becomes of the last ids, fewer than N.")
+@click.option("--pad-id", type=int, help="Id that pads [default: EOS].")
+@click.option("--pad-side", default="right", show_default=True, type=click.Choice(["right", "left"]))
+@click.option("--text-field", default="text", show_default=True, help="Field or column with the text.")
+@click.option("--id-field", default="id", show_default=True, help="Field or column with the document's id.")
+@click.option("--ids-field", help="Field or column with token ids: the text is tokenized already.")
+@click.option("--limit", type=int, metavar="DOCUMENTS", help="Stop after this many documents.")
+@click.option("--validation", default=0.0, metavar="FRACTION",
+              help="Put this fraction of the documents, chosen by their id, into a validation subset.")
+@click.option("--format", "format_", default="npy", show_default=True, type=click.Choice(["npy", "parquet"]))
+@click.option("--workers", type=int, metavar="N", help="Processes [default: what cores and --memory allow].")
+@click.option("--memory", default="1GiB", show_default=True, type=SIZE, help="Most memory of all processes together.")
+@click.option("--max-document", type=SIZE, help="Longer documents are faults [default: 32MiB; plain text has no limit].")
+@click.option("--shard-size", default="256MiB", show_default=True, type=SIZE, help="Size of an output shard.")
+@click.option("--on-error", default="stop", show_default=True, type=click.Choice(["stop", "skip"]),
+              help="At a document that cannot be used: stop, or write it to faults.jsonl.")
+@click.option("--engine", default="fast", show_default=True, type=click.Choice(["fast", "reference"]))
+@click.option("--overwrite", is_flag=True, help="Delete an earlier run in --out and start anew.")
+@click.option("--json", "as_json", is_flag=True, help="Print the closing report as JSON.")
+def pack(sources: tuple[str, ...], out: str, as_json: bool, format_: str, **options: Any) -> None:
+    """Pack SOURCE... into samples of exactly N token ids.
+
+    A SOURCE is a JSONL or NDJSON file, a plain text file (one document), a Parquet file, the first two also as .gz or
+    .zst, a folder of those, a glob, - for JSONL on standard input, or stdlib: for Python's own source.
+
+    The same command again goes on where an interrupted one stopped, and gives the same bytes.
+    """
+    from millstream.report import pack_summary, watch_pack
+    from millstream.runs.packing import Settings, pack_to
+
+    if options["tokenizer"] is None and not options["ids_field"]:
+        options["tokenizer"] = "gpt2"
+    settings = Settings(format=format_, **options)
+    try:
+        with watch_pack() as on_progress:
+            report = pack_to(out, sources, settings, on_progress=on_progress)
+    except KeyboardInterrupt:
+        click.echo("\nmillstream: stopped. Nothing is lost: run the same command again to go on.", err=True)
+        sys.exit(INTERRUPTED)
+    click.echo(json.dumps(report.as_json(), indent=1) if as_json else pack_summary(report))
+    if report.faults and not report.already:
+        sys.exit(WITH_FAULTS)
+
+
+@cli.command(short_help="Check a run folder: every byte, every count, every id.")
+@click.argument("folder", metavar="DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
+def verify(folder: str, as_json: bool) -> None:
+    """Check the finished run folder DIR against its manifest: missing, truncated, changed and foreign files, ids outside
+    the vocabulary, counts that do not fit, a ledger that does not balance."""
+    from dataclasses import asdict
+
+    from millstream.integrity import verify as check
+
+    verdict = check(folder)
+    if as_json:
+        click.echo(json.dumps({"ok": verdict.ok, **asdict(verdict)}, indent=1))
+    elif verdict.ok:
+        click.echo(f"{folder} is whole: {verdict.files} files, {verdict.bytes:,} bytes, {verdict.samples:,} samples.")
+    for problem in verdict.problems:
+        click.echo(f"{folder}: {problem}", err=True)
+    if not verdict.ok:
+        raise MillstreamError(f"{folder} is not whole ({len(verdict.problems)} problems); pack it again with --overwrite")
+
+
+@cli.command(short_help="Show a sample decoded, with its documents.", context_settings={"ignore_unknown_options": True})
+@click.argument("folder", metavar="DIR")
+@click.argument("index", type=int, default=0)
+@click.option("--subset", default="train", show_default=True, help="train or validation.")
+def show(folder: str, index: int, subset: str) -> None:
+    """Show sample INDEX (from 0; negative from the end) of the run folder DIR as text, each document in its colour."""
+    from millstream.view import show_sample
+
+    show_sample(folder, index, subset)
+
+
+@cli.command(short_help="List the tokenizers there are.")
+def tokenizers() -> None:
+    """List the tokenizers known by name and where they are."""
+    from millstream.stream.tokenizers import available
+
+    for name, where in available():
+        click.echo(f"{name:24} {where}")
+    click.echo(f"{'PATH':24} any tokenizer.json, or a folder with one")
+    click.echo(f"{'ORG/NAME':24} any tokenizer on the Hugging Face hub, from its cache or the network")
+
+
+def main() -> None:
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("\nmillstream: stopped", err=True)
+        sys.exit(INTERRUPTED)
+    except MillstreamError as error:
+        click.echo(f"millstream: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # Whoever read our output has gone, as `head` does; nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

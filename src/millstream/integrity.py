@@ -1,0 +1,156 @@
+"""Check a finished run folder against its own manifest: every byte, every count, every id."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from millstream.errors import LedgerError
+from millstream.formats.manifest import JOURNAL, MANIFEST, file_hash
+from millstream.records import Ids
+from millstream.runs.packing import check_ledger
+
+_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found: `problems` is empty if the folder is whole."""
+
+    problems: list[str]
+    files: int
+    samples: int
+    bytes: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(folder: str | os.PathLike[str], on_file: Callable[[str], None] = lambda name: None) -> Verdict:
+    """Check a finished run folder: all files there, none foreign, every SHA-256, ids within the vocabulary, segments
+    and documents that fit the samples, and the ledger.
+
+    Raises RequestError if it is no run folder or is unfinished, RunError if the manifest itself is damaged.
+    """
+    from millstream.formats.dataset import open as open_run
+
+    folder = os.fspath(folder)
+    manifest = open_run(folder).manifest
+    problems: list[str] = []
+    files = list(_files(manifest))
+    size = 0
+    for entry in files:
+        on_file(entry["name"])
+        problem = _file_problem(folder, entry)
+        size += entry["bytes"]
+        if problem:
+            problems.append(f"{entry['name']}: {problem}")
+    known = {entry["name"] for entry in files} | {MANIFEST, JOURNAL}
+    problems += [f"{name}: not part of this run" for name in sorted(set(os.listdir(folder)) - known)]
+    if not problems:  # counts of damaged files would only say the same again
+        for name, subset in manifest["subsets"].items():
+            on_file(f"{name} counts")
+            problems += _subset_problems(folder, manifest, subset)
+        problems += _ledger_problems(manifest)
+    samples = sum(shard["samples"] for subset in manifest["subsets"].values() for shard in subset["shards"])
+    return Verdict(problems, len(files), samples, size)
+
+
+def _files(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for subset in manifest["subsets"].values():
+        for shard in subset["shards"]:
+            yield from shard["files"].values()
+        if "name" in subset["remainder"]:
+            yield subset["remainder"]
+    for single in (manifest["faults"], manifest["tokenizer_file"]):
+        if single:
+            yield single
+
+
+def _file_problem(folder: str, entry: dict[str, Any]) -> str | None:
+    path = os.path.join(folder, entry["name"])
+    if not os.path.exists(path):
+        return "missing"
+    size = os.path.getsize(path)
+    if size != entry["bytes"]:
+        return f"{size:,} bytes instead of {entry['bytes']:,}"
+    try:
+        found = file_hash(path)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if found == entry["sha256"] else "its content has changed (SHA-256 differs)"
+
+
+def _subset_problems(folder: str, manifest: dict[str, Any], subset: dict[str, Any]) -> Iterator[str]:
+    import pyarrow.parquet as pq
+
+    settings = manifest["settings"]
+    limit = settings["tokenizer"]["vocab_size"] if settings["tokenizer"] else 1 << 32
+    spans = documents = 0
+    for shard in subset["shards"]:
+        names = {kind: file["name"] for kind, file in shard["files"].items()}
+        rows = 0
+        for ids in _sample_rows(os.path.join(folder, names["samples"]), settings):
+            rows += len(ids)
+            if ids.shape[1] != settings["seq_len"]:
+                yield f"{names['samples']}: samples of {ids.shape[1]} ids instead of {settings['seq_len']}"
+            if ids.size and int(ids.max()) >= limit:
+                yield f"{names['samples']}: id {int(ids.max())}, the vocabulary ends at {limit - 1}"
+        if rows != shard["samples"]:
+            yield f"{names['samples']}: {rows} samples instead of {shard['samples']}"
+        segments = np.load(os.path.join(folder, names["segments"]), mmap_mode="r")
+        if len(segments) != shard["segments"]:
+            yield f"{names['segments']}: {len(segments)} segments instead of {shard['segments']}"
+        inside = segments[segments["sample"] < shard["samples"]]
+        used = int(inside["length"].sum())
+        if used != rows * settings["seq_len"] - shard["padding"]:
+            yield f"{names['segments']}: {used} ids in segments do not fit the samples"
+        per_sample = np.bincount(inside["sample"], inside["length"], minlength=rows)
+        if len(per_sample) and (per_sample > settings["seq_len"]).any():
+            yield f"{names['segments']}: a sample has more ids than {settings['seq_len']}"
+        spans += int(segments["length"].sum())
+        table = pq.read_table(os.path.join(folder, names["documents"]), columns=["length"])
+        if table.num_rows != shard["documents"]:
+            yield f"{names['documents']}: {table.num_rows} documents instead of {shard['documents']}"
+        documents += int(table["length"].to_numpy().sum())
+    dropped = subset["remainder"]["ids"] if subset["remainder"]["policy"] == "drop" else 0
+    if spans + dropped != documents:
+        yield f"{spans} ids in segments and {dropped} dropped, {documents} in documents"
+    if "name" in subset["remainder"]:
+        rest = np.load(os.path.join(folder, subset["remainder"]["name"]))
+        if len(rest) != subset["remainder"]["ids"]:
+            yield f"{subset['remainder']['name']}: {len(rest)} ids instead of {subset['remainder']['ids']}"
+        if len(rest) and int(rest.max()) >= limit:
+            yield f"{subset['remainder']['name']}: id {int(rest.max())}, the vocabulary ends at {limit - 1}"
+
+
+def _sample_rows(path: str, settings: dict[str, Any]) -> Iterator[Ids]:
+    if settings["format"] == "npy":
+        samples = np.load(path, mmap_mode="r")
+        for row in range(0, len(samples), _ROWS):
+            yield samples[row : row + _ROWS]
+        return
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(_ROWS, columns=["input_ids"]):
+            yield batch["input_ids"].flatten().to_numpy().reshape(batch.num_rows, -1)
+
+
+def _ledger_problems(manifest: dict[str, Any]) -> list[str]:
+    """The ledger balances, and its counts are those of the shards."""
+    ledger = manifest["ledger"]
+    shards = [shard for subset in manifest["subsets"].values() for shard in subset["shards"]]
+    counted = sum(shard["documents"] for shard in shards) + ledger["documents"]["faulty"]
+    problems = []
+    if counted != ledger["documents"]["in"]:
+        problems.append(f"{counted} documents in the shards and faults, {ledger['documents']['in']} in the ledger")
+    try:
+        check_ledger(ledger)
+    except LedgerError as error:
+        problems.append(str(error))
+    return problems
+

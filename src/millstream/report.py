@@ -1,0 +1,125 @@
+"""A pack run in words: progress while it goes, a summary at the end."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from millstream.runs.packing import Progress, Report
+
+_LINE_EVERY = 10.0  # seconds between plain lines, where there is no terminal
+
+
+def _rates(now: Progress) -> tuple[float, float]:
+    """(bytes, ids) a second, of what this process did."""
+    seconds = max(now.seconds, 1e-9)
+    return (now.bytes - now.bytes_before) / seconds, (now.ids - now.ids_before) / seconds
+
+
+def bottleneck(stages: dict[str, float], workers: int) -> str:
+    """The stage that everything else waits for: the longest one, where workers share theirs."""
+    shared = ("decode", "tokenize", "compare")
+    cost = {name: seconds / (workers if name in shared else 1) for name, seconds in stages.items() if name != "wait"}
+    return max(cost, key=lambda name: cost[name]) if cost else "-"
+
+
+def progress_line(now: Progress) -> str:
+    """One line of progress: how much, how fast, how long still, and what it waits for."""
+    byte_rate, id_rate = _rates(now)
+    parts = [f"{now.documents:,} documents", f"{now.ids:,} ids", f"{byte_rate / 1e6:.0f} MB/s", f"{id_rate / 1e6:.1f} M ids/s"]
+    if now.total_bytes:
+        share = min(1.0, now.bytes / now.total_bytes)
+        parts.insert(0, f"{share:4.0%}")
+        if byte_rate:
+            parts.append(f"{_time(max(0, now.total_bytes - now.bytes) / byte_rate)} left")
+    parts.append(f"slowest: {bottleneck(now.stages, now.workers)}")
+    if now.faults:
+        parts.append(f"{now.faults:,} faulty")
+    return " · ".join(parts)
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+@contextmanager
+def watch_pack() -> Iterator[Callable[[Progress], None]]:
+    """Show progress on standard error: a live bar on a terminal, else a plain line every 10 seconds."""
+    if not sys.stderr.isatty():
+        last = time.monotonic()
+
+        def line(now: Progress) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _LINE_EVERY:
+                last = time.monotonic()
+                print(progress_line(now), file=sys.stderr, flush=True)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    with Bar(BarColumn(20), TextColumn("{task.description}"), console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def update(now: Progress) -> None:
+            bar.update(task, completed=now.bytes, total=now.total_bytes, description=progress_line(now))
+
+        yield update
+
+
+def pack_summary(report: Report) -> str:
+    """The closing report, to be read aloud."""
+    documents, ids = report.ledger["documents"], report.ledger["ids"]
+    validation = report.validation
+    extra = f" and {validation['samples']:,} for validation" if validation else ""
+    shards = f"in {_count(report.shards, 'shard')}"
+    head = (
+        f"{documents['in']:,} documents became {report.samples:,} samples of {report.seq_len:,} token ids"
+        f"{extra}, {shards}, in {report.out}"
+    )
+    if report.already:
+        head = f"{report.out} is finished already: nothing to do.\n{head}"
+    lines = [
+        head,
+        f"  documents  {documents['in']:,} in = {documents['whole']:,} whole + {documents['split']:,} split"
+        f" + {documents['empty']:,} empty + {documents['faulty']:,} faulty",
+        f"  ids        {ids['in']:,} in = {ids['in_samples']:,} in samples + {ids['remainder']:,} remainder"
+        f" + {ids['dropped']:,} dropped",
+    ]
+    if ids["special"]:
+        lines.append(f"  specials   {ids['special']:,} of the ids are BOS or EOS")
+    if ids["padding"]:
+        all_ids = ids["padding"] + ids["in_samples"]
+        lines.append(f"  padding    {ids['padding']:,} ids, {ids['padding'] / max(1, all_ids):.2%} of the samples")
+    for reason, count in report.ledger["faults"].items():
+        lines.append(f"  faulty     {count:,} {reason.replace('_', ' ')} (in {report.out}/faults.jsonl)")
+    if not report.already:
+        rate = report.ids_this_time / max(report.seconds, 1e-9)
+        again = ", going on with an earlier run" if report.resumed else ""
+        lines.append(
+            f"  speed      {report.seconds:.1f} s, {report.bytes / 1e6 / max(report.seconds, 1e-9):.0f} MB/s,"
+            f" {rate / 1e6:.1f} M ids/s{again}"
+        )
+        lines.append(f"  workers    {report.workers} ({report.workers_why})")
+        lines.append(f"  time       {_shares(report)}")
+        if report.compared:
+            lines.append(f"  compared   {report.compared / 1e6:.1f} MB with the reference engine: all ids equal")
+    lines += [f"  hint       {hint}" for hint in report.hints]
+    return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _shares(report: Report) -> str:
+    stages = {name: seconds for name, seconds in report.stages.items() if name != "wait"}
+    total = sum(stages.values()) or 1.0
+    ranked = sorted(stages.items(), key=lambda pair: -pair[1])
+    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in ranked)
+    return f"{shares}; everything waits for: {bottleneck(report.stages, report.workers)}"

@@ -1,0 +1,433 @@
+"""Small streams that compose: read, tokenize, split, pack, over any iterable, with a state to go on from.
+
+Each function returns a `Stream`: an iterator with `state()` and `close()`. They compose by passing one to the next, and
+inside data moves in columns, through the same readers and packers that a pack run uses.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from millstream.errors import DataError, RequestError, ResumeRefused
+from millstream.formats.documents import Fields, decode
+from millstream.formats.slices import Limits, slices, units
+from millstream.formats.sources import expand
+from millstream.records import Document, Ids, Place, Sample, Segment, TokenBatch
+from millstream.stream.pack import Concat, Packer, Split
+from millstream.stream.tokenize import surround
+from millstream.stream.tokenizers import load_tokenizer
+
+T = TypeVar("T")
+State = dict[str, Any]
+_BATCH_BYTES = 4 << 20
+_MAX_DOCUMENT = 32 << 20
+
+
+class _Texts:
+    """A batch of documents in columns; `states[i]` is where reading goes on after document i."""
+
+    __slots__ = ("first", "ids", "states", "texts")
+
+    def __init__(self, texts: list[str], ids: list[str], states: Callable[[int], State], first: int) -> None:
+        self.texts, self.ids, self.states, self.first = texts, ids, states, first
+
+
+class _Tokens:
+    """A `TokenBatch` with `states(i)`: where reading goes on to have document i again."""
+
+    __slots__ = ("batch", "states")
+
+    def __init__(self, batch: TokenBatch, states: Callable[[int], State]) -> None:
+        self.batch, self.states = batch, states
+
+
+class Stream(Iterator[T], Generic[T]):
+    """An iterator that knows where it is.
+
+    `state()` is a small JSON object that refers to the last item handed out, never to what was read ahead. To go on,
+    build the same streams again and give it to the last one: ``pack(tokenize(read(path)), 2048, state=state)``. It goes
+    to its place in files directly, and passes over what comes before in any other iterable.
+    """
+
+    def __init__(
+        self,
+        batches: Callable[[State | None], Iterator[Any]],
+        items: Callable[[Iterator[Any], State | None], Iterator[tuple[T, Callable[[], State]]]],
+        state: State | None,
+    ) -> None:
+        self._batches, self._items_of = batches, items
+        self._start = state
+        self._items: Iterator[tuple[T, Callable[[], State]]] | None = None
+        self._state: Callable[[], State] | None = None
+
+    def batches(self, state: State | None) -> Iterator[Any]:
+        """The columns behind the items, for the next stage; from `state` on, else from this stream's own."""
+        if self._items is not None:
+            raise RequestError("this stream has been read from already; give a new one to the next stage")
+        return self._batches(state or self._start)
+
+    def __iter__(self) -> "Stream[T]":
+        return self
+
+    def __next__(self) -> T:
+        if self._items is None:
+            self._items = self._items_of(self._batches(self._start), self._start)
+        item, self._state = next(self._items)
+        return item
+
+    def state(self) -> State | None:
+        """Where the stream is; None before the first item of a stream that began at the beginning."""
+        return self._state() if self._state else self._start
+
+    def close(self) -> None:
+        """Give up what is open; the next `next` raises StopIteration."""
+        if isinstance(self._items, Iterator) and hasattr(self._items, "close"):
+            self._items.close()
+        self._items = iter(())
+
+
+def _fixed(state: State) -> Callable[[], State]:
+    return lambda: state
+
+
+# read ---------------------------------------------------------------------------------------------------------------
+
+
+def read(
+    source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    text_field: str = "text",
+    id_field: str = "id",
+    on_error: str = "stop",
+    max_document: int = _MAX_DOCUMENT,
+    state: State | None = None,
+) -> Stream[Document]:
+    """The documents of files, folders, globs, ``-`` (JSONL on standard input) or ``stdlib:``, one by one.
+
+    JSONL, NDJSON, plain text (one document a file), Parquet, and gzip or zstd of the first two. A document that cannot
+    be read raises DataError with its place, or is left out with ``on_error="skip"``. A missing id is `source#offset`.
+
+    >>> documents = read("stdlib:")
+    >>> next(documents).id
+    'stdlib:__future__.py'
+    """
+    if on_error not in ("stop", "skip"):
+        raise RequestError(f"on_error {on_error!r} does not work: give 'stop' or 'skip'")
+    listed = [source] if isinstance(source, str | os.PathLike) else list(source)
+    shards = expand(listed)
+    fields = Fields(text_field, id_field)
+
+    def batches(state: State | None) -> Iterator[_Texts]:
+        place = Place(*state["place"]) if state else Place()
+        ordinal = state["document"] if state else 0
+        skip = state.get("skip", 0) if state else 0
+        lines: dict[int, int] = dict([tuple(state["line"])]) if state and "line" in state else {}
+        pieces = slices(shards, place, Limits(max_document), (text_field, id_field))
+        for unit in units(pieces):
+            batch = decode(unit, fields, max_document)
+            before, at = {source: lines.get(source, 0) for source, _ in batch.lines}, ordinal
+            for source, count in batch.lines:
+                lines[source] = lines.get(source, 0) + count
+            for fault in batch.faults:
+                if on_error == "stop":
+                    number = next(n for n, shard in enumerate(shards) if shard.name == fault.source)
+                    line = fault.line and fault.line + before.get(number, 0)
+                    # Documents before the fault are handed out first.
+                    good = sum(position < fault.ordinal for position in batch.position)
+                    yield _texts(batch.texts[:good], batch.doc_ids[:good], batch.position[:good], at, skip, place, before)
+                    raise DataError(f"{fault._replace(line=line).place}: {fault.message}")
+            yield _texts(batch.texts, batch.doc_ids, batch.position, at, skip, place, before)
+            ordinal += batch.count
+            skip = max(0, skip - batch.count)
+            place = unit[-1].after
+            lines = {k: v for k, v in lines.items() if k >= place.source}
+
+    return Stream(batches, _document_items, state)
+
+
+def _texts(
+    texts: list[str],
+    ids: list[str],
+    position: list[int],
+    ordinal: int,
+    skip: int,
+    place: Place,
+    lines: dict[int, int],
+) -> _Texts:
+    """A unit's documents but the first `skip` positions, which an earlier stream has handed out."""
+    low = next((i for i, p in enumerate(position) if p >= skip), len(position))
+
+    def state(row: int) -> State:
+        """Reading goes on after `row` documents of this batch: from the unit's beginning, passing over some."""
+        passed = position[low + row - 1] + 1 if low + row else skip
+        if row < 0:
+            raise IndexError(row)
+        found: State = {"place": list(place), "document": ordinal, "skip": max(passed, skip)}
+        if lines.get(place.source):
+            found["line"] = [place.source, lines[place.source]]
+        return found
+
+    return _Texts(texts[low:], ids[low:], state, ordinal)
+
+
+def _document_items(
+    batches: Iterator[_Texts], state: State | None
+) -> Iterator[tuple[Document, Callable[[], State]]]:
+    for batch in batches:
+        for row, (text, name) in enumerate(zip(batch.texts, batch.ids, strict=True), 1):
+            yield Document(name, text), lambda batch=batch, row=row: batch.states(row)  # type: ignore[misc]
+
+
+# tokenize -----------------------------------------------------------------------------------------------------------
+
+
+def tokenize(
+    documents: Iterable[Any],
+    tokenizer: str = "gpt2",
+    *,
+    bos: bool = False,
+    eos: bool = False,
+    text_field: str = "text",
+    id_field: str = "id",
+    state: State | None = None,
+) -> Stream[Ids]:
+    """Token ids of each document, as numpy arrays (uint16 if the vocabulary fits, else uint32).
+
+    `documents`: a `read` stream or any iterable of strings, of dicts with a `text_field`, or of `Document`s.
+    `tokenizer`: gpt2, a tiktoken name, a tokenizer.json, a folder with one, or a hub id.
+
+    >>> next(tokenize(["Hello world"])).tolist()
+    [15496, 995]
+    """
+    loaded = load_tokenizer(tokenizer)
+    eos_id = loaded.special_id(loaded.eos_token, "eos") if eos else None
+    bos_id = loaded.special_id(loaded.bos_token, "bos") if bos else None
+
+    def batches(state: State | None) -> Iterator[_Tokens]:
+        ordinal = state["item"] if state else 0
+        for batch in _text_batches(documents, text_field, id_field, state):
+            ids, length = loaded.engine.encode(batch.texts)
+            ids, length = surround(ids.astype(loaded.dtype), length, bos_id, eos_id)
+            yield _Tokens(_token_batch(ids, length, ordinal, batch.ids), _with_item(batch.states, ordinal))
+            ordinal += len(length)
+
+    return Stream(batches, _id_items, state)
+
+
+def _with_item(states: Callable[[int], State], ordinal: int) -> Callable[[int], State]:
+    return lambda row: {**states(row), "item": ordinal + row}
+
+
+def _token_batch(ids: Ids, length: Ids, ordinal: int, names: list[str]) -> TokenBatch:
+    rows = np.arange(ordinal, ordinal + len(length), dtype=np.uint64)
+    zeros = np.zeros(len(length), np.int64)
+    return TokenBatch(ids, length, rows, zeros, names, zeros, rows)
+
+
+def _id_items(batches: Iterator[_Tokens], state: State | None) -> Iterator[tuple[Ids, Callable[[], State]]]:
+    for tokens in batches:
+        stops = np.cumsum(tokens.batch.length)
+        for row, ids in enumerate(np.split(tokens.batch.ids, stops[:-1]) if len(stops) else [], 1):
+            yield ids, lambda tokens=tokens, row=row: tokens.states(row)  # type: ignore[misc]
+
+
+def _text_batches(
+    documents: Iterable[Any], text_field: str, id_field: str, state: State | None
+) -> Iterator[_Texts]:
+    if isinstance(documents, Stream):
+        yield from documents.batches(state)
+        return
+    ordinal = state["item"] if state else 0
+    for items in _doubling(documents, ordinal, lambda item: len(_text_of(item, text_field))):
+        texts = [_text_of(item, text_field) for item in items]
+        names = [_name_of(item, id_field, n) for n, item in enumerate(items, ordinal)]
+        yield _Texts(texts, names, _fixed_state, ordinal)
+        ordinal += len(items)
+
+
+def _fixed_state(row: int) -> State:
+    return {}
+
+
+def _text_of(item: Any, field: str) -> str:
+    text = item.get(field) if isinstance(item, Mapping) else getattr(item, "text", item)
+    if not isinstance(text, str):
+        what = f"field {field!r} is" if isinstance(item, Mapping) else "a document is"
+        raise DataError(f"{what} not text but {type(text).__name__}")
+    return text
+
+
+def _name_of(item: Any, field: str, number: int) -> str:
+    found = item.get(field) if isinstance(item, Mapping) else getattr(item, "id", None)
+    return str(number) if found is None else str(found)
+
+
+def _doubling(items: Iterable[T], skip: int, size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items in lists of 1, 2, 4, ... but not much more than 4 MiB each: the first comes soon, many go fast."""
+    source = iter(items)
+    passed = sum(1 for _ in itertools.islice(source, skip))
+    if passed < skip:
+        raise ResumeRefused(f"the iterable has {passed:,} items; the state was taken after {skip:,}")
+    most = 1
+    while True:
+        held: list[T] = []
+        total = 0
+        for item in itertools.islice(source, most):
+            held.append(item)
+            total += size(item)
+            if total >= _BATCH_BYTES:
+                break
+        if not held:
+            return
+        yield held
+        most *= 2
+
+
+# split and pack -----------------------------------------------------------------------------------------------------
+
+
+def split(ids: Iterable[Any], seq_len: int, *, state: State | None = None) -> Stream[Ids]:
+    """Each document's ids in pieces of at most `seq_len`, never two documents in one piece.
+
+    `ids`: a `tokenize` stream or any iterable of lists or arrays of ids.
+
+    >>> [piece.tolist() for piece in split([[1, 2, 3], [], [4, 5]], 2)]
+    [[1, 2], [3], [4, 5]]
+    """
+    samples = _packed(ids, seq_len, lambda dtype: Split(seq_len, dtype), "drop", 0, "right")
+
+    def items(
+        batches: Iterator[_Tokens], state: State | None
+    ) -> Iterator[tuple[Ids, Callable[[], State]]]:
+        for sample, where in samples(batches, state):
+            yield sample.token_ids[: sum(segment.length for segment in sample.segments)], where
+
+    return Stream(lambda state: _id_batches(ids, state), items, state)
+
+
+def pack(
+    ids: Iterable[Any],
+    seq_len: int,
+    *,
+    remainder: str = "keep",
+    pad_id: int | None = None,
+    pad_side: str = "right",
+    state: State | None = None,
+) -> Stream[Sample]:
+    """Samples of exactly `seq_len` ids: documents joined in order and cut every `seq_len` ids.
+
+    `ids`: a `tokenize` stream or any iterable of lists or arrays of ids. The ids left over at the end are handed out
+    last as a shorter sample (``remainder="keep"``, its `complete` is False), padded with `pad_id`, or dropped.
+
+    >>> [s.token_ids.tolist() for s in pack([[1, 2, 3], [], [4, 5]], 2)]
+    [[1, 2], [3, 4], [5]]
+    >>> [s.token_ids.tolist() for s in pack([[1, 2, 3], [], [4, 5]], 2, remainder="pad", pad_id=0)]
+    [[1, 2], [3, 4], [5, 0]]
+    """
+    if remainder not in ("keep", "pad", "drop"):
+        raise RequestError(f"remainder {remainder!r} does not work: give 'keep', 'pad' or 'drop'")
+    if remainder == "pad" and pad_id is None:
+        raise RequestError("remainder='pad' needs a pad_id")
+    items = _packed(ids, seq_len, lambda dtype: Concat(seq_len, dtype), remainder, pad_id or 0, pad_side)
+    return Stream(lambda state: _id_batches(ids, state), items, state)
+
+
+def _packed(
+    ids: Iterable[Any],
+    seq_len: int,
+    make: "Callable[[np.dtype[Any]], Packer]",
+    remainder: str,
+    pad_id: int,
+    pad_side: str,
+) -> Callable[[Iterator[_Tokens], State | None], Iterator[tuple[Sample, Callable[[], State]]]]:
+    if seq_len < 1:
+        raise RequestError(f"seq_len {seq_len} does not work: a sample needs at least one id")
+
+    def items(
+        batches: Iterator[_Tokens], state: State | None
+    ) -> Iterator[tuple[Sample, Callable[[], State]]]:
+        if state and state.get("end"):
+            return
+        number: int = state["item"] if state else 0  # the document that holds the next id
+        used: int = state["used"] if state else 0  # ids of it handed out before
+        handed: int = state["sample"] if state else 0
+        packer: Packer | None = None
+        for tokens in batches:
+            batch = tokens.batch.after(number, used)
+            packer = packer or make(batch.ids.dtype)
+            packed = packer.feed(batch)
+            every = np.arange(packer.samples - len(packed.ids), packer.samples + 1)
+            bounds = np.searchsorted(packed.segments["sample"], every)
+            for row, sample_ids in enumerate(packed.ids):
+                handed += 1
+                sample = Sample(sample_ids, _segments(packed.segments[bounds[row] : bounds[row + 1]]))
+                yield sample, _after(sample, handed, tokens)
+        if packer is None:
+            return
+        rest = packer.finish()
+        if len(rest.ids) and remainder != "drop":
+            segments = _segments(rest.segments)
+            sample = Sample(rest.ids, segments, complete=False)
+            if remainder == "pad":
+                padding = seq_len - len(rest.ids)
+                left = padding if pad_side == "left" else 0
+                full = np.full(seq_len, pad_id, rest.ids.dtype)
+                full[left : left + len(rest.ids)] = rest.ids
+                sample = Sample(full, segments, pad_left=left)
+            yield sample, lambda: {"end": True}
+
+    return items
+
+
+def _after(sample: Sample, handed: int, tokens: _Tokens) -> Callable[[], State]:
+    """The state after a sample that became complete with `tokens`: its last document is one of them."""
+
+    def state() -> State:
+        end, batch = sample.segments[-1], tokens.batch
+        row, used = end.document - int(batch.ordinal[0]), end.start + end.length
+        if used < int(batch.start[row] + batch.length[row]):
+            return {**tokens.states(row), "item": end.document, "used": used, "sample": handed}
+        return {**tokens.states(row + 1), "item": end.document + 1, "used": 0, "sample": handed}
+
+    return state
+
+
+def _segments(rows: Ids) -> tuple[Segment, ...]:
+    columns = (rows["document"].tolist(), rows["start"].tolist(), rows["length"].tolist())
+    return tuple(Segment(*row) for row in zip(*columns, strict=True))
+
+
+def _id_batches(ids: Iterable[Any], state: State | None) -> Iterator[_Tokens]:
+    if state and state.get("end"):
+        return
+    if isinstance(ids, Stream):
+        for batch in ids.batches(state):
+            if not isinstance(batch, _Tokens):
+                raise RequestError("these are documents, not ids: put tokenize(...) between")
+            yield batch
+        return
+    ordinal = state["item"] if state else 0
+    for items in _doubling(ids, ordinal, lambda item: 4 * len(item)):
+        arrays = [_ids_of(item) for item in items]
+        length = np.fromiter(map(len, arrays), np.int64, len(arrays))
+        batch = _token_batch(np.concatenate(arrays), length, ordinal, [str(ordinal + n) for n in range(len(items))])
+        yield _Tokens(batch, _with_item(_fixed_state, ordinal))
+        ordinal += len(items)
+
+
+def _ids_of(item: Any) -> Ids:
+    """One document's ids as uint32; raises DataError for anything but whole numbers from 0 to 2^32 - 1."""
+    array = np.asarray(item)
+    if array.ndim != 1:
+        raise DataError(f"a document's ids must be a flat list of integers, not {type(item).__name__} {item!r:.60}")
+    if not len(array):
+        return np.zeros(0, np.uint32)
+    if array.dtype.kind not in "iu":
+        raise DataError(f"ids must be integers, not {array.dtype} ({item!r:.60})")
+    if int(array.min()) < 0 or int(array.max()) > 0xFFFFFFFF:
+        raise DataError(f"ids must be from 0 to 4,294,967,295: {int(array.min())} to {int(array.max())}")
+    return array.astype(np.uint32)
+

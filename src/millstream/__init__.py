@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from millstream.formats.dataset import Dataset, open
+    from millstream.integrity import verify
     from millstream.records import Document, Sample
     from millstream.runs.packing import pack_to
     from millstream.runs.streams import Stream, pack, read, split, tokenize
-    from millstream.integrity import verify
 
 __version__ = "0.1.0"
 

@@ -17,7 +17,7 @@ INTERRUPTED = 130
 WITH_FAULTS = 3
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions
     """A number of bytes: 300000, 64MiB (powers of 1,024) or 64MB (powers of 1,000)."""
 
     name = "size"
@@ -53,31 +53,56 @@ def cli() -> None:
 @cli.command(short_help="Pack a corpus into samples of exactly N token ids.")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--out", required=True, type=click.Path(), help="Folder of the run: new, or one to go on with.")
-@click.option("--tokenizer", default=None, help="gpt2 (default), cl100k_base, o200k_base, a tokenizer.json, a folder, a hub id.")
+@click.option(
+    "--tokenizer",
+    default=None,
+    help="gpt2 (default), cl100k_base, o200k_base, a tokenizer.json, a folder, a hub id.",
+)
 @click.option("--seq-len", default=2048, show_default=True, metavar="N", help="Token ids in a sample.")
-@click.option("--strategy", default="concat", show_default=True, type=click.Choice(["concat", "split"]),
-              help="concat: join documents, cut every N ids. split: no two documents in a sample, padded.")
+@click.option(
+    "--strategy",
+    default="concat",
+    show_default=True,
+    type=click.Choice(["concat", "split"]),
+    help="concat: join documents, cut every N ids. split: no two documents in a sample, padded.",
+)
 @click.option("--bos", is_flag=True, help="Put a BOS token before each document.")
 @click.option("--eos", is_flag=True, help="Put an EOS token after each document.")
 @click.option("--bos-token", metavar="T", help="The BOS token's text, if the tokenizer names none; implies --bos.")
 @click.option("--eos-token", metavar="T", help="The EOS token's text, if the tokenizer names none; implies --eos.")
-@click.option("--remainder", default="keep", show_default=True, type=click.Choice(["keep", "drop", "pad"]),
-              help="What becomes of the last ids, fewer than N.")
+@click.option(
+    "--remainder",
+    default="keep",
+    show_default=True,
+    type=click.Choice(["keep", "drop", "pad"]),
+    help="What becomes of the last ids, fewer than N.",
+)
 @click.option("--pad-id", type=int, help="Id that pads [default: EOS].")
 @click.option("--pad-side", default="right", show_default=True, type=click.Choice(["right", "left"]))
 @click.option("--text-field", default="text", show_default=True, help="Field or column with the text.")
 @click.option("--id-field", default="id", show_default=True, help="Field or column with the document's id.")
 @click.option("--ids-field", help="Field or column with token ids: the text is tokenized already.")
 @click.option("--limit", type=int, metavar="DOCUMENTS", help="Stop after this many documents.")
-@click.option("--validation", default=0.0, metavar="FRACTION",
-              help="Put this fraction of the documents, chosen by their id, into a validation subset.")
+@click.option(
+    "--validation",
+    default=0.0,
+    metavar="FRACTION",
+    help="Put this fraction of the documents, chosen by their id, into a validation subset.",
+)
 @click.option("--format", "format_", default="npy", show_default=True, type=click.Choice(["npy", "parquet"]))
 @click.option("--workers", type=int, metavar="N", help="Processes [default: what cores and --memory allow].")
 @click.option("--memory", default="1GiB", show_default=True, type=SIZE, help="Most memory of all processes together.")
-@click.option("--max-document", type=SIZE, help="Longer documents are faults [default: 32MiB; plain text has no limit].")
+@click.option(
+    "--max-document", type=SIZE, help="Longer documents are faults [default: 32MiB; plain text has no limit]."
+)
 @click.option("--shard-size", default="256MiB", show_default=True, type=SIZE, help="Size of an output shard.")
-@click.option("--on-error", default="stop", show_default=True, type=click.Choice(["stop", "skip"]),
-              help="At a document that cannot be used: stop, or write it to faults.jsonl.")
+@click.option(
+    "--on-error",
+    default="stop",
+    show_default=True,
+    type=click.Choice(["stop", "skip"]),
+    help="At a document that cannot be used: stop, or write it to faults.jsonl.",
+)
 @click.option("--engine", default="fast", show_default=True, type=click.Choice(["fast", "reference"]))
 @click.option("--overwrite", is_flag=True, help="Delete an earlier run in --out and start anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print the closing report as JSON.")
@@ -90,7 +115,8 @@ def pack(sources: tuple[str, ...], out: str, as_json: bool, format_: str, **opti
     The same command again goes on where an interrupted one stopped, and gives the same bytes.
     """
     from millstream.report import pack_summary, watch_pack
-    from millstream.runs.packing import Settings, pack_to
+    from millstream.runs.packing import pack_to
+    from millstream.runs.settings import Settings
 
     if options["tokenizer"] is None and not options["ids_field"]:
         options["tokenizer"] = "gpt2"
@@ -110,8 +136,11 @@ def pack(sources: tuple[str, ...], out: str, as_json: bool, format_: str, **opti
 @click.argument("folder", metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
 def verify(folder: str, as_json: bool) -> None:
-    """Check the finished run folder DIR against its manifest: missing, truncated, changed and foreign files, ids outside
-    the vocabulary, counts that do not fit, a ledger that does not balance."""
+    """Check the finished run folder DIR against its manifest.
+
+    Finds missing, truncated, changed and foreign files, ids outside the vocabulary, counts that do not fit, and a
+    ledger that does not balance.
+    """
     from dataclasses import asdict
 
     from millstream.integrity import verify as check
@@ -124,7 +153,9 @@ def verify(folder: str, as_json: bool) -> None:
     for problem in verdict.problems:
         click.echo(f"{folder}: {problem}", err=True)
     if not verdict.ok:
-        raise MillstreamError(f"{folder} is not whole ({len(verdict.problems)} problems); pack it again with --overwrite")
+        raise MillstreamError(
+            f"{folder} is not whole ({len(verdict.problems)} problems); pack it again with --overwrite"
+        )
 
 
 @cli.command(short_help="Show a sample decoded, with its documents.", context_settings={"ignore_unknown_options": True})

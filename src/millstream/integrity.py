@@ -10,7 +10,7 @@ import numpy as np
 from millstream.errors import LedgerError
 from millstream.formats.manifest import JOURNAL, MANIFEST, file_hash
 from millstream.records import Ids
-from millstream.runs.packing import check_ledger
+from millstream.runs.ledger import check_ledger
 
 _ROWS = 4096
 
@@ -153,4 +153,3 @@ def _ledger_problems(manifest: dict[str, Any]) -> list[str]:
     except LedgerError as error:
         problems.append(str(error))
     return problems
-

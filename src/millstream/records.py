@@ -27,7 +27,8 @@ class Document(NamedTuple):
 class Fault(NamedTuple):
     """One document that could not be used, as data.
 
-    `ordinal` counts documents in source order, `offset` is in decompressed bytes or rows, `line` is from 1 (0: unknown).
+    `ordinal` counts documents in source order, `offset` is in decompressed bytes or rows, `line` from 1 (0: unknown).
+    `shard` numbers the input shards, of which `source` is the name.
     """
 
     ordinal: int
@@ -37,6 +38,7 @@ class Fault(NamedTuple):
     offset: int
     line: int
     id: str | None = None
+    shard: int = 0
 
     @property
     def place(self) -> str:

@@ -26,7 +26,12 @@ def bottleneck(stages: dict[str, float], workers: int) -> str:
 def progress_line(now: Progress) -> str:
     """One line of progress: how much, how fast, how long still, and what it waits for."""
     byte_rate, id_rate = _rates(now)
-    parts = [f"{now.documents:,} documents", f"{now.ids:,} ids", f"{byte_rate / 1e6:.0f} MB/s", f"{id_rate / 1e6:.1f} M ids/s"]
+    parts = [
+        f"{now.documents:,} documents",
+        f"{now.ids:,} ids",
+        f"{byte_rate / 1e6:.0f} MB/s",
+        f"{id_rate / 1e6:.1f} M ids/s",
+    ]
     if now.total_bytes:
         share = min(1.0, now.bytes / now.total_bytes)
         parts.insert(0, f"{share:4.0%}")

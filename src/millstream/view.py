@@ -30,7 +30,10 @@ def show_sample(folder: str, index: int, subset: str = "train", console: Console
     padding = len(sample) - sum(part.length for part in parts)
     padded = f", {padding:,} of them padding" if padding else ""
     held = "document" if len(parts) == 1 else "documents"
-    console.print(f"sample {number:,} of {len(dataset):,}: {len(sample):,} ids{padded}, {len(parts)} {held}", style="bold")
+    console.print(
+        f"sample {number:,} of {len(dataset):,}: {len(sample):,} ids{padded}, {len(parts)} {held}",
+        style="bold",
+    )
     at = sample.pad_left
     for colour_number, part in enumerate(parts):
         colour = _COLOURS[colour_number % len(_COLOURS)]

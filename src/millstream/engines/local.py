@@ -4,6 +4,7 @@ Workers are started anew (never forked: threads that hold locks do not survive a
 module, so that a script or notebook without an ``if __name__ == "__main__"`` guard works as well.
 """
 
+import contextlib
 import os
 import pickle
 import selectors
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import IO, Any, TypeVar
 
 from millstream.errors import WorkerDied
@@ -32,7 +33,7 @@ def map_ordered(
     workers: int = 1,
     window_bytes: int = 64 << 20,
     size: Callable[[U], int] = lambda unit: 1,
-) -> Iterator[R]:
+) -> Generator[R]:
     """`function(unit)` for every unit, in order. `function` and what it returns must be picklable.
 
     At most `window_bytes` (by `size`) are with the workers or wait for an earlier unit; a larger unit goes alone.
@@ -92,7 +93,7 @@ class _Pool:
             self.selector.register(process.stdout, selectors.EVENT_READ, number)
             self._send(number, function)
 
-    def run(self, units: Iterable[U], window_bytes: int, size: Callable[[U], int]) -> Iterator[Any]:
+    def run(self, units: Iterable[U], window_bytes: int, size: Callable[[U], int]) -> Generator[Any]:
         source = iter(units)
         waiting: deque[int] = deque()  # sizes of units handed out and not yet handed on, in order
         done: dict[int, tuple[bool, Any]] = {}
@@ -160,7 +161,5 @@ class _Pool:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 assert pipe
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    pass

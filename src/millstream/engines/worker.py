@@ -9,7 +9,7 @@ from millstream.engines.local import receive, send
 
 
 def main() -> None:
-    units: "queue.SimpleQueue[Any]" = queue.SimpleQueue()
+    units: queue.SimpleQueue[Any] = queue.SimpleQueue()
     # Nobody else may write into the frames: whatever prints goes to standard error.
     source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -29,7 +29,7 @@ def main() -> None:
         number, unit = units.get()
         try:
             answer = (number, False, function(unit))
-        except BaseException as error:  # noqa: BLE001  every failure belongs to the parent, in order
+        except BaseException as error:
             answer = (number, True, error)
         try:
             send(target, answer)

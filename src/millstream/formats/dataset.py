@@ -242,7 +242,8 @@ class _Shard:
             column = self._file.read_row_group(group, columns=["input_ids"])["input_ids"]
             flat = column.combine_chunks().flatten().to_numpy()
             self._group = (group, flat.reshape(len(column), -1).astype(np.uint32))
-        return self._group[1][local]
+        row: Ids = self._group[1][local]
+        return row
 
 
 def _load(path: str) -> Ids:

@@ -61,9 +61,17 @@ def _add(batch: TextBatch, piece: Slice, offset: int, content: str | Ids, doc_id
 
 
 def _add_fault(
-    batch: TextBatch, piece: Slice, offset: int, line: int, reason: str, message: str, doc_id: str | None = None
+    batch: TextBatch,
+    piece: Slice,
+    offset: int,
+    line: int,
+    reason: str,
+    message: str,
+    doc_id: str | None = None,
 ) -> None:
-    batch.faults.append(Fault(batch.count, reason, message, piece.name, offset, line, doc_id))
+    if line:
+        line += sum(lines for source, lines in batch.lines if source == piece.source)
+    batch.faults.append(Fault(batch.count, reason, message, piece.name, offset, line, doc_id, piece.source))
     batch.count += 1
 
 
@@ -100,20 +108,22 @@ def _decode_lines(batch: TextBatch, piece: Slice, fields: Fields, max_document: 
     if len(data) and data[-1:] != b"\n":
         ends = np.append(ends, len(data))
     starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
-    batch.lines.append((piece.source, len(ends)))
     rows = _all_lines(data, bytes_, starts, ends, fields, max_document)
     if rows is None:
         _line_by_line(batch, piece, data, starts, ends, fields, max_document)
-        return
+    else:
+        _add_rows(batch, piece, rows, (starts + piece.start).tolist(), fields)
+    batch.lines.append((piece.source, len(ends)))
+
+
+def _add_rows(batch: TextBatch, piece: Slice, rows: list[Any], offsets: list[int], fields: Fields) -> None:
     contents = [row.content for row in rows]
     if fields.ids:
         batch.ids += [np.array(content, np.int64) for content in contents]
     else:
         batch.texts += contents
-    offsets = (starts + piece.start).tolist()
     batch.doc_ids += [
-        f"{piece.name}#{offset}" if row.id is None else str(row.id)
-        for row, offset in zip(rows, offsets, strict=True)
+        f"{piece.name}#{offset}" if row.id is None else str(row.id) for row, offset in zip(rows, offsets, strict=True)
     ]
     batch.position += range(batch.count, batch.count + len(rows))
     batch.source += [piece.source] * len(rows)
@@ -121,9 +131,7 @@ def _decode_lines(batch: TextBatch, piece: Slice, fields: Fields, max_document: 
     batch.count += len(rows)
 
 
-def _all_lines(
-    data: bytes, bytes_: Ids, starts: Ids, ends: Ids, fields: Fields, max_document: int
-) -> list[Any] | None:
+def _all_lines(data: bytes, bytes_: Ids, starts: Ids, ends: Ids, fields: Fields, max_document: int) -> list[Any] | None:
     """All lines in one call, or None where it cannot be certain that this equals decoding line by line.
 
     It is certain if every line starts with "{" and ends with "}" and there are as many values as lines: in a JSON
@@ -199,7 +207,7 @@ def _content(found: dict[str, Any], fields: Fields) -> tuple[Any, str | None, tu
     if fields.ids:
         if not isinstance(content, list | np.ndarray) or not all(type(i) is int for i in content):
             return None, doc_id, ("not_ids", f"field {name!r} is not a list of integers")
-        if not _fit(content, fields.max_id):
+        if not _fit(list(content), fields.max_id):
             return None, doc_id, ("id_range", f"field {name!r} has ids below 0 or above {fields.max_id:,}")
         return np.array(content, np.int64), doc_id, None
     if not isinstance(content, str):

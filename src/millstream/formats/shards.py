@@ -223,9 +223,7 @@ class ShardWriter:
             "documents": self.documents,
             "empty": self.empty,
             "split": self.split,
-            "files": {
-                kind: {"name": name, **commit_file(self.folder, name)} for kind, name in self._names.items()
-            },
+            "files": {kind: {"name": name, **commit_file(self.folder, name)} for kind, name in self._names.items()},
         }
 
     def close(self) -> None:

@@ -52,9 +52,7 @@ def slices(
                 yield from _text_slices(source, shard, limits, block)
         except OSError as error:
             message = f"cannot be read: {error.strerror or error}"
-            yield Slice(
-                source, shard.uri, shard.name, shard.kind, 0, 0, b"", fault=("unreadable", message), after=end
-            )
+            yield Slice(source, shard.uri, shard.name, shard.kind, 0, 0, b"", fault=("unreadable", message), after=end)
 
 
 def units(pieces: Iterable[Slice], block: int = BLOCK) -> Iterator[tuple[Slice, ...]]:
@@ -226,9 +224,7 @@ def _text_slices(source: int, shard: InputShard, limits: Limits, block: int) -> 
     def made(start: int, data: bytes, begins: bool, ends: bool, fault: tuple[str, str] | None = None) -> Slice:
         stop = start + len(data)
         after = end if ends else Place(source, 0)
-        return Slice(
-            source, shard.uri, shard.name, shard.kind, start, stop, data, begins, ends, fault, after
-        )
+        return Slice(source, shard.uri, shard.name, shard.kind, start, stop, data, begins, ends, fault, after)
 
     may_cut = limits.cut and shard.kind == "text"
     limit = limits.text if may_cut else limits.document
@@ -306,18 +302,14 @@ def _decode_message(error: Exception) -> str:
     return f"not valid UTF-8: {error.reason}" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
-def _row_slices(
-    source: int, shard: InputShard, place: Place, columns: tuple[str, str], block: int
-) -> Iterator[Slice]:
+def _row_slices(source: int, shard: InputShard, place: Place, columns: tuple[str, str], block: int) -> Iterator[Slice]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     end = Place(source + 1)
 
     def bad(reason: str, message: str, row: int = 0) -> Slice:
-        return Slice(
-            source, shard.uri, shard.name, "rows", row, row, b"", fault=(reason, message), after=end
-        )
+        return Slice(source, shard.uri, shard.name, "rows", row, row, b"", fault=(reason, message), after=end)
 
     row = 0
     try:

@@ -4,10 +4,11 @@ import glob
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePath
+from typing import BinaryIO
 
 from millstream.errors import RequestError
 
@@ -64,7 +65,9 @@ def _expand(source: str) -> list[InputShard]:
     if source.startswith("file://"):
         source = source[len("file://") :]
     if "://" in source:
-        raise RequestError(f"cannot open {source}: only files, 'stdlib:' and '-' are readable so far; copy it here first")
+        raise RequestError(
+            f"cannot open {source}: only files, 'stdlib:' and '-' are readable so far; copy it here first"
+        )
     if os.path.isdir(source):
         return _folder(source)
     if os.path.exists(source):
@@ -153,13 +156,13 @@ def chunks(shard: InputShard, start: int = 0) -> Iterator[bytes]:
             yield from _pieces(file, READ)
 
 
-def _pieces(file: "os.PathLike[bytes] | object", size: int) -> Iterator[bytes]:
-    read = getattr(file, "read1", None) or file.read  # type: ignore[attr-defined]
+def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+    read: Callable[[int], bytes] = getattr(file, "read1", file.read)
     while piece := read(size):
         yield piece
 
 
-def _gunzip(file: object) -> Iterator[bytes]:
+def _gunzip(file: BinaryIO) -> Iterator[bytes]:
     from isal import isal_zlib
 
     decoder, fed = isal_zlib.decompressobj(wbits=31), False
@@ -167,14 +170,18 @@ def _gunzip(file: object) -> Iterator[bytes]:
         while piece:
             try:
                 out = decoder.decompress(piece, READ)
-            except isal_zlib.error as error:
+            except isal_zlib.error as error:  # type: ignore[misc]  # its stubs miss that this is an exception
                 raise Truncated(f"damaged gzip data ({error})") from error
             fed = True
             if out:
                 yield out
             if decoder.eof:
                 # Another member may follow at once; zeros are padding, as gzip(1) takes them.
-                piece, decoder, fed = decoder.unused_data.lstrip(b"\0"), isal_zlib.decompressobj(wbits=31), False
+                piece, decoder, fed = (
+                    decoder.unused_data.lstrip(b"\0"),
+                    isal_zlib.decompressobj(wbits=31),
+                    False,
+                )
             else:
                 piece = decoder.unconsumed_tail
                 if not piece and not out:
@@ -185,7 +192,7 @@ def _gunzip(file: object) -> Iterator[bytes]:
         raise Truncated("the gzip data ends early")
 
 
-def _unzstd(file: object) -> Iterator[bytes]:
+def _unzstd(file: BinaryIO) -> Iterator[bytes]:
     import zstandard
 
     # Small pieces bound what one call can unpack to; python-zstandard's reader would hide a truncated frame.

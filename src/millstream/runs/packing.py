@@ -4,15 +4,15 @@ import contextlib
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from millstream.engines.local import map_ordered
-from millstream.errors import DataError, LedgerError, RequestError, ResumeRefused, RunError
+from millstream.errors import DataError, RequestError, ResumeRefused, RunError
 from millstream.formats.documents import Fields
 from millstream.formats.manifest import (
     FAULTS,
@@ -29,55 +29,16 @@ from millstream.formats.manifest import (
     shard_names,
     write_manifest,
 )
-from millstream.formats.shards import Rows, Shape, ShardWriter, write_remainder
+from millstream.formats.shards import Shape
 from millstream.formats.slices import Limits, slices, units
 from millstream.formats.sources import InputShard, expand, fingerprint, prefix_hash
 from millstream.records import Fault, Place, Slice, TokenBatch
 from millstream.runs.encode import CHECK_FIRST, Encode, Encoded
-from millstream.stream.pack import Concat, Packed, Packer, Split
-from millstream.stream.tokenizers import Tokenizer, load_tokenizer
-
-MIB = 1 << 20
-
-# Peak resident memory, measured: the parent with Arrow; what an engine and its word cache grow to on words that never
-# repeat, in the parent or in a worker; and copies of a document that is decoded, tokenized and packed.
-PARENT_MEMORY = 160 * MIB
-ENGINE_MEMORY = 180 * MIB
-WORKER_MEMORY = 270 * MIB
-DOCUMENT_COPIES = 10
-WORTH_A_WORKER = 24 * MIB
-"""Bytes of input below which starting another process takes longer than it saves."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is asked for. The first group decides the bytes and may not change on resume."""
-
-    tokenizer: str | None = "gpt2"
-    seq_len: int = 2048
-    strategy: str = "concat"
-    bos: bool = False
-    eos: bool = False
-    bos_token: str | None = None
-    eos_token: str | None = None
-    remainder: str = "keep"
-    pad_id: int | None = None
-    pad_side: str = "right"
-    text_field: str = "text"
-    id_field: str = "id"
-    ids_field: str | None = None
-    limit: int | None = None
-    validation: float = 0.0
-    format: str = "npy"
-    shard_size: int = 256 * MIB
-    max_document: int | None = None
-
-    workers: int | None = None
-    memory: int = 1024 * MIB
-    on_error: str = "stop"
-    engine: str = "fast"
-    overwrite: bool = False
-    block: int = MIB
+from millstream.runs.ledger import make_ledger
+from millstream.runs.settings import MIB, Settings, check_settings, choose_workers, identity
+from millstream.runs.subset import Mark, Subset
+from millstream.stream.pack import Concat, Packer, Split
+from millstream.stream.tokenizers import load_tokenizer
 
 
 class Progress(NamedTuple):
@@ -126,28 +87,6 @@ class Report:
         return {**asdict(self), "faults": self.faults}
 
 
-@dataclass(frozen=True)
-class Mark:
-    """The state of the reading side before a unit: what a resumed run goes on with.
-
-    `ordinal`: documents read so far; `line`: of the input shard at `place`; `text_ids`, `special_ids` as in the ledger;
-    `fault_bytes`: how long faults.jsonl is; `bytes`: of input.
-    """
-
-    place: Place = Place()
-    ordinal: int = 0
-    line: int = 0
-    text_ids: int = 0
-    special_ids: int = 0
-    fault_bytes: int = 0
-    faults: dict[str, int] = field(default_factory=dict)
-    bytes: int = 0
-
-    @classmethod
-    def load(cls, found: dict[str, Any]) -> "Mark":
-        return cls(**{**found, "place": Place(*found["place"])})
-
-
 def pack_to(
     out: str | os.PathLike[str],
     sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
@@ -177,120 +116,6 @@ def pack_to(
         raise RunError(f"{error}. Run the same command again to go on") from error
 
 
-class Subset:
-    """The samples of one subset (train, validation): its packer, its shards, and where it can go on.
-
-    `resume` = (ordinal, used): the first document not wholly in a sealed shard and how many of its ids are in one.
-    `mark` is the reading side's state before that document.
-    """
-
-    def __init__(self, name: str, folder: str, shape: Shape, packer: Packer, found: dict[str, Any] | None) -> None:
-        self.name, self.folder, self.shape, self.packer = name, folder, shape, packer
-        self.shards: list[dict[str, Any]] = found["shards"] if found else []
-        self.resume: tuple[int, int] = (0, 0)
-        self.mark = Mark()
-        if found:
-            self.resume = (found["resume"]["ordinal"], found["resume"]["used"])
-            self.mark = Mark.load(found["resume"]["mark"])
-        self.trim = self.resume
-        self.base = len(self.shards) * shape.per_shard  # samples sealed before this run
-        self.writer: ShardWriter | None = None
-        self.remainder: dict[str, Any] | None = None
-
-    def add(self, batch: TokenBatch, begin: Mark, after: Mark) -> bool:
-        """Pack a batch that was read between the marks `begin` and `after`; whether a shard was sealed."""
-        batch = batch.after(*self.trim)
-        if not len(batch):
-            return False
-        packed = self.packer.feed(batch)
-        ended = len(batch) - batch.open
-        per_shard, sealed = self.shape.per_shard, False
-        samples = self.packer.samples - len(packed.ids)  # samples and rows written so far
-        rows = 0
-        while True:
-            number = len(self.shards)
-            bound = (number + 1) * per_shard - self.base
-            upto = min(bound, self.packer.samples)
-            self._write_samples(packed, samples, upto, number * per_shard - self.base)
-            samples = upto
-            last = int(np.searchsorted(packed.last_sample[:ended], bound))
-            self._write_rows(batch, packed, rows, last)
-            rows = last
-            if self.packer.samples < bound:
-                return sealed
-            self._seal()
-            sealed = True
-            self.resume = self._resume_at(batch, packed, rows, bound, after)
-            self.mark = begin if rows < len(batch) else after
-
-    def _resume_at(self, batch: TokenBatch, packed: Packed, row: int, bound: int, after: Mark) -> tuple[int, int]:
-        if row == len(batch):
-            return after.ordinal, 0
-        ordinal = int(batch.ordinal[row])
-        segments = packed.segments
-        here = segments[(segments["document"] == ordinal) & (segments["sample"] < bound)]
-        return ordinal, int(here[-1]["start"] + here[-1]["length"]) if len(here) else 0
-
-    def _open(self) -> ShardWriter:
-        if self.writer is None:
-            self.writer = ShardWriter(self.folder, self.name, len(self.shards), self.shape)
-        return self.writer
-
-    def _write_samples(self, packed: Packed, low: int, high: int, first: int) -> None:
-        if high <= low:
-            return
-        offset = self.packer.samples - len(packed.ids)
-        chosen = packed.segments
-        bounds = np.searchsorted(chosen["sample"], [low, high])
-        segments = chosen[bounds[0] : bounds[1]].copy()
-        segments["sample"] -= np.uint32(first) if first >= 0 else np.uint32(0)
-        if first < 0:
-            segments["sample"] += np.uint32(-first)
-        rows = packed.ids[low - offset : high - offset]
-        padding = rows.size - int(segments["length"].sum())
-        self._open().write(rows, segments, padding)
-
-    def _write_rows(self, batch: TokenBatch, packed: Packed, low: int, high: int) -> None:
-        if high > low:
-            part = slice(low, high)
-            length = (batch.start + batch.length)[part]
-            split = packed.split[part] & (length > 0)
-            rows = (batch.ordinal[part], batch.doc_ids[part], batch.source[part], batch.offset[part])
-            self._open().write_documents(Rows(*rows, length, split))
-
-    def _seal(self) -> None:
-        assert self.writer
-        self.shards.append(self.writer.seal())
-        self.writer = None
-
-    def finish(self, remainder: str, pad_id: int, pad_side: str) -> None:
-        """Seal what is left; the ids that fill no sample are kept, padded or dropped."""
-        rest = self.packer.finish()
-        n = self.shape.seq_len
-        self.remainder = {"policy": remainder, "ids": len(rest.ids)}
-        if len(rest.ids):
-            segments = rest.segments.copy()
-            local = self.packer.samples - (len(self.shards) * self.shape.per_shard - self.base)
-            segments["sample"] = local
-            if remainder == "pad":
-                row = np.full((1, n), pad_id, rest.ids.dtype)
-                left = n - len(rest.ids) if pad_side == "left" else 0
-                row[0, left : left + len(rest.ids)] = rest.ids
-                self._open().write(row, segments, n - len(rest.ids))
-            elif remainder == "keep":
-                self._open().write_segments(segments)
-                self.remainder |= write_remainder(self.folder, self.name, rest.ids)
-        if self.writer:
-            self._seal()
-
-    def entry(self, complete: bool) -> dict[str, Any]:
-        found: dict[str, Any] = {"shards": self.shards}
-        if complete:
-            return {**found, "remainder": self.remainder}
-        mark = {**asdict(self.mark), "place": list(self.mark.place)}
-        return {**found, "resume": {"ordinal": self.resume[0], "used": self.resume[1], "mark": mark}}
-
-
 class PackRun:
     """One call of `pack_to`; `run` does it."""
 
@@ -311,7 +136,7 @@ class PackRun:
         self.identity = identity(settings, self.tokenizer)
         self.total_bytes = _total_bytes(self.inputs)
         self.workers, self.workers_why = choose_workers(settings, self.max_document, self.total_bytes)
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.started = time.perf_counter()
         self.compared = 0
         self.fingerprints: list[dict[str, Any] | None] = [None] * len(self.inputs)
@@ -348,15 +173,14 @@ class PackRun:
             return
         except NotADirectoryError:
             raise RequestError(f"{self.out} is a file; --out wants a folder") from None
-        if names and MANIFEST not in names and not names <= {JOURNAL, MANIFEST + TEMPORARY}:
+        begun = {JOURNAL, FAULTS, TOKENIZER, TOKENIZER + TEMPORARY, MANIFEST + TEMPORARY}
+        if MANIFEST not in names and names and not (JOURNAL in names and names <= begun):
             raise RequestError(
                 f"{self.out} has files that are not millstream's; give an empty or a new folder as --out"
             )
         if MANIFEST in names and self.settings.overwrite:
-            try:
+            with contextlib.suppress(RunError):  # damaged, but ours
                 read_manifest(self.out)
-            except RunError:
-                pass  # damaged, but ours
             with contextlib.closing(Journal(self.out)):
                 _delete_all_but_journal(self.out)
                 os.truncate(os.path.join(self.out, JOURNAL), 0)
@@ -395,17 +219,18 @@ class PackRun:
 
     def _changed_inputs(self, found: dict[str, Any], finished: bool) -> list[str]:
         """What changed of the inputs that were used; what lies behind the last sealed place may be mended."""
-        place = Place(len(self.inputs)) if finished else self._first_mark(found).place
-        wrong = []
         then = found["inputs"]
-        for number, shard in enumerate(self.inputs[: max(place.source, 1)]):
-            if number >= len(then) or then[number]["name"] != shard.name:
-                was = then[number]["name"] if number < len(then) else "not there"
-                wrong.append(f"input {number + 1} was {was}, is {shard.name}")
-            elif number < place.source and then[number] != self._fingerprint(number):
-                wrong.append(f"{shard.name} has changed since it was packed")
-        if finished and len(then) > len(self.inputs):
-            wrong.append(f"input {len(self.inputs) + 1} was {then[len(self.inputs)]['name']}, is not there")
+        place = Place(len(then)) if finished else self._first_mark(found).place
+        wrong = []
+        names = [shard.name for shard in self.inputs]
+        for number, entry in enumerate(then[: place.source + 1]):
+            if number >= len(names) or names[number] != entry["name"]:
+                now = names[number] if number < len(names) else "not given"
+                wrong.append(f"input {number + 1} was {entry['name']}, is {now}")
+            elif number < place.source and entry != self._fingerprint(number):
+                wrong.append(f"{names[number]} has changed since it was packed")
+        if finished and len(names) > len(then):
+            wrong.append(f"input {len(then) + 1} was not given, is {names[len(then)]}")
         used = found.get("prefix")
         if not wrong and not finished and used and place.source < len(self.inputs):
             shard = self.inputs[place.source]
@@ -449,21 +274,22 @@ class PackRun:
                 os.truncate(fault_path, mark.fault_bytes)
             faults = stack.enter_context(open(fault_path, "ab"))
             if found is None:
-                self._commit(subsets, mark)
+                self._commit(subsets)
             journal.write("resume" if found else "start", workers=self.workers, ordinal=mark.ordinal)
             first = mark
             try:
                 mark = self._stream(subsets, mark, faults, journal)
                 ledger = self._finish(subsets, mark, faults)
             except BaseException as error:
-                journal.write("stop", reason=f"{type(error).__name__}: {error}")
-                for subset in subsets.values():
-                    if subset.writer:
-                        with contextlib.suppress(OSError):  # of a full disk; the run has failed with its own error
-                            subset.writer.close()
+                with contextlib.suppress(OSError):  # on a full disk; the run has failed with its own error
+                    journal.write("stop", reason=f"{type(error).__name__}: {error}")
+                    for subset in subsets.values():
+                        subset.close()
                 raise
         journal.write("done", seconds=round(time.perf_counter() - self.started, 3))
-        return self._report(ledger, {k: v.entry(True) for k, v in subsets.items()}, resumed=bool(found), span=(first, mark))
+        return self._report(
+            ledger, {k: v.entry(True) for k, v in subsets.items()}, resumed=bool(found), span=(first, mark)
+        )
 
     def _subsets(self, found: dict[str, Any] | None) -> dict[str, Subset]:
         settings = self.settings
@@ -531,14 +357,14 @@ class PackRun:
                 after, batch, bad = self._number(encoded, mark, afters.pop(0))
                 self._record(bad, faults)
                 after = replace(after, fault_bytes=faults.tell())
-                if not encoded.opened:
-                    begin = mark
-                sealed = self._pack(subsets, encoded, batch, begin, after)
-                if encoded.open and len(batch) > 1:
-                    begin = mark
-                mark = after
+                # A document that goes on is read again from its beginning: no mark lies inside one.
+                begin = begin if encoded.opened else mark
+                goes_on = begin if encoded.opened and len(batch) == 1 else mark
+                end = goes_on if encoded.open else after
+                sealed = self._pack(subsets, encoded, batch, begin, end, after.ordinal)
+                begin, mark = end, after
                 if sealed:
-                    self._commit(subsets, mark, faults)
+                    self._commit(subsets, faults)
                     journal.write("commit", ordinal=mark.ordinal, bytes=mark.bytes)
                 now = time.perf_counter()
                 if self.on_progress and now - shown > 0.1:
@@ -582,19 +408,16 @@ class PackRun:
     def _number(self, encoded: Encoded, mark: Mark, place: Place) -> tuple[Mark, TokenBatch, list[Fault]]:
         """Give the documents of a unit their ordinals and the faults their lines; the mark behind it."""
         limit = self.settings.limit
-        line = mark.line if encoded.lines and encoded.lines[0][0] == mark.place.source else 0
-        source_lines: Counter[int] = Counter()
-        if encoded.lines:
-            source_lines[encoded.lines[0][0]] = line
-        bad = []
-        names = {self.inputs[source].name: source for source, _ in encoded.lines}
-        before = dict(source_lines)
+        lines = Counter({mark.place.source: mark.line})  # before this unit; a later input shard begins with it
+        bad = [
+            fault._replace(
+                ordinal=mark.ordinal + fault.ordinal,
+                line=fault.line and fault.line + lines[fault.shard],
+            )
+            for fault in encoded.faults
+        ]
         for source, count in encoded.lines:
-            before.setdefault(source, source_lines[source])
-            source_lines[source] += count
-        for fault in encoded.faults:
-            base = before.get(names.get(fault.source, -1), 0) if fault.line else 0
-            bad.append(fault._replace(ordinal=mark.ordinal + fault.ordinal, line=fault.line and fault.line + base))
+            lines[source] += count
         ordinal = encoded.position + mark.ordinal
         batch = TokenBatch(
             encoded.ids,
@@ -626,7 +449,7 @@ class PackRun:
         after = Mark(
             place,
             mark.ordinal + count,
-            source_lines[place.source],
+            lines[place.source],
             mark.text_ids + len(batch.ids) - specials,
             mark.special_ids + specials,
             mark.fault_bytes,
@@ -649,19 +472,25 @@ class PackRun:
             faults.write(json.dumps(fault._asdict(), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
     def _pack(
-        self, subsets: dict[str, Subset], encoded: Encoded, batch: TokenBatch, begin: Mark, after: Mark
+        self,
+        subsets: dict[str, Subset],
+        encoded: Encoded,
+        batch: TokenBatch,
+        begin: Mark,
+        end: Mark,
+        ordinal: int,
     ) -> bool:
         start = time.perf_counter()
         if "validation" not in subsets:
-            sealed = subsets["train"].add(batch, begin, after)
+            sealed = subsets["train"].add(batch, begin, end, ordinal)
         else:
             chosen = encoded.in_validation[: len(batch)]
-            sealed = subsets["train"].add(batch.where(~chosen), begin, after)
-            sealed |= subsets["validation"].add(batch.where(chosen), begin, after)
+            sealed = subsets["train"].add(batch.where(~chosen), begin, end, ordinal)
+            sealed |= subsets["validation"].add(batch.where(chosen), begin, end, ordinal)
         self.seconds["pack and write"] += time.perf_counter() - start
         return sealed
 
-    def _commit(self, subsets: dict[str, Subset], mark: Mark, faults: Any = None) -> None:
+    def _commit(self, subsets: dict[str, Subset], faults: Any = None) -> None:
         if faults:
             faults.flush()
             os.fsync(faults.fileno())
@@ -780,161 +609,6 @@ class PackRun:
         )
 
 
-def make_ledger(mark: Mark, subsets: dict[str, Any], seq_len: int) -> dict[str, Any]:
-    """What came in, counted while reading, against what went out, counted while writing. Raises LedgerError."""
-    shards = [shard for subset in subsets.values() for shard in subset["shards"]]
-
-    def total(key: str) -> int:
-        return sum(shard[key] for shard in shards)
-
-    left = {"keep": 0, "pad": 0, "drop": 0}
-    for subset in subsets.values():
-        left[subset["remainder"]["policy"]] += subset["remainder"]["ids"]
-    documents = {
-        "in": mark.ordinal,
-        "whole": total("documents") - total("split") - total("empty"),
-        "split": total("split"),
-        "empty": total("empty"),
-        "faulty": sum(mark.faults.values()),
-    }
-    ids = {
-        "in": mark.text_ids + mark.special_ids,
-        "text": mark.text_ids,
-        "special": mark.special_ids,
-        "in_samples": total("samples") * seq_len - total("padding"),
-        "padding": total("padding"),
-        "remainder": left["keep"],
-        "dropped": left["drop"],
-    }
-    ledger = {"documents": documents, "ids": ids, "samples": total("samples"), "faults": mark.faults}
-    check_ledger(ledger)
-    return ledger
-
-
-def check_ledger(ledger: dict[str, Any]) -> None:
-    """Raises LedgerError unless documents in = whole + split + empty + faulty, and ids in = what became of them."""
-    documents, ids = ledger["documents"], ledger["ids"]
-    out = documents["whole"] + documents["split"] + documents["empty"] + documents["faulty"]
-    if documents["in"] != out:
-        raise LedgerError(f"{documents['in']:,} documents came in and {out:,} are accounted for")
-    out = ids["in_samples"] + ids["remainder"] + ids["dropped"]
-    if ids["in"] != out or ids["in"] != ids["text"] + ids["special"]:
-        raise LedgerError(f"{ids['in']:,} ids came in and {out:,} are accounted for")
-
-
-# Settings -----------------------------------------------------------------------------------------------------------
-
-
-def check_settings(settings: Settings) -> None:
-    """Raises RequestError that says what to give instead."""
-
-    def wrong(flag: str, found: object, want: str) -> RequestError:
-        return RequestError(f"{flag} {found} does not work: {want}")
-
-    if settings.seq_len < 1:
-        raise wrong("--seq-len", settings.seq_len, "a sample needs at least one id")
-    for flag, value, known in (
-        ("--strategy", settings.strategy, ("concat", "split")),
-        ("--remainder", settings.remainder, ("keep", "drop", "pad")),
-        ("--pad-side", settings.pad_side, ("right", "left")),
-        ("--format", settings.format, ("npy", "parquet")),
-        ("--on-error", settings.on_error, ("stop", "skip")),
-        ("--engine", settings.engine, ("fast", "reference")),
-    ):
-        if value not in known:
-            raise wrong(flag, value, f"give {' or '.join(known)}")
-    if not 0 <= settings.validation < 1:
-        raise wrong("--validation", settings.validation, "give a fraction from 0 to below 1, such as 0.01")
-    if settings.limit is not None and settings.limit < 0:
-        raise wrong("--limit", settings.limit, "give a number of documents")
-    if settings.workers is not None and settings.workers < 1:
-        raise wrong("--workers", settings.workers, "give at least 1")
-    for flag, size in (("--shard-size", settings.shard_size), ("--max-document", settings.max_document)):
-        if size is not None and size < 1:
-            raise wrong(flag, size, "give a size such as 64MiB")
-    if (settings.ids_field or settings.text_field) == settings.id_field:
-        raise wrong("--id-field", settings.id_field, "a document's id cannot be its text as well")
-
-
-DEFAULT_MAX_DOCUMENT = 32 * MIB
-
-
-def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """What decides the bytes, as the manifest keeps it."""
-
-    def special(wanted: bool, what: str, named: str | None, own: str | None) -> int | None:
-        if not wanted and named is None:
-            return None
-        if tokenizer is None:
-            raise RequestError(f"--{what} needs a tokenizer that names the token; give --tokenizer")
-        return tokenizer.special_id(named or own, what)
-
-    eos = special(settings.eos, "eos", settings.eos_token, tokenizer.eos_token if tokenizer else None)
-    bos = special(settings.bos, "bos", settings.bos_token, tokenizer.bos_token if tokenizer else None)
-    pad = settings.pad_id
-    if pad is None and (settings.strategy == "split" or settings.remainder == "pad"):
-        if tokenizer is None or (tokenizer.eos_token is None and eos is None):
-            raise RequestError("samples have to be padded, and no EOS token is known to do it; give --pad-id")
-        pad = eos if eos is not None else tokenizer.special_id(tokenizer.eos_token, "eos")
-    largest = tokenizer.vocab_size - 1 if tokenizer else 0xFFFFFFFF
-    if pad is not None and not 0 <= pad <= largest:
-        raise RequestError(f"--pad-id {pad} is no id of the vocabulary: give one from 0 to {largest:,}")
-    explicit = settings.max_document is not None
-    engine = "fastokens 0.3.5" if tokenizer and tokenizer.reference else None
-    return {
-        "tokenizer": tokenizer
-        and {"name": tokenizer.name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
-        "engine": engine,
-        "seq_len": settings.seq_len,
-        "strategy": settings.strategy,
-        "bos_id": bos,
-        "eos_id": eos,
-        "remainder": settings.remainder,
-        "pad_id": pad,
-        "pad_side": settings.pad_side,
-        "text_field": settings.text_field,
-        "id_field": settings.id_field,
-        "ids_field": settings.ids_field,
-        "limit": settings.limit,
-        "validation": settings.validation,
-        "format": settings.format,
-        "shard_size": settings.shard_size,
-        "max_document": {
-            "bytes": settings.max_document or DEFAULT_MAX_DOCUMENT,
-            "plain_text_too": explicit,
-        },
-    }
-
-
-def choose_workers(settings: Settings, max_document: int, total_bytes: int | None) -> tuple[int, str]:
-    """(number of processes, why). Raises RequestError if `memory` is less than one process was measured to need."""
-    documents = DOCUMENT_COPIES * max_document
-    least = PARENT_MEMORY + ENGINE_MEMORY + min(documents, settings.memory)
-    if settings.memory < PARENT_MEMORY + ENGINE_MEMORY + documents:
-        fits = max(0, settings.memory - PARENT_MEMORY - ENGINE_MEMORY) // DOCUMENT_COPIES
-        lower = f", or --max-document {fits // MIB}MiB" if fits >= MIB else ""
-        raise RequestError(
-            f"--memory {settings.memory // MIB}MiB is too little: documents of up to {max_document / MIB:.3g} MiB need "
-            f"{(PARENT_MEMORY + ENGINE_MEMORY + documents) // MIB}MiB. Give that{lower}"
-        )
-    del least
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    room = (settings.memory - PARENT_MEMORY - documents) // WORKER_MEMORY
-    if settings.workers is not None:
-        if settings.workers > max(1, room):
-            need = (PARENT_MEMORY + documents + settings.workers * WORKER_MEMORY) // MIB
-            raise RequestError(
-                f"--workers {settings.workers} need up to {need}MiB; --memory is {settings.memory // MIB}MiB. "
-                f"Give --memory {need}MiB or --workers {max(1, room)}"
-            )
-        return settings.workers, "as asked"
-    if room < cores:
-        return max(1, room), f"as many as fit into {settings.memory // MIB}MiB; there are {cores} cores"
-    if total_bytes is not None and total_bytes < cores * WORTH_A_WORKER:
-        return max(1, min(cores, total_bytes // WORTH_A_WORKER)), "the input is small"
-    return cores, "one a core"
-
-
 def _total_bytes(inputs: list[InputShard]) -> int | None:
     """Bytes of input, for the time left; None where it is not known (standard input) or not comparable (packed)."""
     if any(not shard.seekable for shard in inputs):
@@ -949,9 +623,7 @@ def _total_bytes(inputs: list[InputShard]) -> int | None:
 def _without_data(unit: tuple[Slice, ...], inputs: list[InputShard]) -> tuple[Slice, ...]:
     """What workers can read themselves need not be sent."""
     return tuple(
-        replace(piece, data=None)
-        if piece.data and inputs[piece.source].seekable and piece.kind != "rows"
-        else piece
+        replace(piece, data=None) if piece.data and inputs[piece.source].seekable and piece.kind != "rows" else piece
         for piece in unit
     )
 
@@ -982,4 +654,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict) and "bytes" in value:
         return f"{value['bytes']:,} bytes"
     return "not given" if value is None else str(value)
-

@@ -57,7 +57,9 @@ class Stream(Iterator[T], Generic[T]):
         batches: Callable[[State | None], Iterator[Any]],
         items: Callable[[Iterator[Any], State | None], Iterator[tuple[T, Callable[[], State]]]],
         state: State | None,
+        columns: bool = True,
     ) -> None:
+        self.columns = columns  # whether the next stage can take `batches` for the items: one row an item
         self._batches, self._items_of = batches, items
         self._start = state
         self._items: Iterator[tuple[T, Callable[[], State]]] | None = None
@@ -137,7 +139,15 @@ def read(
                     line = fault.line and fault.line + before.get(number, 0)
                     # Documents before the fault are handed out first.
                     good = sum(position < fault.ordinal for position in batch.position)
-                    yield _texts(batch.texts[:good], batch.doc_ids[:good], batch.position[:good], at, skip, place, before)
+                    yield _texts(
+                        batch.texts[:good],
+                        batch.doc_ids[:good],
+                        batch.position[:good],
+                        at,
+                        skip,
+                        place,
+                        before,
+                    )
                     raise DataError(f"{fault._replace(line=line).place}: {fault.message}")
             yield _texts(batch.texts, batch.doc_ids, batch.position, at, skip, place, before)
             ordinal += batch.count
@@ -173,9 +183,7 @@ def _texts(
     return _Texts(texts[low:], ids[low:], state, ordinal)
 
 
-def _document_items(
-    batches: Iterator[_Texts], state: State | None
-) -> Iterator[tuple[Document, Callable[[], State]]]:
+def _document_items(batches: Iterator[_Texts], state: State | None) -> Iterator[tuple[Document, Callable[[], State]]]:
     for batch in batches:
         for row, (text, name) in enumerate(zip(batch.texts, batch.ids, strict=True), 1):
             yield Document(name, text), lambda batch=batch, row=row: batch.states(row)  # type: ignore[misc]
@@ -234,9 +242,7 @@ def _id_items(batches: Iterator[_Tokens], state: State | None) -> Iterator[tuple
             yield ids, lambda tokens=tokens, row=row: tokens.states(row)  # type: ignore[misc]
 
 
-def _text_batches(
-    documents: Iterable[Any], text_field: str, id_field: str, state: State | None
-) -> Iterator[_Texts]:
+def _text_batches(documents: Iterable[Any], text_field: str, id_field: str, state: State | None) -> Iterator[_Texts]:
     if isinstance(documents, Stream):
         yield from documents.batches(state)
         return
@@ -299,13 +305,11 @@ def split(ids: Iterable[Any], seq_len: int, *, state: State | None = None) -> St
     """
     samples = _packed(ids, seq_len, lambda dtype: Split(seq_len, dtype), "drop", 0, "right")
 
-    def items(
-        batches: Iterator[_Tokens], state: State | None
-    ) -> Iterator[tuple[Ids, Callable[[], State]]]:
+    def items(batches: Iterator[_Tokens], state: State | None) -> Iterator[tuple[Ids, Callable[[], State]]]:
         for sample, where in samples(batches, state):
             yield sample.token_ids[: sum(segment.length for segment in sample.segments)], where
 
-    return Stream(lambda state: _id_batches(ids, state), items, state)
+    return Stream(lambda state: _id_batches(ids, state), items, state, columns=False)
 
 
 def pack(
@@ -332,7 +336,7 @@ def pack(
     if remainder == "pad" and pad_id is None:
         raise RequestError("remainder='pad' needs a pad_id")
     items = _packed(ids, seq_len, lambda dtype: Concat(seq_len, dtype), remainder, pad_id or 0, pad_side)
-    return Stream(lambda state: _id_batches(ids, state), items, state)
+    return Stream(lambda state: _id_batches(ids, state), items, state, columns=False)
 
 
 def _packed(
@@ -346,9 +350,7 @@ def _packed(
     if seq_len < 1:
         raise RequestError(f"seq_len {seq_len} does not work: a sample needs at least one id")
 
-    def items(
-        batches: Iterator[_Tokens], state: State | None
-    ) -> Iterator[tuple[Sample, Callable[[], State]]]:
+    def items(batches: Iterator[_Tokens], state: State | None) -> Iterator[tuple[Sample, Callable[[], State]]]:
         if state and state.get("end"):
             return
         number: int = state["item"] if state else 0  # the document that holds the next id
@@ -403,7 +405,7 @@ def _segments(rows: Ids) -> tuple[Segment, ...]:
 def _id_batches(ids: Iterable[Any], state: State | None) -> Iterator[_Tokens]:
     if state and state.get("end"):
         return
-    if isinstance(ids, Stream):
+    if isinstance(ids, Stream) and ids.columns:
         for batch in ids.batches(state):
             if not isinstance(batch, _Tokens):
                 raise RequestError("these are documents, not ids: put tokenize(...) between")
@@ -430,4 +432,3 @@ def _ids_of(item: Any) -> Ids:
     if int(array.min()) < 0 or int(array.max()) > 0xFFFFFFFF:
         raise DataError(f"ids must be from 0 to 4,294,967,295: {int(array.min())} to {int(array.max())}")
     return array.astype(np.uint32)
-

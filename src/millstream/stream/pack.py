@@ -21,8 +21,8 @@ class Packed:
 
     `ids` (samples, seq_len); `segments` (of `SEGMENT`, in order of sample, `sample` counting from the packer's first);
     for each row of the batch that was fed, `last_sample`: the sample of the row's last id (of the next id for an empty
-    document), and `split`: whether the document reaches into more than one sample; neither counts for a last row that is
-    open. `padding`: ids that are none.
+    document), and `split`: whether the document reaches into more than one sample; neither counts for a last row that
+    is open. `padding`: ids that are none.
     """
 
     ids: Ids
@@ -85,12 +85,13 @@ class Concat:
 
     def _split(self, batch: TokenBatch, first: Ids, last: Ids) -> Ids:
         if not len(batch):
-            return first != last
+            return np.zeros(0, bool)
         begin = first.copy()
         if batch.start[0]:
             begin[0] = self._open_first
         self._open_first = int(begin[-1]) if batch.open else -1
-        return begin != last
+        moved: Ids = begin != last
+        return moved
 
     def _copy(self, ids: Ids, complete: int) -> Ids:
         n, held = self.seq_len, self._filled
@@ -131,9 +132,7 @@ class Split:
     [[1, 2], [3, 9], [4, 5]]
     """
 
-    def __init__(
-        self, seq_len: int, dtype: "np.dtype[Any]", pad_id: int = 0, pad_side: str = "right"
-    ) -> None:
+    def __init__(self, seq_len: int, dtype: "np.dtype[Any]", pad_id: int = 0, pad_side: str = "right") -> None:
         self.seq_len = seq_len
         self.samples = 0
         self._pad = pad_id
@@ -156,9 +155,7 @@ class Split:
         pieces = -(-lengths // n)
         # A virtual position in which every document begins with a new sample makes this the case of `Concat`.
         starts = (np.cumsum(pieces) - pieces + self.samples) * n
-        flat = TokenBatch(
-            ids, lengths, batch.ordinal, offsets, batch.doc_ids, batch.source, batch.offset, batch.open
-        )
+        flat = TokenBatch(ids, lengths, batch.ordinal, offsets, batch.doc_ids, batch.source, batch.offset, batch.open)
         segments = _cut(flat, starts, starts + lengths, starts // n, n)
         total = int(pieces.sum())
         out = np.full((total, n), self._pad, self._dtype)

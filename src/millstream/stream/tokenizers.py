@@ -121,9 +121,7 @@ class Tiktoken:
     def __init__(self, name: str, pat_str: str, ranks: dict[bytes, int], specials: dict[str, int]) -> None:
         import tiktoken
 
-        self.encoding = tiktoken.Encoding(
-            name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=specials
-        )
+        self.encoding = tiktoken.Encoding(name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=specials)
 
     def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
         found = [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
@@ -139,7 +137,7 @@ def _fastokens(definition: str) -> Engine | None:
 
     try:
         return Fastokens(fastokens.Tokenizer.from_json_str(definition))
-    except Exception:  # noqa: BLE001  its errors have no type of their own; the reference engine takes over
+    except Exception:
         return None
 
 
@@ -252,7 +250,7 @@ def _tiktoken(name: str) -> Tokenizer:
 
     try:
         parts = ENCODING_CONSTRUCTORS[name]()
-    except Exception as error:  # noqa: BLE001  the download can fail in every way a network can
+    except Exception as error:
         raise RequestError(
             f"tokenizer {name} is not on this machine and could not be downloaded "
             f"({type(error).__name__}); put its file into the folder named by TIKTOKEN_CACHE_DIR"
@@ -311,7 +309,7 @@ def from_definition(name: str, definition: str, config: dict[str, Any] | None = 
         content = json.loads(definition)
         added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
         reference = HuggingFace(definition)
-    except Exception as error:  # noqa: BLE001  `tokenizers` raises plain Exception for what it cannot read
+    except Exception as error:
         raise RequestError(f"{name} is no tokenizer.json that can be read: {error}") from error
     vocabulary = reference.tokenizer.get_vocab(with_added_tokens=True)
     fast = _fastokens(definition)
@@ -378,7 +376,7 @@ def _in_tiktoken_cache(name: str) -> bool:
     from tiktoken import load
     from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS
 
-    def no_network(_: str) -> bytes:
+    def no_network(blobpath: str) -> bytes:
         raise FileNotFoundError
 
     read_file, load.read_file = load.read_file, no_network

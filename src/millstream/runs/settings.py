@@ -1,0 +1,159 @@
+"""What a pack run is asked for: checked, and split into what decides the bytes and what does not."""
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from millstream.errors import RequestError
+from millstream.stream.tokenizers import Tokenizer
+
+MIB = 1 << 20
+
+# Peak resident memory, measured: the parent with Arrow; what an engine and its word cache grow to on words that never
+# repeat, in the parent or in a worker; and copies of a document that is decoded, tokenized and packed.
+PARENT_MEMORY = 160 * MIB
+ENGINE_MEMORY = 180 * MIB
+WORKER_MEMORY = 270 * MIB
+DOCUMENT_COPIES = 10
+WORTH_A_WORKER = 24 * MIB
+"""Bytes of input below which starting another process takes longer than it saves."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked for. The first group decides the bytes and may not change on resume."""
+
+    tokenizer: str | None = "gpt2"
+    seq_len: int = 2048
+    strategy: str = "concat"
+    bos: bool = False
+    eos: bool = False
+    bos_token: str | None = None
+    eos_token: str | None = None
+    remainder: str = "keep"
+    pad_id: int | None = None
+    pad_side: str = "right"
+    text_field: str = "text"
+    id_field: str = "id"
+    ids_field: str | None = None
+    limit: int | None = None
+    validation: float = 0.0
+    format: str = "npy"
+    shard_size: int = 256 * MIB
+    max_document: int | None = None
+
+    workers: int | None = None
+    memory: int = 1024 * MIB
+    on_error: str = "stop"
+    engine: str = "fast"
+    overwrite: bool = False
+    block: int = MIB
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises RequestError that says what to give instead."""
+
+    def wrong(flag: str, found: object, want: str) -> RequestError:
+        return RequestError(f"{flag} {found} does not work: {want}")
+
+    if settings.seq_len < 1:
+        raise wrong("--seq-len", settings.seq_len, "a sample needs at least one id")
+    for flag, value, known in (
+        ("--strategy", settings.strategy, ("concat", "split")),
+        ("--remainder", settings.remainder, ("keep", "drop", "pad")),
+        ("--pad-side", settings.pad_side, ("right", "left")),
+        ("--format", settings.format, ("npy", "parquet")),
+        ("--on-error", settings.on_error, ("stop", "skip")),
+        ("--engine", settings.engine, ("fast", "reference")),
+    ):
+        if value not in known:
+            raise wrong(flag, value, f"give {' or '.join(known)}")
+    if not 0 <= settings.validation < 1:
+        raise wrong("--validation", settings.validation, "give a fraction from 0 to below 1, such as 0.01")
+    if settings.limit is not None and settings.limit < 0:
+        raise wrong("--limit", settings.limit, "give a number of documents")
+    if settings.workers is not None and settings.workers < 1:
+        raise wrong("--workers", settings.workers, "give at least 1")
+    for flag, size in (("--shard-size", settings.shard_size), ("--max-document", settings.max_document)):
+        if size is not None and size < 1:
+            raise wrong(flag, size, "give a size such as 64MiB")
+    if (settings.ids_field or settings.text_field) == settings.id_field:
+        raise wrong("--id-field", settings.id_field, "a document's id cannot be its text as well")
+
+
+DEFAULT_MAX_DOCUMENT = 32 * MIB
+
+
+def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What decides the bytes, as the manifest keeps it."""
+
+    def special(wanted: bool, what: str, named: str | None, own: str | None) -> int | None:
+        if not wanted and named is None:
+            return None
+        if tokenizer is None:
+            raise RequestError(f"--{what} needs a tokenizer that names the token; give --tokenizer")
+        return tokenizer.special_id(named or own, what)
+
+    eos = special(settings.eos, "eos", settings.eos_token, tokenizer.eos_token if tokenizer else None)
+    bos = special(settings.bos, "bos", settings.bos_token, tokenizer.bos_token if tokenizer else None)
+    pad = settings.pad_id
+    if pad is None and (settings.strategy == "split" or settings.remainder == "pad"):
+        if tokenizer is None or (tokenizer.eos_token is None and eos is None):
+            raise RequestError("samples have to be padded, and no EOS token is known to do it; give --pad-id")
+        pad = eos if eos is not None else tokenizer.special_id(tokenizer.eos_token, "eos")
+    largest = tokenizer.vocab_size - 1 if tokenizer else 0xFFFFFFFF
+    if pad is not None and not 0 <= pad <= largest:
+        raise RequestError(f"--pad-id {pad} is no id of the vocabulary: give one from 0 to {largest:,}")
+    explicit = settings.max_document is not None
+    engine = tokenizer and f"{tokenizer.engine.name} {version(tokenizer.engine.name)}"
+    return {
+        "tokenizer": tokenizer
+        and {"name": tokenizer.name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+        "engine": engine,
+        "seq_len": settings.seq_len,
+        "strategy": settings.strategy,
+        "bos_id": bos,
+        "eos_id": eos,
+        "remainder": settings.remainder,
+        "pad_id": pad,
+        "pad_side": settings.pad_side,
+        "text_field": settings.text_field,
+        "id_field": settings.id_field,
+        "ids_field": settings.ids_field,
+        "limit": settings.limit,
+        "validation": settings.validation,
+        "format": settings.format,
+        "shard_size": settings.shard_size,
+        "max_document": {
+            "bytes": settings.max_document or DEFAULT_MAX_DOCUMENT,
+            "plain_text_too": explicit,
+        },
+    }
+
+
+def choose_workers(settings: Settings, max_document: int, total_bytes: int | None) -> tuple[int, str]:
+    """(number of processes, why). Raises RequestError if `memory` is less than one process was measured to need."""
+    documents = DOCUMENT_COPIES * max_document
+    if settings.memory < PARENT_MEMORY + ENGINE_MEMORY + documents:
+        fits = max(0, settings.memory - PARENT_MEMORY - ENGINE_MEMORY) // DOCUMENT_COPIES
+        lower = f", or --max-document {fits // MIB}MiB" if fits >= MIB else ""
+        raise RequestError(
+            f"--memory {settings.memory // MIB}MiB is too little: documents of up to {max_document / MIB:.3g} MiB need "
+            f"{(PARENT_MEMORY + ENGINE_MEMORY + documents) // MIB}MiB. Give that{lower}"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    room = (settings.memory - PARENT_MEMORY - documents) // WORKER_MEMORY
+    if settings.workers is not None:
+        if settings.workers > max(1, room):
+            need = (PARENT_MEMORY + documents + settings.workers * WORKER_MEMORY) // MIB
+            raise RequestError(
+                f"--workers {settings.workers} need up to {need}MiB; --memory is {settings.memory // MIB}MiB. "
+                f"Give --memory {need}MiB or --workers {max(1, room)}"
+            )
+        return settings.workers, "as asked"
+    if room < cores:
+        return max(1, room), f"as many as fit into {settings.memory // MIB}MiB; there are {cores} cores"
+    if total_bytes is not None and total_bytes < cores * WORTH_A_WORKER:
+        return max(1, min(cores, total_bytes // WORTH_A_WORKER)), "the input is small"
+    return cores, "one a core"

@@ -1,0 +1,53 @@
+"""The floor plan: imports point down only, and stages never import one another."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import millstream
+
+ROOT = Path(millstream.__file__).parent
+GROUND = {"records", "errors"}
+STAGES = {"stream", "formats", "engines"}
+MODULES = sorted(path for path in ROOT.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
+
+
+def imports_of(path: Path) -> set[str]:
+    """The dotted names that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def floor_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    return parts[0] if len(parts) > 1 else path.stem
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_down(path):
+    own = floor_of(path)
+    ours = {name.split(".")[1] for name in imports_of(path) if name.startswith("millstream.")}
+    if own in GROUND:
+        allowed = GROUND - {own} if own == "records" else set()
+    elif own in STAGES:
+        allowed = GROUND | {own}
+    elif own == "runs":
+        allowed = GROUND | STAGES | {own}
+    else:
+        allowed = GROUND | STAGES | {"runs", "report", "integrity", "view"}
+    assert ours <= allowed
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_event_loop_in_the_pack_half(path):
+    assert "asyncio" not in imports_of(path)
+
+
+def test_there_are_modules_to_look_at():
+    assert {floor_of(path) for path in MODULES} >= GROUND | STAGES | {"runs", "cli"}

@@ -47,7 +47,7 @@ class Fault(NamedTuple):
         return self.source if not self.offset else f"{self.source}, at {self.offset}"
 
 
-class Place(NamedTuple):
+class Cursor(NamedTuple):
     """Where reading goes on: input shard number `source`, decompressed byte (or row) `offset`.
 
     `prefix` identifies what lies before `offset` in a shard that cannot be sought: SHA-256 of those bytes.
@@ -77,7 +77,7 @@ class Slice:
     begins: bool = True
     ends: bool = True
     fault: tuple[str, str] | None = None
-    after: "Place" = field(default_factory=lambda: Place())
+    after: "Cursor" = field(default_factory=lambda: Cursor())
 
     @property
     def size(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from millstream.errors import ResumeRefused
 from millstream.formats.sources import READ, InputShard, Truncated, chunks
-from millstream.records import Place, Slice
+from millstream.records import Cursor, Slice
 
 BLOCK = READ
 LONG_TEXT = 4 << 20
@@ -32,17 +32,17 @@ class Limits:
 
 
 def slices(
-    shards: list[InputShard], place: Place, limits: Limits, columns: tuple[str, str], block: int = BLOCK
+    shards: list[InputShard], cursor: Cursor, limits: Limits, columns: tuple[str, str], block: int = BLOCK
 ) -> Iterator[Slice]:
-    """The corpus from `place` on. `columns` are the (text, id) columns to take from Parquet files.
+    """The corpus from `cursor` on. `columns` are the (text, id) columns to take from Parquet files.
 
-    What cannot be read becomes a slice with `fault` set. Raises ResumeRefused if the bytes before `place` are not the
-    ones that `place.prefix` was made from.
+    What cannot be read becomes a slice with `fault` set. Raises ResumeRefused if the bytes before `cursor` are not the
+    ones that `cursor.prefix` was made from.
     """
-    for source in range(place.source, len(shards)):
+    for source in range(cursor.source, len(shards)):
         shard = shards[source]
-        at = place if source == place.source else Place(source)
-        end = Place(source + 1)
+        at = cursor if source == cursor.source else Cursor(source)
+        end = Cursor(source + 1)
         try:
             if shard.kind == "parquet":
                 yield from _row_slices(source, shard, at, columns, block)
@@ -112,12 +112,12 @@ def _regroup(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
         raise failure
 
 
-def _from(shard: InputShard, place: Place, block: int, digest: Any) -> Iterator[bytes]:
-    """The shard's bytes from `place`; what cannot be sought is read again up to there and compared."""
+def _from(shard: InputShard, cursor: Cursor, block: int, digest: Any) -> Iterator[bytes]:
+    """The shard's bytes from `cursor`; what cannot be sought is read again up to there and compared."""
     if shard.seekable:
-        yield from _regroup(chunks(shard, place.offset), block)
+        yield from _regroup(chunks(shard, cursor.offset), block)
         return
-    left = place.offset
+    left = cursor.offset
     for chunk in _regroup(chunks(shard), block):
         if left:
             digest.update(chunk[:left])
@@ -125,7 +125,7 @@ def _from(shard: InputShard, place: Place, block: int, digest: Any) -> Iterator[
             left -= passed
             chunk = chunk[passed:]
             if not left:
-                _compare(shard, place, digest)
+                _compare(shard, cursor, digest)
         if chunk:
             yield chunk
     if left:
@@ -135,17 +135,17 @@ def _from(shard: InputShard, place: Place, block: int, digest: Any) -> Iterator[
         )
 
 
-def _compare(shard: InputShard, place: Place, digest: Any) -> None:
-    if place.prefix != digest.hexdigest():
+def _compare(shard: InputShard, cursor: Cursor, digest: Any) -> None:
+    if cursor.prefix != digest.hexdigest():
         raise ResumeRefused(
-            f"{shard.name} has changed before the place where the run stopped (byte {place.offset:,}); "
+            f"{shard.name} has changed before the place where the run stopped (byte {cursor.offset:,}); "
             "give the same input again, or start anew with --overwrite"
         )
 
 
-def _line_slices(source: int, shard: InputShard, place: Place, limits: Limits, block: int) -> Iterator[Slice]:
+def _line_slices(source: int, shard: InputShard, cursor: Cursor, limits: Limits, block: int) -> Iterator[Slice]:
     digest = hashlib.sha256()
-    position = place.offset
+    position = cursor.offset
     held: list[bytes] = []
     size = 0  # of the unfinished line in `held`, or passed over
     passing = False  # over a line that is too long
@@ -163,7 +163,7 @@ def _line_slices(source: int, shard: InputShard, place: Place, limits: Limits, b
             position,
             data,
             fault=fault,
-            after=Place(source, position, prefix),
+            after=Cursor(source, position, prefix),
         )
 
     def taken(data: bytes) -> None:
@@ -172,7 +172,7 @@ def _line_slices(source: int, shard: InputShard, place: Place, limits: Limits, b
 
     failure = None
     try:
-        for chunk in _from(shard, place, block, digest):
+        for chunk in _from(shard, cursor, block, digest):
             if passing:
                 end = chunk.find(b"\n") + 1
                 taken(chunk[: end or len(chunk)])
@@ -197,7 +197,7 @@ def _line_slices(source: int, shard: InputShard, place: Place, limits: Limits, b
     except Truncated as error:
         failure = error
     if failure:
-        after = Place(source + 1)
+        after = Cursor(source + 1)
         yield Slice(
             source,
             shard.uri,
@@ -219,11 +219,11 @@ def _line_slices(source: int, shard: InputShard, place: Place, limits: Limits, b
 
 def _text_slices(source: int, shard: InputShard, limits: Limits, block: int) -> Iterator[Slice]:
     """One file, one document; a long one in pieces, after a first pass that finds what is wrong with it."""
-    end = Place(source + 1)
+    end = Cursor(source + 1)
 
     def made(start: int, data: bytes, begins: bool, ends: bool, fault: tuple[str, str] | None = None) -> Slice:
         stop = start + len(data)
-        after = end if ends else Place(source, 0)
+        after = end if ends else Cursor(source, 0)
         return Slice(source, shard.uri, shard.name, shard.kind, start, stop, data, begins, ends, fault, after)
 
     may_cut = limits.cut and shard.kind == "text"
@@ -302,11 +302,13 @@ def _decode_message(error: Exception) -> str:
     return f"not valid UTF-8: {error.reason}" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
-def _row_slices(source: int, shard: InputShard, place: Place, columns: tuple[str, str], block: int) -> Iterator[Slice]:
+def _row_slices(
+    source: int, shard: InputShard, cursor: Cursor, columns: tuple[str, str], block: int
+) -> Iterator[Slice]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    end = Place(source + 1)
+    end = Cursor(source + 1)
 
     def bad(reason: str, message: str, row: int = 0) -> Slice:
         return Slice(source, shard.uri, shard.name, "rows", row, row, b"", fault=(reason, message), after=end)
@@ -325,19 +327,19 @@ def _row_slices(source: int, shard: InputShard, place: Place, columns: tuple[str
                 last = row + meta.num_rows
                 whole = seen.copy()
                 whole.update(f"{meta.num_rows},{meta.total_byte_size};".encode())
-                if last > place.offset:
-                    if row <= place.offset and place.prefix not in (None, seen.hexdigest()):
-                        _compare(shard, place, seen)
+                if last > cursor.offset:
+                    if row <= cursor.offset and cursor.prefix not in (None, seen.hexdigest()):
+                        _compare(shard, cursor, seen)
                     rows = max(1, block * meta.num_rows // max(1, meta.total_byte_size))
                     for batch in file.iter_batches(rows, row_groups=[group], columns=wanted):
-                        skip = max(0, place.offset - row)
+                        skip = max(0, cursor.offset - row)
                         start, row = row, row + batch.num_rows
                         if skip >= batch.num_rows:
                             continue
                         sink = pa.BufferOutputStream()
                         with pa.ipc.new_stream(sink, batch.schema) as writer:
                             writer.write_batch(batch.slice(skip))
-                        after = Place(source, row, (whole if row == last else seen).hexdigest())
+                        after = Cursor(source, row, (whole if row == last else seen).hexdigest())
                         yield Slice(
                             source,
                             shard.uri,

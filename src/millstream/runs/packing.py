@@ -32,7 +32,7 @@ from millstream.formats.manifest import (
 from millstream.formats.shards import Shape
 from millstream.formats.slices import Limits, slices, units
 from millstream.formats.sources import InputShard, expand, fingerprint, prefix_hash
-from millstream.records import Fault, Place, Slice, TokenBatch
+from millstream.records import Fault, Cursor, Slice, TokenBatch
 from millstream.runs.encode import CHECK_FIRST, Encode, Encoded
 from millstream.runs.ledger import make_ledger
 from millstream.runs.settings import MIB, Settings, check_settings, choose_workers, identity
@@ -218,29 +218,29 @@ class PackRun:
             )
 
     def _changed_inputs(self, found: dict[str, Any], finished: bool) -> list[str]:
-        """What changed of the inputs that were used; what lies behind the last sealed place may be mended."""
+        """What changed of the inputs that were used; what lies behind the last sealed cursor may be mended."""
         then = found["inputs"]
-        place = Place(len(then)) if finished else self._first_mark(found).place
+        cursor = Cursor(len(then)) if finished else self._first_mark(found).cursor
         wrong = []
         names = [shard.name for shard in self.inputs]
-        for number, entry in enumerate(then[: place.source + 1]):
+        for number, entry in enumerate(then[: cursor.source + 1]):
             if number >= len(names) or names[number] != entry["name"]:
                 now = names[number] if number < len(names) else "not given"
                 wrong.append(f"input {number + 1} was {entry['name']}, is {now}")
-            elif number < place.source and entry != self._fingerprint(number):
+            elif number < cursor.source and entry != self._fingerprint(number):
                 wrong.append(f"{names[number]} has changed since it was packed")
         if finished and len(names) > len(then):
             wrong.append(f"input {len(then) + 1} was not given, is {names[len(then)]}")
         used = found.get("prefix")
-        if not wrong and not finished and used and place.source < len(self.inputs):
-            shard = self.inputs[place.source]
-            if shard.seekable and shard.kind != "parquet" and place.offset:
+        if not wrong and not finished and used and cursor.source < len(self.inputs):
+            shard = self.inputs[cursor.source]
+            if shard.seekable and shard.kind != "parquet" and cursor.offset:
                 try:
-                    same = prefix_hash(shard, place.offset) == used
+                    same = prefix_hash(shard, cursor.offset) == used
                 except OSError as error:
                     raise RunError(f"{shard.name} cannot be read: {error.strerror}") from error
                 if not same:
-                    wrong.append(f"{shard.name} has changed before byte {place.offset:,}, where the run goes on")
+                    wrong.append(f"{shard.name} has changed before byte {cursor.offset:,}, where the run goes on")
         return wrong
 
     def _fingerprint(self, number: int) -> dict[str, Any]:
@@ -318,7 +318,7 @@ class PackRun:
     def pad_id(self) -> int:
         return int(self.identity["pad_id"] or 0)
 
-    def _tasks(self, place: Place) -> Iterator[tuple[tuple[Slice, ...], bool]]:
+    def _tasks(self, cursor: Cursor) -> Iterator[tuple[tuple[Slice, ...], bool]]:
         settings = self.settings
         fixed = self.identity["max_document"]
         limits = Limits(
@@ -328,15 +328,15 @@ class PackRun:
         )
         columns = (settings.ids_field or settings.text_field, settings.id_field)
         seen = 0
-        for unit in units(slices(self.inputs, place, limits, columns, settings.block), settings.block):
+        for unit in units(slices(self.inputs, cursor, limits, columns, settings.block), settings.block):
             yield unit, seen < CHECK_FIRST
             seen += sum(piece.size for piece in unit)
 
     def _stream(self, subsets: dict[str, Subset], mark: Mark, faults: Any, journal: Journal) -> Mark:
         """Read, encode and pack everything from `mark` on; the mark at the end."""
         encode = self._encode()
-        afters: list[Place] = []  # where each unit handed to the engine ends, in order
-        start, tasks = mark, self._tasks(mark.place)
+        afters: list[Cursor] = []  # where each unit handed to the engine ends, in order
+        start, tasks = mark, self._tasks(mark.cursor)
 
         def watched() -> Iterator[tuple[tuple[Slice, ...], bool]]:
             for unit, check_all in self._timed("read", tasks):
@@ -405,10 +405,10 @@ class PackRun:
                 return
             yield item
 
-    def _number(self, encoded: Encoded, mark: Mark, place: Place) -> tuple[Mark, TokenBatch, list[Fault]]:
+    def _number(self, encoded: Encoded, mark: Mark, cursor: Cursor) -> tuple[Mark, TokenBatch, list[Fault]]:
         """Give the documents of a unit their ordinals and the faults their lines; the mark behind it."""
         limit = self.settings.limit
-        lines = Counter({mark.place.source: mark.line})  # before this unit; a later input shard begins with it
+        lines = Counter({mark.cursor.source: mark.line})  # before this unit; a later input shard begins with it
         bad = [
             fault._replace(
                 ordinal=mark.ordinal + fault.ordinal,
@@ -447,9 +447,9 @@ class PackRun:
             self.seconds[stage] += seconds
         self.compared += encoded.compared
         after = Mark(
-            place,
+            cursor,
             mark.ordinal + count,
-            lines[place.source],
+            lines[cursor.source],
             mark.text_ids + len(batch.ids) - specials,
             mark.special_ids + specials,
             mark.fault_bytes,
@@ -495,10 +495,10 @@ class PackRun:
             faults.flush()
             os.fsync(faults.fileno())
         first = min((subset.mark for subset in subsets.values()), key=lambda m: m.ordinal)
-        source = first.place.source
+        source = first.cursor.source
         prefix = None
-        if source < len(self.inputs) and self.inputs[source].seekable and first.place.offset:
-            prefix = prefix_hash(self.inputs[source], first.place.offset)
+        if source < len(self.inputs) and self.inputs[source].seekable and first.cursor.offset:
+            prefix = prefix_hash(self.inputs[source], first.cursor.offset)
         manifest = {
             **self._head(False),
             "inputs": [

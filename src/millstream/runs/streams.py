@@ -15,7 +15,7 @@ from millstream.errors import DataError, RequestError, ResumeRefused
 from millstream.formats.documents import Fields, decode
 from millstream.formats.slices import Limits, slices, units
 from millstream.formats.sources import expand
-from millstream.records import Document, Ids, Place, Sample, Segment, TokenBatch
+from millstream.records import Document, Ids, Cursor, Sample, Segment, TokenBatch
 from millstream.stream.pack import Concat, Packer, Split
 from millstream.stream.tokenize import surround
 from millstream.stream.tokenizers import load_tokenizer
@@ -49,7 +49,7 @@ class Stream(Iterator[T], Generic[T]):
 
     `state()` is a small JSON object that refers to the last item handed out, never to what was read ahead. To go on,
     build the same streams again and give it to the last one: ``pack(tokenize(read(path)), 2048, state=state)``. It goes
-    to its place in files directly, and passes over what comes before in any other iterable.
+    to its cursor in files directly, and passes over what comes before in any other iterable.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ def read(
     """The documents of files, folders, globs, ``-`` (JSONL on standard input) or ``stdlib:``, one by one.
 
     JSONL, NDJSON, plain text (one document a file), Parquet, and gzip or zstd of the first two. A document that cannot
-    be read raises DataError with its place, or is left out with ``on_error="skip"``. A missing id is `source#offset`.
+    be read raises DataError with its cursor, or is left out with ``on_error="skip"``. A missing id is `source#offset`.
 
     >>> documents = read("stdlib:")
     >>> next(documents).id
@@ -123,11 +123,11 @@ def read(
     fields = Fields(text_field, id_field)
 
     def batches(state: State | None) -> Iterator[_Texts]:
-        place = Place(*state["place"]) if state else Place()
+        cursor = Cursor(*state["cursor"]) if state else Cursor()
         ordinal = state["document"] if state else 0
         skip = state.get("skip", 0) if state else 0
         lines: dict[int, int] = dict([tuple(state["line"])]) if state and "line" in state else {}
-        pieces = slices(shards, place, Limits(max_document), (text_field, id_field))
+        pieces = slices(shards, cursor, Limits(max_document), (text_field, id_field))
         for unit in units(pieces):
             batch = decode(unit, fields, max_document)
             before, at = {source: lines.get(source, 0) for source, _ in batch.lines}, ordinal
@@ -145,15 +145,15 @@ def read(
                         batch.position[:good],
                         at,
                         skip,
-                        place,
+                        cursor,
                         before,
                     )
                     raise DataError(f"{fault._replace(line=line).place}: {fault.message}")
-            yield _texts(batch.texts, batch.doc_ids, batch.position, at, skip, place, before)
+            yield _texts(batch.texts, batch.doc_ids, batch.position, at, skip, cursor, before)
             ordinal += batch.count
             skip = max(0, skip - batch.count)
-            place = unit[-1].after
-            lines = {k: v for k, v in lines.items() if k >= place.source}
+            cursor = unit[-1].after
+            lines = {k: v for k, v in lines.items() if k >= cursor.source}
 
     return Stream(batches, _document_items, state)
 
@@ -164,7 +164,7 @@ def _texts(
     position: list[int],
     ordinal: int,
     skip: int,
-    place: Place,
+    cursor: Cursor,
     lines: dict[int, int],
 ) -> _Texts:
     """A unit's documents but the first `skip` positions, which an earlier stream has handed out."""
@@ -175,9 +175,9 @@ def _texts(
         passed = position[low + row - 1] + 1 if low + row else skip
         if row < 0:
             raise IndexError(row)
-        found: State = {"place": list(place), "document": ordinal, "skip": max(passed, skip)}
-        if lines.get(place.source):
-            found["line"] = [place.source, lines[place.source]]
+        found: State = {"cursor": list(cursor), "document": ordinal, "skip": max(passed, skip)}
+        if lines.get(cursor.source):
+            found["line"] = [cursor.source, lines[cursor.source]]
         return found
 
     return _Texts(texts[low:], ids[low:], state, ordinal)

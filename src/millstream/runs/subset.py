@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from millstream.formats.shards import Rows, Shape, ShardWriter, write_remainder
-from millstream.records import Place, TokenBatch
+from millstream.records import Cursor, TokenBatch
 from millstream.stream.pack import Packed, Packer
 
 
@@ -14,11 +14,11 @@ from millstream.stream.pack import Packed, Packer
 class Mark:
     """The state of the reading side before a unit: what a resumed run goes on with.
 
-    `ordinal`: documents read so far; `line`: of the input shard at `place`; `text_ids`, `special_ids` as in the ledger;
+    `ordinal`: documents read so far; `line`: of the input shard at `cursor`; `text_ids`, `special_ids` as in the ledger;
     `fault_bytes`: how long faults.jsonl is; `bytes`: of input.
     """
 
-    place: Place = field(default_factory=Place)
+    cursor: Cursor = field(default_factory=Cursor)
     ordinal: int = 0
     line: int = 0
     text_ids: int = 0
@@ -29,7 +29,7 @@ class Mark:
 
     @classmethod
     def load(cls, found: dict[str, Any]) -> "Mark":
-        return cls(**{**found, "place": Place(*found["place"])})
+        return cls(**{**found, "cursor": Cursor(*found["cursor"])})
 
 
 class Subset:
@@ -147,5 +147,5 @@ class Subset:
         found: dict[str, Any] = {"shards": self.shards}
         if complete:
             return {**found, "remainder": self.remainder}
-        mark = {**asdict(self.mark), "place": list(self.mark.place)}
+        mark = {**asdict(self.mark), "cursor": list(self.mark.cursor)}
         return {**found, "resume": {"ordinal": self.resume[0], "used": self.resume[1], "mark": mark}}

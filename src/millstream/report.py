@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from millstream.runs.packing import Progress, Report
+from millstream.runs.progress import Progress, Report
 
 _LINE_EVERY = 10.0  # seconds between plain lines, where there is no terminal
 

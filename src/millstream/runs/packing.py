@@ -6,85 +6,36 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from millstream.engines.local import map_ordered
-from millstream.errors import DataError, RequestError, ResumeRefused, RunError
+from millstream.errors import DataError, RequestError, RunError
 from millstream.formats.documents import Fields
 from millstream.formats.manifest import (
     FAULTS,
     FORMAT,
-    JOURNAL,
-    MANIFEST,
     TEMPORARY,
     TOKENIZER,
     Journal,
     commit_file,
     file_hash,
-    read_manifest,
-    remainder_name,
-    shard_names,
     write_manifest,
 )
 from millstream.formats.shards import Shape
 from millstream.formats.slices import Limits, slices, units
-from millstream.formats.sources import InputShard, expand, fingerprint, prefix_hash
-from millstream.records import Fault, Cursor, Slice, TokenBatch
+from millstream.formats.sources import InputShard, expand
+from millstream.records import Cursor, Fault, Slice, TokenBatch
 from millstream.runs.encode import CHECK_FIRST, Encode, Encoded
+from millstream.runs.folder import Inputs, claim, clear, delete_run, first_mark, found_run, refuse_if_different
 from millstream.runs.ledger import make_ledger
+from millstream.runs.progress import Progress, Report
 from millstream.runs.settings import MIB, Settings, check_settings, choose_workers, identity
 from millstream.runs.subset import Mark, Subset
 from millstream.stream.pack import Concat, Packer, Split
 from millstream.stream.tokenizers import load_tokenizer
-
-
-class Progress(NamedTuple):
-    """How far a run is, for whoever shows it. Bytes are decompressed where the input is."""
-
-    bytes: int
-    total_bytes: int | None
-    documents: int
-    ids: int
-    faults: int
-    seconds: float
-    stages: dict[str, float]
-    workers: int
-    bytes_before: int
-    ids_before: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """How a run ended. `ledger` is the manifest's; `stages` are seconds of work by stage, over all processes."""
-
-    out: str
-    complete: bool
-    already: bool
-    resumed: bool
-    ledger: dict[str, Any]
-    seq_len: int
-    samples: int
-    shards: int
-    seconds: float
-    stages: dict[str, float]
-    bytes: int
-    ids_this_time: int
-    workers: int
-    workers_why: str
-    compared: int
-    hints: list[str]
-    tokenizer: str | None
-    validation: dict[str, Any] | None = None
-
-    @property
-    def faults(self) -> int:
-        return int(self.ledger["documents"]["faulty"])
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "faults": self.faults}
 
 
 def pack_to(
@@ -129,66 +80,34 @@ class PackRun:
         check_settings(settings)
         self.out, self.settings = out, settings
         self.on_progress = on_progress
-        self.inputs = expand(sources)
+        self.shards = expand(sources)
+        self.inputs = Inputs(self.shards)
         self.tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
         if self.tokenizer is None and not settings.ids_field:
             raise RequestError("give a tokenizer, or --ids-field for text that is tokenized already")
         self.identity = identity(settings, self.tokenizer)
-        self.total_bytes = _total_bytes(self.inputs)
+        self.total_bytes = _total_bytes(self.shards)
         self.workers, self.workers_why = choose_workers(settings, self.max_document, self.total_bytes)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.started = time.perf_counter()
         self.compared = 0
-        self.fingerprints: list[dict[str, Any] | None] = [None] * len(self.inputs)
 
     @property
     def max_document(self) -> int:
         return int(self.identity["max_document"]["bytes"])
 
-    # The folder ----------------------------------------------------------------------------------------------------
-
     def run(self) -> Report:
-        self._claim()
-        journal = Journal(self.out)
-        try:
-            found = self._found()
+        claim(self.out, self.settings.overwrite)
+        with contextlib.closing(Journal(self.out)) as journal:
+            found = found_run(self.out)
             if found is None:
-                _delete_all_but_journal(self.out)
+                delete_run(self.out)
                 self._write_tokenizer()
-            elif found["complete"]:
-                self._same(found, finished=True)
+                return self._go(None, journal)
+            refuse_if_different(self.out, found, self.identity, self.inputs)
+            if found["complete"]:
                 return self._report(found["ledger"], found["subsets"], already=True)
-            else:
-                self._same(found)
             return self._go(found, journal)
-        finally:
-            journal.close()
-
-    def _claim(self) -> None:
-        """Make the folder, or see that it is ours; with `overwrite`, start it anew."""
-        try:
-            names = set(os.listdir(self.out))
-        except FileNotFoundError:
-            os.makedirs(self.out)
-            return
-        except NotADirectoryError:
-            raise RequestError(f"{self.out} is a file; --out wants a folder") from None
-        begun = {JOURNAL, FAULTS, TOKENIZER, TOKENIZER + TEMPORARY, MANIFEST + TEMPORARY}
-        if MANIFEST not in names and names and not (JOURNAL in names and names <= begun):
-            raise RequestError(
-                f"{self.out} has files that are not millstream's; give an empty or a new folder as --out"
-            )
-        if MANIFEST in names and self.settings.overwrite:
-            with contextlib.suppress(RunError):  # damaged, but ours
-                read_manifest(self.out)
-            with contextlib.closing(Journal(self.out)):
-                _delete_all_but_journal(self.out)
-                os.truncate(os.path.join(self.out, JOURNAL), 0)
-
-    def _found(self) -> dict[str, Any] | None:
-        if not os.path.exists(os.path.join(self.out, MANIFEST)):
-            return None
-        return read_manifest(self.out)
 
     def _write_tokenizer(self) -> None:
         if self.tokenizer and self.tokenizer.definition is not None:
@@ -197,76 +116,9 @@ class PackRun:
                 file.write(self.tokenizer.definition)
             commit_file(self.out, TOKENIZER)
 
-    def _same(self, found: dict[str, Any], finished: bool = False) -> None:
-        """Raises ResumeRefused, naming each difference, if going on would not give the bytes of one run."""
-        asked = dict(self.identity)
-        if self.settings.max_document is None:
-            asked["max_document"] = found["settings"]["max_document"]
-        wrong = [
-            f"{_flag(key)} was {_shown(found['settings'].get(key))}, is {_shown(value)}"
-            for key, value in asked.items()
-            if found["settings"].get(key) != value
-        ]
-        self.identity = asked
-        if not wrong:
-            wrong = self._changed_inputs(found, finished)
-        if wrong:
-            state = "is finished with other settings or inputs" if finished else "was begun differently"
-            raise ResumeRefused(
-                f"{self.out} {state}:\n  " + "\n  ".join(wrong) + "\n"
-                "Give the same command to go on, another --out, or --overwrite to start anew"
-            )
-
-    def _changed_inputs(self, found: dict[str, Any], finished: bool) -> list[str]:
-        """What changed of the inputs that were used; what lies behind the last sealed cursor may be mended."""
-        then = found["inputs"]
-        cursor = Cursor(len(then)) if finished else self._first_mark(found).cursor
-        wrong = []
-        names = [shard.name for shard in self.inputs]
-        for number, entry in enumerate(then[: cursor.source + 1]):
-            if number >= len(names) or names[number] != entry["name"]:
-                now = names[number] if number < len(names) else "not given"
-                wrong.append(f"input {number + 1} was {entry['name']}, is {now}")
-            elif number < cursor.source and entry != self._fingerprint(number):
-                wrong.append(f"{names[number]} has changed since it was packed")
-        if finished and len(names) > len(then):
-            wrong.append(f"input {len(then) + 1} was not given, is {names[len(then)]}")
-        used = found.get("prefix")
-        if not wrong and not finished and used and cursor.source < len(self.inputs):
-            shard = self.inputs[cursor.source]
-            if shard.seekable and shard.kind != "parquet" and cursor.offset:
-                try:
-                    same = prefix_hash(shard, cursor.offset) == used
-                except OSError as error:
-                    raise RunError(f"{shard.name} cannot be read: {error.strerror}") from error
-                if not same:
-                    wrong.append(f"{shard.name} has changed before byte {cursor.offset:,}, where the run goes on")
-        return wrong
-
-    def _fingerprint(self, number: int) -> dict[str, Any]:
-        known = self.fingerprints[number]
-        if known is None:
-            shard = self.inputs[number]
-            try:
-                known = fingerprint(shard)
-            except OSError:
-                known = {"name": shard.name, "unreadable": True}
-            self.fingerprints[number] = known
-        return known
-
-    @staticmethod
-    def _first_mark(found: dict[str, Any]) -> Mark:
-        marks = [Mark.load(subset["resume"]["mark"]) for subset in found["subsets"].values()]
-        return min(marks, key=lambda mark: mark.ordinal)
-
-    # The run -------------------------------------------------------------------------------------------------------
-
     def _go(self, found: dict[str, Any] | None, journal: Journal) -> Report:
-        mark = self._first_mark(found) if found else Mark()
-        known = self._known_files(found)
-        for name in os.listdir(self.out):
-            if name not in known and (name.endswith(TEMPORARY) or _is_shard(name)):
-                os.unlink(os.path.join(self.out, name))
+        mark = first_mark(found) if found else Mark()
+        clear(self.out, found)
         subsets = self._subsets(found)
         fault_path = os.path.join(self.out, FAULTS)
         with contextlib.ExitStack() as stack:
@@ -328,7 +180,7 @@ class PackRun:
         )
         columns = (settings.ids_field or settings.text_field, settings.id_field)
         seen = 0
-        for unit in units(slices(self.inputs, cursor, limits, columns, settings.block), settings.block):
+        for unit in units(slices(self.shards, cursor, limits, columns, settings.block), settings.block):
             yield unit, seen < CHECK_FIRST
             seen += sum(piece.size for piece in unit)
 
@@ -341,7 +193,7 @@ class PackRun:
         def watched() -> Iterator[tuple[tuple[Slice, ...], bool]]:
             for unit, check_all in self._timed("read", tasks):
                 afters.append(unit[-1].after)
-                yield (unit if self.workers == 1 else _without_data(unit, self.inputs)), check_all
+                yield (unit if self.workers == 1 else _without_data(unit, self.shards)), check_all
 
         results = map_ordered(
             encode,
@@ -494,17 +346,11 @@ class PackRun:
         if faults:
             faults.flush()
             os.fsync(faults.fileno())
-        first = min((subset.mark for subset in subsets.values()), key=lambda m: m.ordinal)
-        source = first.cursor.source
-        prefix = None
-        if source < len(self.inputs) and self.inputs[source].seekable and first.cursor.offset:
-            prefix = prefix_hash(self.inputs[source], first.cursor.offset)
+        cursor = min((subset.mark for subset in subsets.values()), key=lambda mark: mark.ordinal).cursor
         manifest = {
             **self._head(False),
-            "inputs": [
-                self._fingerprint(n) if n < source else {"name": shard.name} for n, shard in enumerate(self.inputs)
-            ],
-            "prefix": prefix,
+            "inputs": self.inputs.entries(cursor.source),
+            "prefix": self.inputs.prefix(cursor),
             "subsets": {name: subset.entry(False) for name, subset in subsets.items()},
         }
         write_manifest(self.out, manifest)
@@ -531,7 +377,7 @@ class PackRun:
             "tokenizer_file": {"name": TOKENIZER, "bytes": os.path.getsize(kept), "sha256": file_hash(kept)}
             if os.path.exists(kept)
             else None,
-            "inputs": [self._fingerprint(number) for number in range(len(self.inputs))],
+            "inputs": self.inputs.entries(len(self.shards)),
             "subsets": {name: subset.entry(True) for name, subset in subsets.items()},
             "faults": entry,
             "ledger": ledger,
@@ -539,12 +385,6 @@ class PackRun:
         write_manifest(self.out, manifest)
         self.seconds["pack and write"] += time.perf_counter() - start
         return ledger
-
-    def _known_files(self, found: dict[str, Any] | None) -> set[str]:
-        known = {MANIFEST, JOURNAL, FAULTS, TOKENIZER}
-        for subset in (found or {"subsets": {}})["subsets"].values():
-            known |= {file["name"] for shard in subset["shards"] for file in shard["files"].values()}
-        return known
 
     def _progress(self, mark: Mark, start: Mark) -> Progress:
         ids = mark.text_ids + mark.special_ids
@@ -626,31 +466,3 @@ def _without_data(unit: tuple[Slice, ...], inputs: list[InputShard]) -> tuple[Sl
         replace(piece, data=None) if piece.data and inputs[piece.source].seekable and piece.kind != "rows" else piece
         for piece in unit
     )
-
-
-def _is_shard(name: str) -> bool:
-    for subset in ("train", "validation"):
-        names = {*shard_names(subset, 0).values(), *shard_names(subset, 0, "parquet").values()}
-        if name == remainder_name(subset):
-            return True
-        if any(name.startswith(n.partition("00000")[0]) and name.endswith(n.partition("00000")[2]) for n in names):
-            return True
-    return False
-
-
-def _delete_all_but_journal(folder: str) -> None:
-    for name in os.listdir(folder):
-        if name in (MANIFEST, FAULTS, TOKENIZER) or name.endswith(TEMPORARY) or _is_shard(name):
-            os.unlink(os.path.join(folder, name))
-
-
-def _flag(key: str) -> str:
-    return "--" + key.removesuffix("_id").replace("_", "-") if key != "pad_id" else "--pad-id"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict) and "name" in value:
-        return f"{value['name']} ({value['sha256'][:12]})"
-    if isinstance(value, dict) and "bytes" in value:
-        return f"{value['bytes']:,} bytes"
-    return "not given" if value is None else str(value)

@@ -15,7 +15,7 @@ from millstream.errors import DataError, RequestError, ResumeRefused
 from millstream.formats.documents import Fields, decode
 from millstream.formats.slices import Limits, slices, units
 from millstream.formats.sources import expand
-from millstream.records import Document, Ids, Cursor, Sample, Segment, TokenBatch
+from millstream.records import Cursor, Document, Ids, Sample, Segment, TokenBatch
 from millstream.stream.pack import Concat, Packer, Split
 from millstream.stream.tokenize import surround
 from millstream.stream.tokenizers import load_tokenizer
@@ -49,7 +49,7 @@ class Stream(Iterator[T], Generic[T]):
 
     `state()` is a small JSON object that refers to the last item handed out, never to what was read ahead. To go on,
     build the same streams again and give it to the last one: ``pack(tokenize(read(path)), 2048, state=state)``. It goes
-    to its cursor in files directly, and passes over what comes before in any other iterable.
+    to its place in files directly, and passes over what comes before in any other iterable.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ def read(
     """The documents of files, folders, globs, ``-`` (JSONL on standard input) or ``stdlib:``, one by one.
 
     JSONL, NDJSON, plain text (one document a file), Parquet, and gzip or zstd of the first two. A document that cannot
-    be read raises DataError with its cursor, or is left out with ``on_error="skip"``. A missing id is `source#offset`.
+    be read raises DataError with its place, or is left out with ``on_error="skip"``. A missing id is `source#offset`.
 
     >>> documents = read("stdlib:")
     >>> next(documents).id

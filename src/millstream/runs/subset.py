@@ -14,8 +14,8 @@ from millstream.stream.pack import Packed, Packer
 class Mark:
     """The state of the reading side before a unit: what a resumed run goes on with.
 
-    `ordinal`: documents read so far; `line`: of the input shard at `cursor`; `text_ids`, `special_ids` as in the ledger;
-    `fault_bytes`: how long faults.jsonl is; `bytes`: of input.
+    `ordinal`: documents read so far; `line`: of the input shard at `cursor`; `text_ids`, `special_ids`: as in the
+    ledger; `fault_bytes`: how long faults.jsonl is; `bytes`: of input.
     """
 
     cursor: Cursor = field(default_factory=Cursor)

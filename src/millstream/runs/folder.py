@@ -1,0 +1,179 @@
+"""A run folder before the run: is it ours, what is in it, and may the run go on."""
+
+import contextlib
+import os
+from typing import Any
+
+from millstream.errors import RequestError, ResumeRefused, RunError
+from millstream.formats.manifest import (
+    FAULTS,
+    JOURNAL,
+    MANIFEST,
+    TEMPORARY,
+    TOKENIZER,
+    Journal,
+    read_manifest,
+    remainder_name,
+    shard_names,
+)
+from millstream.formats.sources import InputShard, fingerprint, prefix_hash
+from millstream.records import Cursor
+from millstream.runs.subset import Mark
+
+
+def claim(out: str, overwrite: bool) -> None:
+    """Make the folder, or see that it is ours; with `overwrite`, delete the run in it.
+
+    Raises RequestError if it has files that are not ours.
+    """
+    try:
+        names = set(os.listdir(out))
+    except FileNotFoundError:
+        os.makedirs(out)
+        return
+    except NotADirectoryError:
+        raise RequestError(f"{out} is a file; --out wants a folder") from None
+    begun = {JOURNAL, FAULTS, TOKENIZER, TOKENIZER + TEMPORARY, MANIFEST + TEMPORARY}
+    if MANIFEST not in names and names and not (JOURNAL in names and names <= begun):
+        raise RequestError(f"{out} has files that are not millstream's; give an empty or a new folder as --out")
+    if MANIFEST in names and overwrite:
+        with contextlib.suppress(RunError):  # damaged, but ours
+            read_manifest(out)
+        with contextlib.closing(Journal(out)):
+            delete_run(out)
+            os.truncate(os.path.join(out, JOURNAL), 0)
+
+
+def found_run(out: str) -> dict[str, Any] | None:
+    """The manifest of an earlier run, or None if the folder has none yet.
+
+    Raises RunError if sealed files of an unfinished run are missing.
+    """
+    if not os.path.exists(os.path.join(out, MANIFEST)):
+        return None
+    found = read_manifest(out)
+    for name, size in _sealed(found).items():
+        path = os.path.join(out, name)
+        if not found["complete"] and (not os.path.exists(path) or os.path.getsize(path) != size):
+            raise RunError(f"{path} is missing or damaged, so the run cannot go on; --overwrite starts anew")
+    return found
+
+
+def clear(out: str, found: dict[str, Any] | None) -> None:
+    """Delete what an interrupted run left unsealed."""
+    known = {MANIFEST, JOURNAL, FAULTS, TOKENIZER, *_sealed(found or {"subsets": {}})}
+    for name in os.listdir(out):
+        if name not in known and (name.endswith(TEMPORARY) or _is_shard(name)):
+            os.unlink(os.path.join(out, name))
+
+
+def delete_run(out: str) -> None:
+    """Delete all of a run but its journal; the manifest last, so that what is left of it is still ours."""
+    names = [name for name in os.listdir(out) if name.endswith(TEMPORARY) or _is_shard(name)]
+    for name in (*names, FAULTS, TOKENIZER, MANIFEST):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(out, name))
+
+
+def _sealed(found: dict[str, Any]) -> dict[str, int]:
+    shards = (shard for subset in found["subsets"].values() for shard in subset["shards"])
+    return {file["name"]: file["bytes"] for shard in shards for file in shard["files"].values()}
+
+
+def _is_shard(name: str) -> bool:
+    for subset in ("train", "validation"):
+        names = {*shard_names(subset, 0).values(), *shard_names(subset, 0, "parquet").values()}
+        if name == remainder_name(subset):
+            return True
+        if any(name.startswith(n.partition("00000")[0]) and name.endswith(n.partition("00000")[2]) for n in names):
+            return True
+    return False
+
+
+class Inputs:
+    """The input shards of this call, with their fingerprints taken once."""
+
+    def __init__(self, shards: list[InputShard]) -> None:
+        self.shards = shards
+        self._known: dict[int, dict[str, Any]] = {}
+
+    def fingerprint(self, number: int) -> dict[str, Any]:
+        if number not in self._known:
+            shard = self.shards[number]
+            try:
+                self._known[number] = fingerprint(shard)
+            except OSError:
+                self._known[number] = {"name": shard.name, "unreadable": True}
+        return self._known[number]
+
+    def entries(self, used: int) -> list[dict[str, Any]]:
+        """For the manifest: the first `used` shards with their fingerprints, the others by name."""
+        return [
+            self.fingerprint(number) if number < used else {"name": shard.name}
+            for number, shard in enumerate(self.shards)
+        ]
+
+    def prefix(self, cursor: Cursor) -> str | None:
+        """What identifies the bytes before `cursor`, where they can be read again."""
+        if cursor.source < len(self.shards) and cursor.offset:
+            shard = self.shards[cursor.source]
+            if shard.seekable and shard.kind != "parquet":
+                return prefix_hash(shard, cursor.offset)
+        return None
+
+    def changed(self, found: dict[str, Any]) -> list[str]:
+        """What differs from the inputs that the run has used; what lies behind its last sealed cursor may."""
+        then, names = found["inputs"], [shard.name for shard in self.shards]
+        cursor = Cursor(len(then)) if found["complete"] else first_mark(found).cursor
+        wrong = []
+        for number, entry in enumerate(then[: cursor.source + 1]):
+            if number >= len(names) or names[number] != entry["name"]:
+                now = names[number] if number < len(names) else "not given"
+                wrong.append(f"input {number + 1} was {entry['name']}, is {now}")
+            elif number < cursor.source and entry != self.fingerprint(number):
+                wrong.append(f"{names[number]} has changed since it was packed")
+        if found["complete"] and len(names) > len(then):
+            wrong.append(f"input {len(then) + 1} was not given, is {names[len(then)]}")
+        if not wrong and not found["complete"] and found["prefix"]:
+            name = names[cursor.source]
+            try:
+                if self.prefix(cursor) != found["prefix"]:
+                    wrong.append(f"{name} has changed before byte {cursor.offset:,}, where the run goes on")
+            except OSError as error:
+                raise RunError(f"{name} cannot be read: {error.strerror}") from error
+        return wrong
+
+
+def first_mark(found: dict[str, Any]) -> Mark:
+    """Where reading goes on: for the subset that is furthest behind."""
+    marks = [Mark.load(subset["resume"]["mark"]) for subset in found["subsets"].values()]
+    return min(marks, key=lambda mark: mark.ordinal)
+
+
+def refuse_if_different(out: str, found: dict[str, Any], identity: dict[str, Any], inputs: Inputs) -> None:
+    """Raises ResumeRefused, naming each difference, if going on would not give the bytes of one run."""
+    then = found["settings"]
+    wrong = [
+        f"{_flag(key)} was {_shown(then.get(key))}, is {_shown(value)}"
+        for key, value in identity.items()
+        if then.get(key) != value
+    ]
+    wrong = wrong or inputs.changed(found)
+    if wrong:
+        state = "is finished, with other settings or inputs" if found["complete"] else "was begun differently"
+        raise ResumeRefused(
+            f"{out} {state}:\n  " + "\n  ".join(wrong) + "\n"
+            "Give the same command to go on, another --out, or --overwrite to start anew"
+        )
+
+
+def _flag(key: str) -> str:
+    return "--" + key.removesuffix("_id").replace("_", "-") if key != "pad_id" else "--pad-id"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and "name" in value:
+        return f"{value['name']} ({value['sha256'][:12]})"
+    if isinstance(value, dict) and "bytes" in value:
+        return f"{value['bytes']:,} bytes"
+    return "not given" if value is None else str(value)

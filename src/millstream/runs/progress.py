@@ -1,0 +1,50 @@
+"""What a pack run tells: how far it is, and how it ended."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+
+class Progress(NamedTuple):
+    """How far a run is, for whoever shows it. Bytes are decompressed where the input is."""
+
+    bytes: int
+    total_bytes: int | None
+    documents: int
+    ids: int
+    faults: int
+    seconds: float
+    stages: dict[str, float]
+    workers: int
+    bytes_before: int
+    ids_before: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a run ended. `ledger` is the manifest's; `stages` are seconds of work by stage, over all processes."""
+
+    out: str
+    complete: bool
+    already: bool
+    resumed: bool
+    ledger: dict[str, Any]
+    seq_len: int
+    samples: int
+    shards: int
+    seconds: float
+    stages: dict[str, float]
+    bytes: int
+    ids_this_time: int
+    workers: int
+    workers_why: str
+    compared: int
+    hints: list[str]
+    tokenizer: str | None
+    validation: dict[str, Any] | None = None
+
+    @property
+    def faults(self) -> int:
+        return int(self.ledger["documents"]["faulty"])
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "faults": self.faults}

@@ -142,16 +142,18 @@ class Split:
 
     def feed(self, batch: TokenBatch) -> Packed:
         n = self.seq_len
+        if not len(batch):
+            nothing = np.empty((0, n), self._dtype)
+            return Packed(nothing, np.empty(0, SEGMENT), np.zeros(0, np.int64), np.zeros(0, bool))
         held = len(self._held)
         ids, lengths, offsets = batch.ids, batch.length.copy(), batch.start.copy()
-        if held and len(batch):
+        if held:
             ids = np.concatenate([self._held, ids])
             lengths[0] += held
             offsets[0] -= held
-        keep = int(lengths[-1]) % n if batch.open and len(batch) else 0
+        keep = int(lengths[-1]) % n if batch.open else 0
         self._held = ids[len(ids) - keep :].astype(self._dtype)
-        if len(batch):
-            lengths[-1] -= keep
+        lengths[-1] -= keep
         pieces = -(-lengths // n)
         # A virtual position in which every document begins with a new sample makes this the case of `Concat`.
         starts = (np.cumsum(pieces) - pieces + self.samples) * n

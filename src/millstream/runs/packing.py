@@ -87,7 +87,8 @@ class PackRun:
             raise RequestError("give a tokenizer, or --ids-field for text that is tokenized already")
         self.identity = identity(settings, self.tokenizer)
         self.total_bytes = _total_bytes(self.shards)
-        self.workers, self.workers_why = choose_workers(settings, self.max_document, self.total_bytes)
+        vocab_size = self.tokenizer.vocab_size if self.tokenizer else 0
+        self.workers, self.workers_why = choose_workers(settings, vocab_size, self.max_document, self.total_bytes)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.started = time.perf_counter()
         self.compared = 0

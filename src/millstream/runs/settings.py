@@ -10,11 +10,14 @@ from millstream.stream.tokenizers import Tokenizer
 
 MIB = 1 << 20
 
-# Peak resident memory, measured: the parent with Arrow; what an engine and its word cache grow to on words that never
-# repeat, in the parent or in a worker; and copies of a document that is decoded, tokenized and packed.
+# Peak resident memory, measured: the parent with Arrow; what GPT-2's engine and its word cache grow to on words that
+# never repeat, in the parent or in a worker of its own; what a larger vocabulary adds an id (o200k: 90 MiB); and
+# copies of a document that is decoded, tokenized and packed.
 PARENT_MEMORY = 160 * MIB
 ENGINE_MEMORY = 180 * MIB
 WORKER_MEMORY = 270 * MIB
+ID_MEMORY = 640
+GPT2_IDS = 50_257
 DOCUMENT_COPIES = 10
 WORTH_A_WORKER = 24 * MIB
 """Bytes of input below which starting another process takes longer than it saves."""
@@ -132,28 +135,32 @@ def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
     }
 
 
-def choose_workers(settings: Settings, max_document: int, total_bytes: int | None) -> tuple[int, str]:
-    """(number of processes, why). Raises RequestError if `memory` is less than one process was measured to need."""
+def choose_workers(settings: Settings, vocab_size: int, max_document: int, total_bytes: int | None) -> tuple[int, str]:
+    """(number of processes, why). Raises RequestError if `memory` is less than they were measured to need."""
+    vocabulary = ID_MEMORY * max(0, vocab_size - GPT2_IDS)
     documents = DOCUMENT_COPIES * max_document
-    if settings.memory < PARENT_MEMORY + ENGINE_MEMORY + documents:
-        fits = max(0, settings.memory - PARENT_MEMORY - ENGINE_MEMORY) // DOCUMENT_COPIES
+    alone = PARENT_MEMORY + ENGINE_MEMORY + vocabulary
+    if settings.memory < alone + documents:
+        fits = max(0, settings.memory - alone) // DOCUMENT_COPIES
         lower = f", or --max-document {fits // MIB}MiB" if fits >= MIB else ""
         raise RequestError(
             f"--memory {settings.memory // MIB}MiB is too little: documents of up to {max_document / MIB:.3g} MiB need "
-            f"{(PARENT_MEMORY + ENGINE_MEMORY + documents) // MIB}MiB. Give that{lower}"
+            f"{-(-(alone + documents) // MIB)}MiB. Give that{lower}"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    room = (settings.memory - PARENT_MEMORY - documents) // WORKER_MEMORY
+    worker = WORKER_MEMORY + vocabulary
+    room = max(1, (settings.memory - PARENT_MEMORY - documents) // worker)
     if settings.workers is not None:
-        if settings.workers > max(1, room):
-            need = (PARENT_MEMORY + documents + settings.workers * WORKER_MEMORY) // MIB
+        if settings.workers > room:
+            need = -(-(PARENT_MEMORY + documents + settings.workers * worker) // MIB)
             raise RequestError(
                 f"--workers {settings.workers} need up to {need}MiB; --memory is {settings.memory // MIB}MiB. "
-                f"Give --memory {need}MiB or --workers {max(1, room)}"
+                f"Give --memory {need}MiB or --workers {room}"
             )
         return settings.workers, "as asked"
+    worth = cores if total_bytes is None else max(1, total_bytes // WORTH_A_WORKER)
+    if worth < min(room, cores):
+        return worth, "the input is small"
     if room < cores:
-        return max(1, room), f"as many as fit into {settings.memory // MIB}MiB; there are {cores} cores"
-    if total_bytes is not None and total_bytes < cores * WORTH_A_WORKER:
-        return max(1, min(cores, total_bytes // WORTH_A_WORKER)), "the input is small"
+        return room, f"as many as fit into {settings.memory // MIB}MiB; there are {cores} cores"
     return cores, "one a core"

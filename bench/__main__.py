@@ -17,7 +17,7 @@ NAMED = ("fastokens", "tokenizers", "transformers", "datasets", "datatrove")
 def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--size", type=int, metavar="MB", help="JSONL to pack (default 300, --quick 30)")
-    parser.add_argument("--subset", type=int, metavar="MB", help="for the rivals (default 25, --quick 5)")
+    parser.add_argument("--subset", type=int, metavar="MB", help="for the rivals (default 100, --quick 5)")
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds (default 5, --quick 1)")
     parser.add_argument("--quick", action="store_true", help="small inputs, one round; judges no target")
     parser.add_argument("--rows", metavar="NAME,...", help=f"only these: {', '.join(contenders.ROWS)}")
@@ -45,7 +45,7 @@ def planned(options: argparse.Namespace) -> contenders.Plan:
     tokenizer = FOLDER / "gpt2.json"
     tokenizer.write_text(gpt2.tokenizer_json(MERGES), encoding="utf-8")
     contenders.say("gathering text")
-    size, subset, repeats, memory = (30, 5, 1, (50, 200)) if options.quick else (300, 25, 5, (500, 2000))
+    size, subset, repeats, memory = (30, 5, 1, (50, 200)) if options.quick else (300, 100, 5, (500, 2000))
     return contenders.Plan(
         wanted=options.wanted,
         folder=FOLDER,
@@ -61,9 +61,7 @@ def planned(options: argparse.Namespace) -> contenders.Plan:
 
 def versions(python: str) -> str:
     """Which releases of the rivals were measured, as that interpreter tells."""
-    code = (
-        "import sys, importlib.metadata as m; print(', '.join(f'{n} {m.version(n)}' for n in sys.argv[1:]))"
-    )
+    code = "import sys, importlib.metadata as m; print(', '.join(f'{n} {m.version(n)}' for n in sys.argv[1:]))"
     told = subprocess.run([python, "-c", code, *NAMED], capture_output=True, text=True)
     return told.stdout.strip() if told.returncode == 0 else "not all installed"
 

@@ -3,18 +3,22 @@
 import ctypes
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO
 
 SAMPLE_EVERY = 0.02
+LONGEST = 1800.0
+"""Seconds after which a command counts as hung and is ended."""
 LINUX = sys.platform == "linux"
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -62,6 +66,25 @@ def orphans_cpu(patience: float = 10.0) -> float:
     raise Failed(f"a process it started was still running {patience:.0f} s after its end")
 
 
+@contextmanager
+def bounded(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """While waiting: end the process's whole session if it takes too long, or if we are interrupted."""
+    timer = threading.Timer(LONGEST, end_session, (process.pid,))
+    timer.start()
+    try:
+        yield
+    except BaseException:
+        end_session(process.pid)
+        raise
+    finally:
+        timer.cancel()
+
+
+def end_session(leader: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
 def run(command: Command, *, core: int | None = None, env: dict[str, str] | None = None) -> Run:
     """Run the command to its end, bound to one core if asked, and count the CPU of the whole process tree."""
     adopt_orphans()
@@ -74,9 +97,11 @@ def run(command: Command, *, core: int | None = None, env: dict[str, str] | None
             stdout=out,
             stderr=err,
             preexec_fn=pin,
+            start_new_session=True,
             env={**os.environ, **(env or {})},
         )
-        _, status, usage = os.wait4(process.pid, 0)
+        with bounded(process):
+            _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         cpu = usage.ru_utime + usage.ru_stime + orphans_cpu()
@@ -141,15 +166,14 @@ def peak_memory(command: Command, feed: Command | None = None) -> int:
     with tempfile.TemporaryFile() as err:
         feeder = subprocess.Popen(feed, stdout=subprocess.PIPE) if feed else None
         source = feeder.stdout if feeder else subprocess.DEVNULL
-        process = subprocess.Popen(
-            command, stdin=source, stdout=subprocess.DEVNULL, stderr=err, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdin=source, stdout=subprocess.DEVNULL, stderr=err, start_new_session=True)
         if feeder and feeder.stdout:
             feeder.stdout.close()
         peak = 0
-        while process.poll() is None:
-            peak = max(peak, session_memory(process.pid))
-            time.sleep(SAMPLE_EVERY)
+        with bounded(process):
+            while process.poll() is None:
+                peak = max(peak, session_memory(process.pid))
+                time.sleep(SAMPLE_EVERY)
         if feeder and feeder.wait():
             raise Failed("the stream of words ended early")
         if process.returncode:

@@ -78,9 +78,7 @@ def could_not(failure: Failed) -> str:
 
 def packing_rows(plan: Plan) -> list[Row]:
     """JSONL to shards with one worker, and what share that is of the bare engine's speed."""
-    contenders: dict[str, Contender] = {
-        "millstream": partial(packed, plan, plan.mixed.path, "--workers", "1")
-    }
+    contenders: dict[str, Contender] = {"millstream": partial(packed, plan, plan.mixed.path, "--workers", "1")}
     if "engine" in plan.wanted:
         contenders["batches of 1 MiB"] = partial(engine, plan, MIB)
         contenders["batches of 4 MiB"] = partial(engine, plan, 4 * MIB)

@@ -11,9 +11,7 @@ from bench.rows import Row
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 HEADINGS = ("What", "Target", "Measured", "Met")
 WIDTHS = (34, 22, 44, 3)
-NEW_PAGE = (
-    "# Performance\n\nMeasured by `python -m bench --write`, which rewrites what is between the markers.\n"
-)
+NEW_PAGE = "# Performance\n\nMeasured by `python -m bench --write`, which rewrites what is between the markers.\n"
 
 
 def met(row: Row) -> str:

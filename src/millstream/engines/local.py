@@ -54,21 +54,28 @@ def map_ordered(
 
 def send(file: IO[bytes], item: Any) -> None:
     data = pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL)
-    file.write(_SIZE.pack(len(data)))
-    file.write(data)
+    for part in (_SIZE.pack(len(data)), data):
+        left = memoryview(part)
+        while left:
+            left = left[file.write(left) :]
     file.flush()
 
 
 def receive(file: IO[bytes]) -> Any:
     """The next item; raises EOFError when the other side is gone."""
-    head = file.read(_SIZE.size)
-    if len(head) < _SIZE.size:
-        raise EOFError
-    (size,) = _SIZE.unpack(head)
-    data = file.read(size)
-    if len(data) < size:
-        raise EOFError
-    return pickle.loads(data)
+    (size,) = _SIZE.unpack(_exactly(file, _SIZE.size))
+    return pickle.loads(_exactly(file, size))
+
+
+def _exactly(file: IO[bytes], size: int) -> bytearray:
+    data = bytearray(size)
+    left = memoryview(data)
+    while left:
+        count = file.readinto(left)  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError
+        left = left[count:]
+    return data
 
 
 class _Pool:
@@ -80,7 +87,8 @@ class _Pool:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
         try:
             self.processes = [
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+                # Without buffers: a frame read ahead into one would never make its pipe readable for `select`.
+                subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
                 for _ in range(workers)
             ]
         finally:

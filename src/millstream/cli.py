@@ -118,8 +118,6 @@ def pack(sources: tuple[str, ...], out: str, as_json: bool, format_: str, **opti
     from millstream.runs.packing import pack_to
     from millstream.runs.settings import Settings
 
-    if options["tokenizer"] is None and not options["ids_field"]:
-        options["tokenizer"] = "gpt2"
     settings = Settings(format=format_, **options)
     try:
         with watch_pack() as on_progress:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from millstream.engines.local import map_ordered
-from millstream.errors import DataError, RequestError, RunError
+from millstream.errors import DataError, RunError
 from millstream.formats.documents import Fields
 from millstream.formats.manifest import (
     FAULTS,
@@ -82,9 +82,8 @@ class PackRun:
         self.on_progress = on_progress
         self.shards = expand(sources)
         self.inputs = Inputs(self.shards)
-        self.tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
-        if self.tokenizer is None and not settings.ids_field:
-            raise RequestError("give a tokenizer, or --ids-field for text that is tokenized already")
+        name = settings.tokenizer_name
+        self.tokenizer = load_tokenizer(name) if name else None
         self.identity = identity(settings, self.tokenizer)
         self.total_bytes = _total_bytes(self.shards)
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else 0
@@ -238,7 +237,7 @@ class PackRun:
                 settings.ids_field,
                 tokenizer.vocab_size - 1 if tokenizer else 0xFFFFFFFF,
             ),
-            settings.tokenizer if tokenizer else None,
+            settings.tokenizer_name,
             self.identity["bos_id"],
             self.identity["eos_id"],
             self.max_document,

@@ -25,9 +25,12 @@ WORTH_A_WORKER = 24 * MIB
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is asked for. The first group decides the bytes and may not change on resume."""
+    """What a run is asked for. The first group decides the bytes and may not change on resume.
 
-    tokenizer: str | None = "gpt2"
+    `tokenizer` None is gpt2, or none at all if `ids_field` says that the text is tokenized already.
+    """
+
+    tokenizer: str | None = None
     seq_len: int = 2048
     strategy: str = "concat"
     bos: bool = False
@@ -52,6 +55,10 @@ class Settings:
     engine: str = "fast"
     overwrite: bool = False
     block: int = MIB
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        return self.tokenizer or (None if self.ids_field else "gpt2")
 
 
 def check_settings(settings: Settings) -> None:

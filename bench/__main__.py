@@ -1,11 +1,10 @@
 """`python -m bench`: measure, print the table, and write it into docs/performance.md if asked."""
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
-from bench import contenders, corpus, gpt2, rows, table
+from bench import contenders, corpus, gpt2, measure, rows, table
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".bench"
@@ -62,8 +61,10 @@ def planned(options: argparse.Namespace) -> contenders.Plan:
 def versions(python: str) -> str:
     """Which releases of the rivals were measured, as that interpreter tells."""
     code = "import sys, importlib.metadata as m; print(', '.join(f'{n} {m.version(n)}' for n in sys.argv[1:]))"
-    told = subprocess.run([python, "-c", code, *NAMED], capture_output=True, text=True)
-    return told.stdout.strip() if told.returncode == 0 else "not all installed"
+    try:
+        return measure.run([python, "-c", code, *NAMED]).output.strip()
+    except (measure.Failed, OSError):
+        return "not all of them are installed"
 
 
 def command(options: argparse.Namespace) -> str:

@@ -85,6 +85,11 @@ def end_session(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
+def environment() -> dict[str, str]:
+    """Ours, without the setting under which every start would compile every module again."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def run(command: Command, *, core: int | None = None, env: dict[str, str] | None = None) -> Run:
     """Run the command to its end, bound to one core if asked, and count the CPU of the whole process tree."""
     adopt_orphans()
@@ -98,7 +103,7 @@ def run(command: Command, *, core: int | None = None, env: dict[str, str] | None
             stderr=err,
             preexec_fn=pin,
             start_new_session=True,
-            env={**os.environ, **(env or {})},
+            env=environment() | (env or {}),
         )
         with bounded(process):
             _, status, usage = os.wait4(process.pid, 0)
@@ -114,7 +119,7 @@ def run(command: Command, *, core: int | None = None, env: dict[str, str] | None
 def wall_together(commands: Sequence[Command], cores: Sequence[int]) -> float:
     """Wall-clock seconds until all commands, begun at once and each bound to its own core, have ended."""
     start = time.perf_counter()
-    quiet = partial(subprocess.Popen, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = partial(subprocess.Popen, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
     processes = [
         quiet(command, preexec_fn=partial(os.sched_setaffinity, 0, {core}))
         for command, core in zip(commands, cores, strict=False)
@@ -166,7 +171,14 @@ def peak_memory(command: Command, feed: Command | None = None) -> int:
     with tempfile.TemporaryFile() as err:
         feeder = subprocess.Popen(feed, stdout=subprocess.PIPE) if feed else None
         source = feeder.stdout if feeder else subprocess.DEVNULL
-        process = subprocess.Popen(command, stdin=source, stdout=subprocess.DEVNULL, stderr=err, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdin=source,
+            stdout=subprocess.DEVNULL,
+            stderr=err,
+            start_new_session=True,
+            env=environment(),
+        )
         if feeder and feeder.stdout:
             feeder.stdout.close()
         peak = 0

@@ -142,7 +142,7 @@ def rival_row(plan: Plan, name: str, ours: list[Cost] | Failed, theirs: list[Cos
     ratios = [their.cpu / mine.cpu for mine, their in zip(ours, theirs, strict=True)]
     extra = theirs[0].ids - ours[0].ids
     ids = f"{ours[0].ids:,} ids each" if not extra else f"its number of ids DIFFERS by {extra:+,}"
-    ours_here = f"millstream {millions([cost.rate for cost in ours])} on so little"
+    ours_here = f"millstream {millions([cost.rate for cost in ours])} on the same"
     measured = f"{spread(ratios, unit=' times')}; {rate}, {ours_here}; {ids}"
     return Row(what, target, measured, verdict(plan, name, median(ratios)))
 

@@ -56,13 +56,16 @@ def slices(
 
 
 def units(pieces: Iterable[Slice], block: int = BLOCK) -> Iterator[tuple[Slice, ...]]:
-    """Join small slices into units of about `block` bytes; a text that goes on ends its unit."""
+    """Join small slices into units of about `block` bytes; a text that goes on ends its unit.
+
+    A slice that was cut at the last line end of a block is a little smaller than the block: half of it is enough.
+    """
     held: list[Slice] = []
     size = 0
     for piece in pieces:
         held.append(piece)
         size += piece.size
-        if size >= block or not piece.ends:
+        if size >= block // 2 or not piece.ends:
             yield tuple(held)
             held, size = [], 0
     if held:

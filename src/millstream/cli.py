@@ -151,9 +151,7 @@ def verify(folder: str, as_json: bool) -> None:
     for problem in verdict.problems:
         click.echo(f"{folder}: {problem}", err=True)
     if not verdict.ok:
-        raise MillstreamError(
-            f"{folder} is not whole ({len(verdict.problems)} problems); pack it again with --overwrite"
-        )
+        raise MillstreamError(f"{folder} is not whole: take out what is foreign, pack the rest again with --overwrite")
 
 
 @cli.command(short_help="Show a sample decoded, with its documents.", context_settings={"ignore_unknown_options": True})
@@ -180,7 +178,7 @@ def tokenizers() -> None:
 
 def main() -> None:
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="millstream", standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(INTERRUPTED)
     except click.ClickException as error:

@@ -1,16 +1,17 @@
 """Check a finished run folder against its own manifest: every byte, every count, every id."""
 
+import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from millstream.errors import LedgerError
 from millstream.formats.manifest import JOURNAL, MANIFEST, file_hash
 from millstream.records import Ids
-from millstream.runs.ledger import check_ledger
+from millstream.runs.ledger import written
 
 _ROWS = 4096
 
@@ -54,7 +55,7 @@ def verify(folder: str | os.PathLike[str], on_file: Callable[[str], None] = lamb
         for name, subset in manifest["subsets"].items():
             on_file(f"{name} counts")
             problems += _subset_problems(folder, manifest, subset)
-        problems += _ledger_problems(manifest)
+        problems += _ledger_problems(folder, manifest)
     samples = sum(shard["samples"] for subset in manifest["subsets"].values() for shard in subset["shards"])
     return Verdict(problems, len(files), samples, size)
 
@@ -97,8 +98,9 @@ def _subset_problems(folder: str, manifest: dict[str, Any], subset: dict[str, An
             rows += len(ids)
             if ids.shape[1] != settings["seq_len"]:
                 yield f"{names['samples']}: samples of {ids.shape[1]} ids instead of {settings['seq_len']}"
-            if ids.size and int(ids.max()) >= limit:
-                yield f"{names['samples']}: id {int(ids.max())}, the vocabulary ends at {limit - 1}"
+            for number in (int(ids.min()), int(ids.max())) if ids.size else ():
+                if not 0 <= number < limit:
+                    yield f"{names['samples']}: id {number}, the vocabulary ends at {limit - 1}"
         if rows != shard["samples"]:
             yield f"{names['samples']}: {rows} samples instead of {shard['samples']}"
         segments = np.load(os.path.join(folder, names["segments"]), mmap_mode="r")
@@ -107,15 +109,18 @@ def _subset_problems(folder: str, manifest: dict[str, Any], subset: dict[str, An
         inside = segments[segments["sample"] < shard["samples"]]
         used = int(inside["length"].sum())
         if used != rows * settings["seq_len"] - shard["padding"]:
-            yield f"{names['segments']}: {used} ids in segments do not fit the samples"
+            yield f"{names['segments']}: {used} ids in segments, {shard['padding']} of padding do not fill the samples"
         per_sample = np.bincount(inside["sample"], inside["length"], minlength=rows)
         if len(per_sample) and (per_sample > settings["seq_len"]).any():
             yield f"{names['segments']}: a sample has more ids than {settings['seq_len']}"
         spans += int(segments["length"].sum())
-        table = pq.read_table(os.path.join(folder, names["documents"]), columns=["length"])
-        if table.num_rows != shard["documents"]:
-            yield f"{names['documents']}: {table.num_rows} documents instead of {shard['documents']}"
-        documents += int(table["length"].to_numpy().sum())
+        table = pq.read_table(os.path.join(folder, names["documents"]), columns=["length", "split"])
+        lengths = table["length"].to_numpy()
+        counts = (len(lengths), int((lengths == 0).sum()), int(table["split"].to_numpy().sum()))
+        for key, count in zip(("documents", "empty", "split"), counts, strict=True):
+            if count != shard[key]:
+                yield f"{names['documents']}: {count} {key} instead of {shard[key]}"
+        documents += int(lengths.sum())
     dropped = subset["remainder"]["ids"] if subset["remainder"]["policy"] == "drop" else 0
     if spans + dropped != documents:
         yield f"{spans} ids in segments and {dropped} dropped, {documents} in documents"
@@ -140,16 +145,26 @@ def _sample_rows(path: str, settings: dict[str, Any]) -> Iterator[Ids]:
             yield batch["input_ids"].flatten().to_numpy().reshape(batch.num_rows, -1)
 
 
-def _ledger_problems(manifest: dict[str, Any]) -> list[str]:
-    """The ledger balances, and its counts are those of the shards."""
-    ledger = manifest["ledger"]
-    shards = [shard for subset in manifest["subsets"].values() for shard in subset["shards"]]
-    counted = sum(shard["documents"] for shard in shards) + ledger["documents"]["faulty"]
-    problems = []
-    if counted != ledger["documents"]["in"]:
-        problems.append(f"{counted} documents in the shards and faults, {ledger['documents']['in']} in the ledger")
-    try:
-        check_ledger(ledger)
-    except LedgerError as error:
-        problems.append(str(error))
+def _ledger_problems(folder: str, manifest: dict[str, Any]) -> list[str]:
+    """The ledger balances and is what the shards' counts, which fit their files by now, and the faults add up to."""
+    ledger, settings = manifest["ledger"], manifest["settings"]
+    documents, ids = written(manifest["subsets"], settings["seq_len"])
+    faults: Counter[str] = Counter()
+    if manifest["faults"]:
+        with open(os.path.join(folder, manifest["faults"]["name"]), encoding="utf-8") as file:
+            faults.update(json.loads(line)["reason"] for line in file)
+    documents["faulty"] = faults.total()
+    documents["in"] = sum(documents.values())
+    specials = (settings["bos_id"] is not None) + (settings["eos_id"] is not None)
+    ids["special"] = specials * (documents["whole"] + documents["split"])
+    ids["in"] = ids["in_samples"] + ids["remainder"] + ids["dropped"]
+    ids["text"] = ids["in"] - ids["special"]
+    problems = [
+        f"ledger: {name} {kind} are {ledger[kind][name]}, the files have {count}"
+        for kind, counts in (("documents", documents), ("ids", ids))
+        for name, count in counts.items()
+        if ledger[kind][name] != count
+    ]
+    if ledger["faults"] != dict(faults):
+        problems.append(f"ledger: faults are {ledger['faults']}, the files have {dict(faults)}")
     return problems

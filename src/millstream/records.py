@@ -44,7 +44,7 @@ class Fault(NamedTuple):
     def place(self) -> str:
         if self.line:
             return f"{self.source}, line {self.line}"
-        return self.source if not self.offset else f"{self.source}, at {self.offset}"
+        return f"{self.source}, row {self.offset}" if self.offset else self.source
 
 
 class Cursor(NamedTuple):

@@ -84,7 +84,8 @@ def pack_summary(report: Report) -> str:
     extra = f" and {validation['samples']:,} for validation" if validation else ""
     shards = f"in {_count(report.shards, 'shard')}"
     head = (
-        f"{documents['in']:,} documents became {report.samples:,} samples of {report.seq_len:,} token ids"
+        f"{_count(documents['in'], 'document')} became {_count(report.samples, 'sample')}"
+        f" of {_count(report.seq_len, 'token id')}"
         f"{extra}, {shards}, in {report.out}"
     )
     if report.already:
@@ -107,15 +108,27 @@ def pack_summary(report: Report) -> str:
         rate = report.ids_this_time / max(report.seconds, 1e-9)
         again = ", going on with an earlier run" if report.resumed else ""
         lines.append(
-            f"  speed      {report.seconds:.1f} s, {report.bytes / 1e6 / max(report.seconds, 1e-9):.0f} MB/s,"
-            f" {rate / 1e6:.1f} M ids/s{again}"
+            f"  speed      {report.seconds:.1f} s, {_scaled(report.bytes / max(report.seconds, 1e-9))}B/s,"
+            f" {_scaled(rate)}ids/s{again}"
         )
         lines.append(f"  workers    {report.workers} ({report.workers_why})")
         lines.append(f"  time       {_shares(report)}")
         if report.compared:
-            lines.append(f"  compared   {report.compared / 1e6:.1f} MB with the reference engine: all ids equal")
+            lines.append(f"  compared   {_scaled(report.compared)}B with the reference engine: all ids equal")
     lines += [f"  hint       {hint}" for hint in report.hints]
     return "\n".join(lines)
+
+
+def _scaled(number: float) -> str:
+    """A number with three digits and its prefix.
+
+    >>> _scaled(1_234_567), _scaled(950)
+    ('1.23 M', '950 ')
+    """
+    for prefix, unit in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= unit:
+            return f"{number / unit:.3g} {prefix}"
+    return f"{number:.3g} "
 
 
 def _count(number: int, what: str) -> str:

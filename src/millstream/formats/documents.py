@@ -89,6 +89,9 @@ def slice_bytes(piece: Slice) -> bytes:
 # JSON lines ---------------------------------------------------------------------------------------------------------
 
 
+_UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
+
+
 @cache
 def _row_decoder(fields: Fields) -> msgspec.json.Decoder[Any]:
     content: Any = list[int] if fields.ids else str
@@ -149,7 +152,7 @@ def _all_lines(data: bytes, bytes_: Ids, starts: Ids, ends: Ids, fields: Fields,
         return None
     try:
         rows: list[Any] = _row_decoder(fields).decode_lines(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError):
+    except _UNREADABLE:
         return None
     if len(rows) != len(ends) or (fields.ids and not all(_fit(row.content, fields.max_id) for row in rows)):
         return None
@@ -179,14 +182,20 @@ def _one_line(line: bytes, fields: Fields) -> tuple[Any, str | None, tuple[str, 
     try:
         row = _row_decoder(fields).decode(line)
         found: dict[str, Any] = {fields.content: row.content, fields.id: row.id}
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError):
+    except _UNREADABLE:
         # The standard library's reader is slower but takes NaN, and its message says where the error is.
         try:
             found = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             message = f"not valid UTF-8: {error.reason} at byte {error.start} of the line"
             return None, None, ("invalid_utf8", message)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except json.JSONDecodeError as error:
+            return (
+                None,
+                None,
+                ("invalid_json", f"not valid JSON: {error.msg}, at character {error.pos + 1} of the line"),
+            )
+        except (ValueError, RecursionError) as error:  # integers of over 4,300 digits, values nested too deep
             return None, None, ("invalid_json", f"not valid JSON: {error}")
         if not isinstance(found, dict):
             return None, None, ("invalid_json", f"not a JSON object but {type(found).__name__}")
@@ -197,12 +206,13 @@ def _content(found: dict[str, Any], fields: Fields) -> tuple[Any, str | None, tu
     doc_id = found.get(fields.id)
     if doc_id is not None and not isinstance(doc_id, str):
         doc_id = str(doc_id)
-    if doc_id is not None and _lone_surrogate(doc_id):
-        doc_id = doc_id.encode("utf-8", "backslashreplace").decode()
+    if doc_id is not None:
+        doc_id = _plain(doc_id)
     content = found.get(fields.content)
     name = fields.content
     if content is None:
-        problem = "is null" if name in found else f"is missing; there are {', '.join(map(str, found)) or 'none'}"
+        names = _plain(", ".join(map(str, found)))
+        problem = "is null" if name in found else f"is missing; there are {names or 'none'}"
         return None, doc_id, ("missing_field", f"field {name!r} {problem}")
     if fields.ids:
         if not isinstance(content, list | np.ndarray) or not all(type(i) is int for i in content):
@@ -220,6 +230,11 @@ def _content(found: dict[str, Any], fields: Fields) -> tuple[Any, str | None, tu
 
 def _fit(ids: list[int], max_id: int) -> bool:
     return not ids or (min(ids) >= 0 and max(ids) <= max_id)
+
+
+def _plain(text: str) -> str:
+    """Text with halves of surrogate pairs written out, so that it can be stored and printed."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _lone_surrogate(text: str) -> bool:

@@ -115,7 +115,7 @@ class Journal:
 
     def write(self, event: str, **facts: Any) -> None:
         line = {"event": event, "time": round(time.time(), 3), **facts}
-        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -6,8 +6,9 @@ certainly splits, so the ids of the pieces are the ids of the whole.
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from millstream.errors import ResumeRefused
@@ -32,27 +33,75 @@ class Limits:
 
 
 def slices(
-    shards: list[InputShard], cursor: Cursor, limits: Limits, columns: tuple[str, str], block: int = BLOCK
+    shards: list[InputShard],
+    cursor: Cursor,
+    limits: Limits,
+    columns: tuple[str, str],
+    block: int = BLOCK,
+    used: Cursor | None = None,
 ) -> Iterator[Slice]:
     """The corpus from `cursor` on. `columns` are the (text, id) columns to take from Parquet files.
 
-    What cannot be read becomes a slice with `fault` set. Raises ResumeRefused if the bytes before `cursor` are not the
-    ones that `cursor.prefix` was made from.
+    What cannot be read becomes a slice with `fault` set. `used` is how far an earlier run has read: raises
+    ResumeRefused when that is reached and the bytes (or rows) before it are not those that `used.prefix` was made from.
     """
     for source in range(cursor.source, len(shards)):
         shard = shards[source]
         at = cursor if source == cursor.source else Cursor(source)
+        running = _Running(shard, used if used and used.source == source else None)
         end = Cursor(source + 1)
         try:
             if shard.kind == "parquet":
-                yield from _row_slices(source, shard, at, columns, block)
+                yield from _row_slices(source, shard, at, columns, block, running)
             elif shard.kind == "jsonl":
-                yield from _line_slices(source, shard, at, limits, block)
+                yield from _line_slices(source, shard, at, limits, block, running)
             else:
-                yield from _text_slices(source, shard, limits, block)
+                yield from _text_slices(source, shard, limits, block, running)
         except OSError as error:
             message = f"cannot be read: {error.strerror or error}"
             yield Slice(source, shard.uri, shard.name, shard.kind, 0, 0, b"", fault=("unreadable", message), after=end)
+        running.finish()
+
+
+class _Running:
+    """A running hash over what cannot be sought (packed files, standard input, rows), compared where `used` says."""
+
+    def __init__(self, shard: InputShard, used: Cursor | None) -> None:
+        seen_at_once = shard.seekable and shard.kind != "parquet"  # and compared before the run went on
+        self._shard = shard
+        self._used = used if used and used.prefix and not seen_at_once else None
+        self._digest = hashlib.sha256()
+        self._position = 0
+
+    @property
+    def prefix(self) -> str:
+        return self._digest.hexdigest()
+
+    def take(self, data: bytes) -> None:
+        self.take_rows(len(data), lambda low, high: data[low:high])
+
+    def take_rows(self, count: int, content: Callable[[int, int], bytes]) -> None:
+        """The next `count` bytes or rows; `content(low, high)` is what to hash of a part of them."""
+        low = 0
+        if self._used and self._position < self._used.offset <= self._position + count:
+            low = self._used.offset - self._position
+            self._digest.update(content(0, low))
+            if self.prefix != self._used.prefix:
+                raise ResumeRefused(
+                    f"{self._shard.name} has changed before {self._used.offset:,}, which the run has read; "
+                    "give the same input again, or start anew with --overwrite"
+                )
+            self._used = None
+        if low < count:
+            self._digest.update(content(low, count))
+        self._position += count
+
+    def finish(self) -> None:
+        if self._used:
+            raise ResumeRefused(
+                f"{self._shard.name} now ends at {self._position:,}, and the run has read to {self._used.offset:,}; "
+                "give the same input again, or start anew with --overwrite"
+            )
 
 
 def units(pieces: Iterable[Slice], block: int = BLOCK) -> Iterator[tuple[Slice, ...]]:
@@ -115,39 +164,25 @@ def _regroup(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
         raise failure
 
 
-def _from(shard: InputShard, cursor: Cursor, block: int, digest: Any) -> Iterator[bytes]:
-    """The shard's bytes from `cursor`; what cannot be sought is read again up to there and compared."""
+def _from(shard: InputShard, offset: int, block: int, running: _Running) -> Iterator[bytes]:
+    """The shard's bytes from `offset`; what cannot be sought is read again up to there."""
     if shard.seekable:
-        yield from _regroup(chunks(shard, cursor.offset), block)
+        yield from _regroup(chunks(shard, offset), block)
         return
-    left = cursor.offset
+    left = offset
     for chunk in _regroup(chunks(shard), block):
-        if left:
-            digest.update(chunk[:left])
-            passed = min(left, len(chunk))
+        passed = min(left, len(chunk))
+        if passed:
+            running.take(chunk[:passed])
             left -= passed
             chunk = chunk[passed:]
-            if not left:
-                _compare(shard, cursor, digest)
         if chunk:
             yield chunk
-    if left:
-        raise ResumeRefused(
-            f"{shard.name} now ends {left:,} bytes before the place where the run stopped; "
-            "give the same stream again, or start anew with --overwrite"
-        )
 
 
-def _compare(shard: InputShard, cursor: Cursor, digest: Any) -> None:
-    if cursor.prefix != digest.hexdigest():
-        raise ResumeRefused(
-            f"{shard.name} has changed before the place where the run stopped (byte {cursor.offset:,}); "
-            "give the same input again, or start anew with --overwrite"
-        )
-
-
-def _line_slices(source: int, shard: InputShard, cursor: Cursor, limits: Limits, block: int) -> Iterator[Slice]:
-    digest = hashlib.sha256()
+def _line_slices(
+    source: int, shard: InputShard, cursor: Cursor, limits: Limits, block: int, running: _Running
+) -> Iterator[Slice]:
     position = cursor.offset
     held: list[bytes] = []
     size = 0  # of the unfinished line in `held`, or passed over
@@ -156,7 +191,7 @@ def _line_slices(source: int, shard: InputShard, cursor: Cursor, limits: Limits,
     def made(data: bytes, length: int, fault: tuple[str, str] | None = None) -> Slice:
         nonlocal position
         start, position = position, position + length
-        prefix = None if shard.seekable else digest.hexdigest()
+        prefix = None if shard.seekable else running.prefix
         return Slice(
             source,
             shard.uri,
@@ -171,11 +206,11 @@ def _line_slices(source: int, shard: InputShard, cursor: Cursor, limits: Limits,
 
     def taken(data: bytes) -> None:
         if not shard.seekable:
-            digest.update(data)
+            running.take(data)
 
     failure = None
     try:
-        for chunk in _from(shard, cursor, block, digest):
+        for chunk in _from(shard, cursor.offset, block, running):
             if passing:
                 end = chunk.find(b"\n") + 1
                 taken(chunk[: end or len(chunk)])
@@ -220,13 +255,15 @@ def _line_slices(source: int, shard: InputShard, cursor: Cursor, limits: Limits,
         yield made(data, len(data))
 
 
-def _text_slices(source: int, shard: InputShard, limits: Limits, block: int) -> Iterator[Slice]:
+def _text_slices(source: int, shard: InputShard, limits: Limits, block: int, running: _Running) -> Iterator[Slice]:
     """One file, one document; a long one in pieces, after a first pass that finds what is wrong with it."""
     end = Cursor(source + 1)
 
     def made(start: int, data: bytes, begins: bool, ends: bool, fault: tuple[str, str] | None = None) -> Slice:
         stop = start + len(data)
-        after = end if ends else Cursor(source, 0)
+        if not ends and not shard.seekable:
+            running.take(data)
+        after = end if ends else Cursor(source, stop, None if shard.seekable else running.prefix)
         return Slice(source, shard.uri, shard.name, shard.kind, start, stop, data, begins, ends, fault, after)
 
     may_cut = limits.cut and shard.kind == "text"
@@ -306,7 +343,7 @@ def _decode_message(error: Exception) -> str:
 
 
 def _row_slices(
-    source: int, shard: InputShard, cursor: Cursor, columns: tuple[str, str], block: int
+    source: int, shard: InputShard, cursor: Cursor, columns: tuple[str, str], block: int, running: _Running
 ) -> Iterator[Slice]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -317,6 +354,8 @@ def _row_slices(
         return Slice(source, shard.uri, shard.name, "rows", row, row, b"", fault=(reason, message), after=end)
 
     row = 0
+    with open(shard.uri, "rb"):
+        pass  # raises what opening any file raises; Arrow's message has the whole path in it
     try:
         with pq.ParquetFile(shard.uri, pre_buffer=False, buffer_size=block) as file:
             names = file.schema_arrow.names
@@ -324,39 +363,33 @@ def _row_slices(
                 yield bad("missing_field", f"no column {columns[0]!r}; it has {', '.join(names)}")
                 return
             wanted = [name for name in columns if name in names]
-            seen = hashlib.sha256()
             for group in range(file.num_row_groups):
                 meta = file.metadata.row_group(group)
-                last = row + meta.num_rows
-                whole = seen.copy()
-                whole.update(f"{meta.num_rows},{meta.total_byte_size};".encode())
-                if last > cursor.offset:
-                    if row <= cursor.offset and cursor.prefix not in (None, seen.hexdigest()):
-                        _compare(shard, cursor, seen)
-                    rows = max(1, block * meta.num_rows // max(1, meta.total_byte_size))
-                    for batch in file.iter_batches(rows, row_groups=[group], columns=wanted):
-                        skip = max(0, cursor.offset - row)
-                        start, row = row, row + batch.num_rows
-                        if skip >= batch.num_rows:
-                            continue
-                        sink = pa.BufferOutputStream()
-                        with pa.ipc.new_stream(sink, batch.schema) as writer:
-                            writer.write_batch(batch.slice(skip))
-                        after = Cursor(source, row, (whole if row == last else seen).hexdigest())
-                        yield Slice(
-                            source,
-                            shard.uri,
-                            shard.name,
-                            "rows",
-                            start + skip,
-                            row,
-                            sink.getvalue().to_pybytes(),
-                            after=after,
-                        )
-                else:
-                    row = last
-                seen = whole
+                rows = max(1, block * meta.num_rows // max(1, meta.total_byte_size))
+                for batch in file.iter_batches(rows, row_groups=[group], columns=wanted):
+                    running.take_rows(batch.num_rows, partial(_row_bytes, batch))
+                    skip = max(0, cursor.offset - row)
+                    start, row = row, row + batch.num_rows
+                    if skip >= batch.num_rows:
+                        continue
+                    sink = pa.BufferOutputStream()
+                    with pa.ipc.new_stream(sink, batch.schema) as writer:
+                        writer.write_batch(batch.slice(skip))
+                    data = sink.getvalue().to_pybytes()
+                    after = Cursor(source, row, running.prefix)
+                    yield Slice(source, shard.uri, shard.name, "rows", start + skip, row, data, after=after)
     except pa.ArrowInvalid as error:
         yield bad("corrupt", f"damaged or no Parquet: {error}", row)
     except pa.ArrowException as error:
         yield bad("corrupt", f"cannot be read as Parquet: {error}", row)
+
+
+def _row_bytes(batch: Any, low: int, high: int) -> bytes:
+    """What identifies rows low..high, in whatever batches they come: one SHA-256 for each."""
+    import pyarrow as pa
+
+    texts = (pa.types.is_string, pa.types.is_large_string)
+    columns = [column.slice(low, high - low) for column in batch.columns]
+    values = [(c.cast(pa.large_binary()) if any(is_text(c.type) for is_text in texts) else c) for c in columns]
+    rows = zip(*(column.to_pylist() for column in values), strict=True)
+    return b"".join(hashlib.sha256(repr(row).encode("utf-8", "backslashreplace")).digest() for row in rows)

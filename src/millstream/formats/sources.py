@@ -71,6 +71,8 @@ def _expand(source: str) -> list[InputShard]:
     if os.path.isdir(source):
         return _folder(source)
     if os.path.exists(source):
+        if not os.path.isfile(source):
+            raise RequestError(f"{source} is a pipe or a device; pipe JSONL in as '-' instead")
         return [_shard(source, os.path.basename(source))]
     if glob.has_magic(source):
         base = PurePath(*[part for part in PurePath(source).parts[:-1] if not glob.has_magic(part)] or ["."])
@@ -118,7 +120,8 @@ def _shard(path: str, name: str) -> InputShard:
     kind, packed = _kind(path)
     if kind == "parquet" and packed:
         raise RequestError(f"{path}: a compressed Parquet file cannot be read; Parquet compresses inside, unpack it")
-    return InputShard(path, name, kind or "text", packed)
+    # A file name need not be UTF-8, but everything we write is.
+    return InputShard(path, os.fsencode(name).decode("utf-8", "backslashreplace"), kind or "text", packed)
 
 
 @cache

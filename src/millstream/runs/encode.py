@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 
+from millstream.errors import RunError
 from millstream.formats.documents import Fields, decode
 from millstream.records import Fault, Ids, Slice, TextBatch
 from millstream.stream.tokenize import compare, surround
@@ -44,11 +45,13 @@ class Encoded:
 class Encode:
     """`Encode(...)(unit, check_all)`: small, picklable, the same in every worker.
 
-    `tokenizer` is a name for `load_tokenizer`, None for text that is tokenized already; `engine` is fast or reference.
+    `tokenizer` is a name for `load_tokenizer`, None for text that is tokenized already, and `sha256` what it had to be
+    when the run began; `engine` is fast or reference.
     """
 
     fields: Fields
     tokenizer: str | None
+    sha256: str | None = None
     bos: int | None = None
     eos: int | None = None
     max_document: int = 32 << 20
@@ -60,7 +63,7 @@ class Encode:
         clock = [time.perf_counter()]
         batch = decode(unit, self.fields, self.max_document)
         clock.append(time.perf_counter())
-        tokenizer = engine_of(self.tokenizer, self.engine) if self.tokenizer else None
+        tokenizer = engine_of(self.tokenizer, self.sha256, self.engine) if self.tokenizer else None
         if tokenizer and not self.fields.ids:
             ids, length = tokenizer.engine.encode(batch.texts)
             ids = ids.astype(tokenizer.dtype)
@@ -102,22 +105,25 @@ class Encode:
         if not rows:
             return 0
         texts, names = [batch.texts[row] for row in rows], [batch.doc_ids[row] for row in rows]
-        return compare(tokenizer, _reference(self.tokenizer or ""), texts, names)
-
-
-def engine_of(name: str, engine: str) -> Tokenizer:
-    """The tokenizer with its fast engine, or with the reference engine in its place."""
-    tokenizer = load_tokenizer(name)
-    if engine == "reference" and tokenizer.reference:
-        return replace(tokenizer, engine=_reference(name), reference=None)
-    return tokenizer
+        return compare(tokenizer, _reference(tokenizer), texts, names)
 
 
 @cache
-def _reference(name: str) -> Engine:
-    make = load_tokenizer(name).reference
-    assert make is not None
-    return make()
+def engine_of(name: str, sha256: str | None, engine: str) -> Tokenizer:
+    """The tokenizer with its fast engine, or with the reference engine in its place, once a process.
+
+    Raises RunError if it is not the one that the run began with.
+    """
+    tokenizer = load_tokenizer(name)
+    if sha256 not in (None, tokenizer.sha256):
+        raise RunError(f"tokenizer {name} has changed while the run was going")
+    if engine == "reference" and tokenizer.reference:
+        return replace(tokenizer, engine=_reference(tokenizer), reference=None)
+    return tokenizer
+
+
+def _reference(tokenizer: Tokenizer) -> Engine:
+    return tokenizer.reference_engine
 
 
 def _in_validation(doc_ids: list[str], fraction: float) -> Ids:

@@ -26,10 +26,17 @@ def claim(out: str, overwrite: bool) -> None:
 
     Raises RequestError if it has files that are not ours.
     """
+    if not out:
+        raise RequestError("--out wants the name of a folder")
+    if out == "-":
+        raise RequestError("--out wants a folder: a run is more than one file, so it cannot go to standard output")
     try:
         names = set(os.listdir(out))
     except FileNotFoundError:
-        os.makedirs(out)
+        try:
+            os.makedirs(out)
+        except OSError as error:
+            raise RequestError(f"--out {out} cannot be made: {error.strerror}; give another folder") from error
         return
     except NotADirectoryError:
         raise RequestError(f"{out} is a file; --out wants a folder") from None
@@ -113,18 +120,21 @@ class Inputs:
             for number, shard in enumerate(self.shards)
         ]
 
-    def prefix(self, cursor: Cursor) -> str | None:
-        """What identifies the bytes before `cursor`, where they can be read again."""
+    def with_prefix(self, cursor: Cursor) -> Cursor:
+        """`cursor` with what identifies the bytes before it; that of what cannot be sought is there already."""
         if cursor.source < len(self.shards) and cursor.offset:
             shard = self.shards[cursor.source]
             if shard.seekable and shard.kind != "parquet":
-                return prefix_hash(shard, cursor.offset)
-        return None
+                return cursor._replace(prefix=prefix_hash(shard, cursor.offset))
+        return cursor
 
     def changed(self, found: dict[str, Any]) -> list[str]:
-        """What differs from the inputs that the run has used; what lies behind its last sealed cursor may."""
+        """What differs from the inputs that the run had read when it sealed its last shard; later ones may.
+
+        What cannot be sought is compared when it is read again (`formats.slices`).
+        """
         then, names = found["inputs"], [shard.name for shard in self.shards]
-        cursor = Cursor(len(then)) if found["complete"] else first_mark(found).cursor
+        cursor = Cursor(len(then)) if found["complete"] else Cursor(*found["read"])
         wrong = []
         for number, entry in enumerate(then[: cursor.source + 1]):
             if number >= len(names) or names[number] != entry["name"]:
@@ -134,11 +144,11 @@ class Inputs:
                 wrong.append(f"{names[number]} has changed since it was packed")
         if found["complete"] and len(names) > len(then):
             wrong.append(f"input {len(then) + 1} was not given, is {names[len(then)]}")
-        if not wrong and not found["complete"] and found["prefix"]:
+        if not wrong and not found["complete"] and cursor.source < len(names):
             name = names[cursor.source]
             try:
-                if self.prefix(cursor) != found["prefix"]:
-                    wrong.append(f"{name} has changed before byte {cursor.offset:,}, where the run goes on")
+                if self.with_prefix(cursor) != cursor:
+                    wrong.append(f"{name} has changed before byte {cursor.offset:,}, which the run has read")
             except OSError as error:
                 raise RunError(f"{name} cannot be read: {error.strerror}") from error
         return wrong

@@ -7,7 +7,20 @@ from millstream.runs.subset import Mark
 
 
 def make_ledger(mark: Mark, subsets: dict[str, Any], seq_len: int) -> dict[str, Any]:
-    """What came in, counted while reading, against what went out, counted while writing. Raises LedgerError."""
+    """The ledger of a run that has read to `mark` and written `subsets`. Raises LedgerError if it does not balance."""
+    documents, ids = written(subsets, seq_len)
+    ledger = {
+        "documents": {"in": mark.ordinal, **documents, "faulty": sum(mark.faults.values())},
+        "ids": {"in": mark.text_ids + mark.special_ids, "text": mark.text_ids, "special": mark.special_ids, **ids},
+        "samples": sum(shard["samples"] for subset in subsets.values() for shard in subset["shards"]),
+        "faults": mark.faults,
+    }
+    check_ledger(ledger)
+    return ledger
+
+
+def written(subsets: dict[str, Any], seq_len: int) -> tuple[dict[str, int], dict[str, int]]:
+    """(documents, ids): what became of them, from the counts of the output shards."""
     shards = [shard for subset in subsets.values() for shard in subset["shards"]]
 
     def total(key: str) -> int:
@@ -17,24 +30,17 @@ def make_ledger(mark: Mark, subsets: dict[str, Any], seq_len: int) -> dict[str, 
     for subset in subsets.values():
         left[subset["remainder"]["policy"]] += subset["remainder"]["ids"]
     documents = {
-        "in": mark.ordinal,
         "whole": total("documents") - total("split") - total("empty"),
         "split": total("split"),
         "empty": total("empty"),
-        "faulty": sum(mark.faults.values()),
     }
     ids = {
-        "in": mark.text_ids + mark.special_ids,
-        "text": mark.text_ids,
-        "special": mark.special_ids,
         "in_samples": total("samples") * seq_len - total("padding"),
         "padding": total("padding"),
         "remainder": left["keep"],
         "dropped": left["drop"],
     }
-    ledger = {"documents": documents, "ids": ids, "samples": total("samples"), "faults": mark.faults}
-    check_ledger(ledger)
-    return ledger
+    return documents, ids
 
 
 def check_ledger(ledger: dict[str, Any]) -> None:

@@ -85,9 +85,9 @@ class PackRun:
         name = settings.tokenizer_name
         self.tokenizer = load_tokenizer(name) if name else None
         self.identity = identity(settings, self.tokenizer)
-        self.total_bytes = _total_bytes(self.shards)
+        self.total_bytes, rough = _sizes(self.shards)
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else 0
-        self.workers, self.workers_why = choose_workers(settings, vocab_size, self.max_document, self.total_bytes)
+        self.workers, self.workers_why = choose_workers(settings, vocab_size, self.max_document, rough)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.started = time.perf_counter()
         self.compared = 0
@@ -126,11 +126,12 @@ class PackRun:
                 os.truncate(fault_path, mark.fault_bytes)
             faults = stack.enter_context(open(fault_path, "ab"))
             if found is None:
-                self._commit(subsets)
+                self._commit(subsets, Cursor())
             journal.write("resume" if found else "start", workers=self.workers, ordinal=mark.ordinal)
             first = mark
             try:
-                mark = self._stream(subsets, mark, faults, journal)
+                used = Cursor(*found["read"]) if found else None
+                mark = self._stream(subsets, mark, used, faults, journal)
                 ledger = self._finish(subsets, mark, faults)
             except BaseException as error:
                 with contextlib.suppress(OSError):  # on a full disk; the run has failed with its own error
@@ -170,7 +171,7 @@ class PackRun:
     def pad_id(self) -> int:
         return int(self.identity["pad_id"] or 0)
 
-    def _tasks(self, cursor: Cursor) -> Iterator[tuple[tuple[Slice, ...], bool]]:
+    def _tasks(self, cursor: Cursor, used: Cursor | None) -> Iterator[tuple[tuple[Slice, ...], bool]]:
         settings = self.settings
         fixed = self.identity["max_document"]
         limits = Limits(
@@ -180,15 +181,21 @@ class PackRun:
         )
         columns = (settings.ids_field or settings.text_field, settings.id_field)
         seen = 0
-        for unit in units(slices(self.shards, cursor, limits, columns, settings.block), settings.block):
+        pieces = slices(self.shards, cursor, limits, columns, settings.block, used)
+        for unit in units(pieces, settings.block):
             yield unit, seen < CHECK_FIRST
             seen += sum(piece.size for piece in unit)
 
-    def _stream(self, subsets: dict[str, Subset], mark: Mark, faults: Any, journal: Journal) -> Mark:
-        """Read, encode and pack everything from `mark` on; the mark at the end."""
+    def _stream(
+        self, subsets: dict[str, Subset], mark: Mark, used: Cursor | None, faults: Any, journal: Journal
+    ) -> Mark:
+        """Read, encode and pack everything from `mark` on; the mark at the end.
+
+        `used` is how far an earlier run has read: nothing is committed before that is known to be unchanged.
+        """
         encode = self._encode()
         afters: list[Cursor] = []  # where each unit handed to the engine ends, in order
-        start, tasks = mark, self._tasks(mark.cursor)
+        start, tasks = mark, self._tasks(mark.cursor, used)
 
         def watched() -> Iterator[tuple[tuple[Slice, ...], bool]]:
             for unit, check_all in self._timed("read", tasks):
@@ -203,21 +210,32 @@ class PackRun:
             size=lambda task: sum(piece.size for piece in task[0]),
         )
         begin = mark
+        unwritten = False
+        known = used[:2] if used else (0, 0)
         shown = 0.0
         with contextlib.closing(results):
             for encoded in self._timed("wait", results):
-                after, batch, bad = self._number(encoded, mark, afters.pop(0))
-                self._record(bad, faults)
+                read = afters.pop(0)
+                after, batch, bad = self._number(encoded, mark, read)
+                compared = read[:2] >= known
+                try:
+                    self._record(bad, faults)
+                except DataError:
+                    if not compared:
+                        # Perhaps it is bad because the input is another one: reading on to `used` says so.
+                        any(afters.pop(0)[:2] >= known for _ in results)
+                    raise
                 after = replace(after, fault_bytes=faults.tell())
                 # A document that goes on is read again from its beginning: no mark lies inside one.
                 begin = begin if encoded.opened else mark
                 goes_on = begin if encoded.opened and len(batch) == 1 else mark
                 end = goes_on if encoded.open else after
-                sealed = self._pack(subsets, encoded, batch, begin, end, after.ordinal)
+                unwritten |= self._pack(subsets, encoded, batch, begin, end, after.ordinal)
                 begin, mark = end, after
-                if sealed:
-                    self._commit(subsets, faults)
+                if unwritten and compared:
+                    self._commit(subsets, read, faults)
                     journal.write("commit", ordinal=mark.ordinal, bytes=mark.bytes)
+                    unwritten = False
                 now = time.perf_counter()
                 if self.on_progress and now - shown > 0.1:
                     shown = now
@@ -238,6 +256,7 @@ class PackRun:
                 tokenizer.vocab_size - 1 if tokenizer else 0xFFFFFFFF,
             ),
             settings.tokenizer_name,
+            tokenizer.sha256 if tokenizer else None,
             self.identity["bos_id"],
             self.identity["eos_id"],
             self.max_document,
@@ -342,15 +361,14 @@ class PackRun:
         self.seconds["pack and write"] += time.perf_counter() - start
         return sealed
 
-    def _commit(self, subsets: dict[str, Subset], faults: Any = None) -> None:
+    def _commit(self, subsets: dict[str, Subset], read: Cursor, faults: Any = None) -> None:
         if faults:
             faults.flush()
             os.fsync(faults.fileno())
-        cursor = min((subset.mark for subset in subsets.values()), key=lambda mark: mark.ordinal).cursor
         manifest = {
             **self._head(False),
-            "inputs": self.inputs.entries(cursor.source),
-            "prefix": self.inputs.prefix(cursor),
+            "inputs": self.inputs.entries(read.source),
+            "read": list(self.inputs.with_prefix(read)),
             "subsets": {name: subset.entry(False) for name, subset in subsets.items()},
         }
         write_manifest(self.out, manifest)
@@ -418,7 +436,13 @@ class PackRun:
 
         hints = []
         settings = self.identity
-        if self.tokenizer and settings["bos_id"] is None and settings["eos_id"] is None and not settings["ids_field"]:
+        if (
+            self.tokenizer
+            and not already
+            and settings["bos_id"] is None
+            and settings["eos_id"] is None
+            and not settings["ids_field"]
+        ):
             hints.append(
                 "neither BOS nor EOS separates documents: a model cannot see where one ends; --eos adds one"
                 if settings["strategy"] == "concat"
@@ -449,15 +473,20 @@ class PackRun:
         )
 
 
-def _total_bytes(inputs: list[InputShard]) -> int | None:
-    """Bytes of input, for the time left; None where it is not known (standard input) or not comparable (packed)."""
-    if any(not shard.seekable for shard in inputs):
-        return None
-    total = 0
+def _sizes(inputs: list[InputShard]) -> tuple[int | None, int | None]:
+    """Bytes of input, decompressed: (exactly, for the time left; roughly, for the number of workers).
+
+    None where it cannot be told: standard input; and exactly, what is packed or Parquet.
+    """
+    exact = rough = 0
     for shard in inputs:
+        if shard.uri == "-":
+            return None, None
         with contextlib.suppress(OSError):
-            total += os.path.getsize(shard.uri)
-    return total
+            size = os.path.getsize(shard.uri)
+            exact += size
+            rough += size * (4 if shard.packed or shard.kind == "parquet" else 1)
+    return exact if exact == rough else None, rough
 
 
 def _without_data(unit: tuple[Slice, ...], inputs: list[InputShard]) -> tuple[Slice, ...]:

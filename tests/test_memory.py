@@ -1,0 +1,98 @@
+"""Memory stays under what was asked for, summed over all processes, whatever the input."""
+
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import runs
+
+pytestmark = [pytest.mark.slow, runs.needs_proc]
+
+NEVER_REPEATED = """
+import sys
+letters = str.maketrans("0123456789", "ghijklmnop")
+number, size = 1, 0
+while size < 150_000_000:
+    words = ["%x" % (n * 2862933555777941757 % 2**45) for n in range(number, number + 1000)]
+    line = '{"text": "' + " ".join(words).translate(letters) + '"}\\n'
+    number, size = number + 1000, size + len(line)
+    sys.stdout.write(line)
+"""
+
+
+def pss(pids):
+    """Bytes of memory that the processes hold together, shared pages counted once."""
+    total = 0
+    for pid in pids:
+        try:
+            for line in Path("/proc", str(pid), "smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1]) * 1024
+        except OSError:
+            pass  # it ended meanwhile
+    return total
+
+
+def peak(run):
+    """The most that a run held at any time, until it ends."""
+    most = samples = 0
+    while run.process.poll() is None:
+        most = max(most, pss(run.alive()))
+        samples += 1
+        time.sleep(0.05)
+    assert samples > 20, "it was over before it could be measured"
+    return most
+
+
+def check(run, what, limit):
+    most = peak(run)
+    print(f"\n{what}: peak {most / 1e6:.0f} MB of {limit / 1e6:.0f} MB")
+    code, stderr = run.end()
+    assert code == 0, stderr
+    assert 50e6 < most <= limit
+
+
+LIMITS = pytest.mark.parametrize(
+    ("args", "limit"),
+    [(("--workers", 1), 400_000_000), ((), 1 << 30)],
+    ids=["one-worker", "default"],
+)
+
+
+@LIMITS
+def test_words_that_never_repeat(tmp_path, args, limit):
+    with (
+        subprocess.Popen([sys.executable, "-c", NEVER_REPEATED], stdout=subprocess.PIPE) as source,
+        runs.Run("pack", "-", "--out", tmp_path / "out", *args, piped=source.stdout) as run,
+    ):
+        check(run, f"never repeated words {args}", limit)
+    assert source.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory):
+    """One plain text file of 500 MB in which no paragraph is like another."""
+    rng = random.Random(11)
+    syllables = re.findall("..", "kalomitenrasuveldorinaxpretionlyedungrafobuchawozenyquoisheral")
+    words = ["".join(rng.choices(syllables, k=rng.choice((1, 1, 2, 2, 3, 4)))) for _ in range(40_000)]
+    words += ["Größe", "déjà", "naïve", "don't", "1984", "東京"]
+    parts = [" ".join(rng.choices(words, k=rng.randint(2, 9))) for _ in range(60_000)]
+    path = tmp_path_factory.mktemp("prose") / "prose.txt"
+    size = 0
+    with open(path, "w", encoding="utf-8") as file:
+        while size < 500_000_000:
+            chosen = iter(rng.choices(parts, k=3000))
+            text = "\n".join(f"{a.capitalize()} {b}, {c}." for a, b, c in zip(chosen, chosen, chosen, strict=True))
+            size += file.write(text + "\n\n")
+    yield path
+    path.unlink()
+
+
+@LIMITS
+def test_one_long_text(tmp_path, prose, args, limit):
+    with runs.Run("pack", prose, "--out", tmp_path / "out", *args) as run:
+        check(run, f"one text of 500 MB {args}", limit)

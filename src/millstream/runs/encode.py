@@ -118,7 +118,8 @@ def engine_of(name: str, sha256: str | None, engine: str) -> Tokenizer:
     if sha256 not in (None, tokenizer.sha256):
         raise RunError(f"tokenizer {name} has changed while the run was going")
     if engine == "reference" and tokenizer.reference:
-        return replace(tokenizer, engine=_reference(tokenizer), reference=None)
+        reference = _reference(tokenizer)
+        return replace(tokenizer, engine_name=reference.name, make_engine=lambda: reference, reference=None)
     return tokenizer
 
 

@@ -118,7 +118,7 @@ def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
     if pad is not None and not 0 <= pad <= largest:
         raise RequestError(f"--pad-id {pad} is no id of the vocabulary: give one from 0 to {largest:,}")
     explicit = settings.max_document is not None
-    engine = tokenizer and f"{tokenizer.engine.name} {version(tokenizer.engine.name)}"
+    engine = tokenizer and f"{tokenizer.engine_name} {version(tokenizer.engine_name)}"
     return {
         "tokenizer": tokenizer
         and {"name": tokenizer.name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},

@@ -41,11 +41,12 @@ class Tokenizer:
 
     `vocab_size` is the largest id + 1, `sha256` identifies what decides the ids, `safe_cuts` tells whether long plain
     text may be cut between a letter and a blank, `reference` builds the engine that checks `engine` (None: it is the
-    reference itself), `files` are what to keep with a run so that it can be decoded anywhere.
+    reference itself), `definition` is the tokenizer.json to keep with a run so that it can be decoded anywhere.
     """
 
     name: str
-    engine: Engine
+    engine_name: str
+    make_engine: Callable[[], Engine]
     reference: Callable[[], Engine] | None
     vocab_size: int
     sha256: str
@@ -54,6 +55,11 @@ class Tokenizer:
     eos_token: str | None = None
     safe_cuts: bool = False
     definition: str | None = None
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine, made on first use: loading one takes longer than all else, and not every process encodes."""
+        return self.make_engine()
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
@@ -180,15 +186,19 @@ def load_tokenizer(name: str) -> Tokenizer:
 def _gpt2() -> Tokenizer:
     merges = gpt2_merges()
     definition = msgspec.json.encode(_gpt2_definition(merges)).decode()
-    engine = _fastokens(definition)
-    assert engine is not None, "the pinned engine loads GPT-2"
     specials = {"<|endoftext|>": 50256}
+
+    def engine() -> Engine:
+        fast = _fastokens(definition)
+        assert fast is not None, "the pinned engine loads GPT-2"
+        return fast
 
     def reference() -> Engine:
         return Tiktoken("gpt2", GPT2_PATTERN, _gpt2_ranks(merges), specials)
 
     return Tokenizer(
         "gpt2",
+        Fastokens.name,
         engine,
         reference,
         50257,
@@ -266,14 +276,18 @@ def _tiktoken(name: str) -> Tokenizer:
         ) from error
     ranks, specials = parts["mergeable_ranks"], parts["special_tokens"]
     lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
-    with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
-        file.write(lines)
-        file.flush()
-        fast = fastokens.Tokenizer.from_tiktoken(file.name, encoding=name)
+
+    def engine() -> Engine:
+        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
+            file.write(lines)
+            file.flush()
+            return Fastokens(fastokens.Tokenizer.from_tiktoken(file.name, encoding=name))
+
     decider = lines + json.dumps([parts["pat_str"], specials]).encode()
     return Tokenizer(
         name,
-        Fastokens(fast),
+        Fastokens.name,
+        engine,
         lambda: Tiktoken(name, parts["pat_str"], ranks, specials),
         max(*ranks.values(), *specials.values()) + 1,
         hashlib.sha256(decider).hexdigest(),
@@ -337,7 +351,8 @@ def from_definition(name: str, definition: str, config: dict[str, Any] | None = 
     config = config or {}
     return Tokenizer(
         name,
-        fast or reference,
+        (fast or reference).name,
+        lambda: fast or reference,
         (lambda: HuggingFace(definition)) if fast else None,
         max(vocabulary.values(), default=0) + 1,
         hashlib.sha256(definition.encode()).hexdigest(),

@@ -5,6 +5,7 @@ module, so that a script or notebook without an ``if __name__ == "__main__"`` gu
 """
 
 import contextlib
+import fcntl
 import os
 import pickle
 import selectors
@@ -78,6 +79,13 @@ def _exactly(file: IO[bytes], size: int) -> bytearray:
     return data
 
 
+def _widen(pipe: IO[bytes]) -> None:
+    """A pipe that holds a whole result: 64 KiB of it at a time would wake both sides dozens of times."""
+    if hasattr(fcntl, "F_SETPIPE_SZ"):
+        with contextlib.suppress(OSError):  # over the user's limit: it works as it is
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 1 << 20)
+
+
 class _Pool:
     def __init__(self, function: Callable[[Any], Any], workers: int) -> None:
         command = [sys.executable, "-P", "-c", "from millstream.engines.worker import main; main()"]
@@ -98,6 +106,7 @@ class _Pool:
         self.queued = [0] * workers
         for number, process in enumerate(self.processes):
             assert process.stdout
+            _widen(process.stdout)
             self.selector.register(process.stdout, selectors.EVENT_READ, number)
             self._send(number, function)
 

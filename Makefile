@@ -61,7 +61,7 @@ format: .venv/.installed  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: .venv/.installed  ## the benchmarks (ARGS="..." is passed on)
+bench: .venv/.installed .venv-bench/.installed  ## the benchmarks (ARGS="..." is passed on)
 	$(BENCH_PYTHON) -m bench $(ARGS)
 
 bench-env: .venv-bench/.installed  ## .venv-bench: what the benchmarks compare with, and millstream

@@ -4,12 +4,14 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from millstream import __version__
-from millstream.errors import MillstreamError
+from millstream.errors import MillstreamError, RequestError
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BINARY = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -174,6 +176,151 @@ def tokenizers() -> None:
         click.echo(f"{name:24} {where}")
     click.echo(f"{'PATH':24} any tokenizer.json, or a folder with one")
     click.echo(f"{'ORG/NAME':24} any tokenizer on the Hugging Face hub, from its cache or the network")
+
+
+@cli.command(short_help="Ask an LLM server every prompt of a file.")
+@click.argument("prompts", metavar="PROMPTS")
+@click.option(
+    "--out", required=True, metavar="FILE", help="JSONL with one row a request; - for replies on standard output."
+)
+@click.option("--model", help="The model to ask.")
+@click.option(
+    "--base-url",
+    "base_urls",
+    multiple=True,
+    metavar="URL",
+    help="The server, mostly ending in /v1 [default: OPENAI_BASE_URL]; several share the load.",
+)
+@click.option("--system", metavar="TEXT", help="The system message of every request.")
+@click.option("--template", metavar="TEXT", help="The prompt, with the row's fields in braces: 'Summarise: {text}'.")
+@click.option(
+    "--in-flight", default=64, show_default=True, type=click.IntRange(1), metavar="N", help="Requests at once."
+)
+@click.option("--timeout", default=600.0, show_default=True, metavar="S", help="Seconds for one attempt.")
+@click.option("--deadline", type=float, metavar="S", help="Seconds for a request with all its retries.")
+@click.option("--attempts", default=5, show_default=True, type=click.IntRange(1), help="Attempts at a request.")
+@click.option("--ordered", is_flag=True, help="Write rows in the prompts' order, not as they are answered.")
+@click.option("--limit", type=click.IntRange(0), metavar="N", help="Only the first N prompts.")
+@click.option("--temperature", type=float)
+@click.option("--max-tokens", type=int)
+@click.option(
+    "--param",
+    "params",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Any other parameter of the request; can be given again.",
+)
+@click.option("--retry-faults", is_flag=True, help="Ask again what an earlier run could not get answered.")
+@click.option("--journal", type=click.Path(), metavar="DIR", help="Where to keep what is answered [default: FILE.run].")
+@click.option("--json", "as_json", is_flag=True, help="Print the closing report as JSON.")
+def ask(
+    prompts: str,
+    out: str,
+    as_json: bool,
+    journal: str | None,
+    params: tuple[str, ...],
+    temperature: float | None,
+    max_tokens: int | None,
+    **options: Any,
+) -> None:
+    """Ask an OpenAI-compatible server every prompt of PROMPTS, many at once, and get exactly one row for each.
+
+    PROMPTS is JSONL (fields prompt or messages, or any with --template; custom_id or id names the row), text with a
+    prompt a line, or - for JSONL on standard input. The same command again asks only what has no outcome yet. The key
+    comes from OPENAI_API_KEY and is never printed or kept.
+    """
+    from dataclasses import asdict
+
+    from millstream.report import ask_summary, watch_ask
+
+    with _needs_ask_extra():
+        from millstream.runs.asking import AskSettings, ask_to
+    body = dict(_parameter(param) for param in params)
+    body |= {} if temperature is None else {"temperature": temperature}
+    body |= {} if max_tokens is None else {"max_tokens": max_tokens}
+    with watch_ask() as on_progress:
+        report = ask_to(out, prompts, AskSettings(params=body, **options), journal=journal, on_progress=on_progress)
+    click.echo(json.dumps(asdict(report), indent=1) if as_json else ask_summary(report), err=out == "-")
+    if report.stopped:
+        click.echo("millstream: stopped. Nothing is lost: run the same command again to go on.", err=True)
+        sys.exit(INTERRUPTED)
+    if report.faults:
+        sys.exit(WITH_FAULTS)
+
+
+@contextmanager
+def _needs_ask_extra() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise RequestError(f"this command needs {error.name}: pip install 'millstream[ask]'") from error
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as JSON if it is some, else as text."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise click.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--param")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+@cli.command(short_help="Run a small LLM server that misbehaves as told.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8089, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--latency",
+    default="fixed 0.05",
+    show_default=True,
+    metavar="FORM",
+    help="fixed S, lognormal MEDIAN SIGMA, or bimodal FAST SLOW SHARE, in seconds.",
+)
+@click.option(
+    "--piece-latency",
+    default="fixed 0",
+    show_default=True,
+    metavar="FORM",
+    help="The same between the pieces of a stream.",
+)
+@click.option(
+    "--fault",
+    "faults",
+    multiple=True,
+    metavar="KIND:PROBABILITY",
+    help="Such as 429:0.05, 429:0.05:2 (Retry-After 2), 503:1:times=2, hang:0.01; can be given again.",
+)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--reply-ids", type=int, metavar="N", help="Length of every reply in ids.")
+@click.option("--capacity", type=int, metavar="N", help="Requests in service at once, hidden from the client.")
+@click.option(
+    "--overload",
+    default="queue",
+    show_default=True,
+    type=click.Choice(["queue", "429"]),
+    help="Beyond the capacity: wait, or 429.",
+)
+@click.option("--rpm", type=int, metavar="N", help="Requests a minute.")
+@click.option("--tpm", type=int, metavar="N", help="Ids a minute.")
+@click.option("--require-key", "api_key", metavar="KEY", help="Answer 401 without this key.")
+def simulate(host: str, port: int, latency: str, piece_latency: str, faults: tuple[str, ...], **options: Any) -> None:
+    """Run an OpenAI-compatible server on this machine, to try a job on for free before it costs money.
+
+    It answers chat and text completions, streamed too, with seeded latencies and faults: the same request is treated
+    alike in any order. GET /_simulator/stats says what it saw. Ctrl-C ends it.
+    """
+    from millstream.bridge import run
+
+    with _needs_ask_extra():
+        from millstream.llm.simulator import Behaviour, parse_fault, parse_latency, serve
+    behaviour = Behaviour(
+        latency=parse_latency(latency),
+        piece_latency=parse_latency(piece_latency),
+        faults=tuple(parse_fault(fault) for fault in faults),
+        **options,
+    )
+    run(serve(behaviour, host, port, lambda url: click.echo(f"listening on {url} (Ctrl-C ends it)")))
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from millstream.runs.progress import Progress, Report
+from millstream.runs.progress import AskProgress, AskReport, Progress, Report
 
 _LINE_EVERY = 10.0  # seconds between plain lines, where there is no terminal
 
@@ -77,6 +77,50 @@ def watch_pack() -> Iterator[Callable[[Progress], None]]:
         yield update
 
 
+@contextmanager
+def watch_ask() -> Iterator[Callable[[AskProgress], None]]:
+    """Show progress on standard error: a line that is written over on a terminal, else one every 10 seconds."""
+    terminal = sys.stderr.isatty()
+    every = 0.2 if terminal else _LINE_EVERY
+    last = time.monotonic()
+
+    def line(now: AskProgress) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every:
+            last = time.monotonic()
+            print(ask_line(now), file=sys.stderr, end="\033[K\r" if terminal else "\n", flush=True)
+
+    yield line
+    if terminal:
+        print(end="\033[K", file=sys.stderr, flush=True)
+
+
+def ask_line(now: AskProgress) -> str:
+    """One line of progress of an ask run."""
+    rate = now.asked / max(now.seconds, 1e-9)
+    parts = [f"{now.done:,} done", f"{now.in_flight} in flight", f"{rate:.1f} requests/s", f"{now.ids_out:,} ids"]
+    return " · ".join([*parts, f"{now.faults:,} failed"] if now.faults else parts)
+
+
+def ask_summary(report: AskReport) -> str:
+    """The closing report of an ask run, to be read aloud."""
+    asked = report.requests - report.again
+    lines = [
+        f"{_count(report.requests, 'request')} became {_count(report.replies, 'reply', 'replies')}"
+        f" and {_count(sum(report.faults.values()), 'fault')}, in {report.out}",
+        f"  asked      {asked:,} in {report.attempts:,} attempts, {report.seconds:.1f} s,"
+        f" {asked / max(report.seconds, 1e-9):.1f} requests/s",
+    ]
+    if report.again:
+        lines.append(f"  journal    {report.again:,} were answered by an earlier run and not asked again")
+    lines.append(f"  ids        {report.ids_in:,} in the prompts, {report.ids_out:,} in the replies")
+    for kind, count in report.faults.items():
+        lines.append(f"  faults     {count:,} {kind.replace('_', ' ')}")
+    if report.faults:
+        lines.append("  hint       --retry-faults asks the failed ones again")
+    return "\n".join(lines)
+
+
 def pack_summary(report: Report) -> str:
     """The closing report, to be read aloud."""
     documents, ids = report.ledger["documents"], report.ledger["ids"]
@@ -131,8 +175,8 @@ def _scaled(number: float) -> str:
     return f"{number:.3g} "
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def _count(number: int, what: str, many: str | None = None) -> str:
+    return f"{number:,} {what if number == 1 else many or what + 's'}"
 
 
 def _shares(report: Report) -> str:

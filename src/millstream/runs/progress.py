@@ -1,4 +1,4 @@
-"""What a pack run tells: how far it is, and how it ended."""
+"""What a run tells: how far it is, and how it ended."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -48,3 +48,30 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "faults": self.faults}
+
+
+class AskProgress(NamedTuple):
+    """How far an ask run is; `asked` counts what went to a server this time."""
+
+    done: int
+    faults: int
+    asked: int
+    in_flight: int
+    seconds: float
+    ids_out: int
+
+
+@dataclass(frozen=True)
+class AskReport:
+    """How an ask run ended. `again` are outcomes taken from the journal of an earlier run."""
+
+    out: str
+    requests: int
+    replies: int
+    faults: dict[str, int]
+    again: int
+    attempts: int
+    ids_in: int
+    ids_out: int
+    seconds: float
+    stopped: bool

@@ -6,6 +6,8 @@ inside data moves in columns, through the same readers and packers that a pack r
 
 import itertools
 import os
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -123,64 +125,35 @@ def read(
     fields = Fields(text_field, id_field)
 
     def batches(state: State | None) -> Iterator[_Texts]:
-        cursor = Cursor(*state["cursor"]) if state else Cursor()
-        ordinal = state["document"] if state else 0
-        skip = state.get("skip", 0) if state else 0
-        lines: dict[int, int] = dict([tuple(state["line"])]) if state and "line" in state else {}
-        pieces = slices(shards, cursor, Limits(max_document), (text_field, id_field))
-        for unit in units(pieces):
+        cursor, ordinal, skip, line = Cursor(), 0, 0, 0
+        if state:
+            cursor, ordinal, skip, line = Cursor(*state["cursor"]), state["document"], state["skip"], state["line"]
+        for unit in units(slices(shards, cursor, Limits(max_document), (text_field, id_field))):
             batch = decode(unit, fields, max_document)
-            before, at = {source: lines.get(source, 0) for source, _ in batch.lines}, ordinal
+            fault = batch.faults[0] if batch.faults and on_error == "stop" else None
+            # Documents before a fault are handed out first; those that an earlier stream has handed out are not.
+            good = bisect_left(batch.position, fault.ordinal) if fault else len(batch.position)
+            low = bisect_left(batch.position, skip, hi=good)
+            begin: State = {"cursor": list(cursor), "document": ordinal, "line": line}
+            positions = batch.position[low:good]
+            yield _Texts(batch.texts[low:good], batch.doc_ids[low:good], _states(begin, positions, skip), ordinal)
+            lines = Counter({cursor.source: line})
+            if fault:
+                number = fault.line and fault.line + lines[fault.shard]
+                raise DataError(f"{fault._replace(line=number).place}: {fault.message}")
             for source, count in batch.lines:
-                lines[source] = lines.get(source, 0) + count
-            for fault in batch.faults:
-                if on_error == "stop":
-                    number = next(n for n, shard in enumerate(shards) if shard.name == fault.source)
-                    line = fault.line and fault.line + before.get(number, 0)
-                    # Documents before the fault are handed out first.
-                    good = sum(position < fault.ordinal for position in batch.position)
-                    yield _texts(
-                        batch.texts[:good],
-                        batch.doc_ids[:good],
-                        batch.position[:good],
-                        at,
-                        skip,
-                        cursor,
-                        before,
-                    )
-                    raise DataError(f"{fault._replace(line=line).place}: {fault.message}")
-            yield _texts(batch.texts, batch.doc_ids, batch.position, at, skip, cursor, before)
+                lines[source] += count
             ordinal += batch.count
             skip = max(0, skip - batch.count)
             cursor = unit[-1].after
-            lines = {k: v for k, v in lines.items() if k >= cursor.source}
+            line = lines[cursor.source]
 
     return Stream(batches, _document_items, state)
 
 
-def _texts(
-    texts: list[str],
-    ids: list[str],
-    position: list[int],
-    ordinal: int,
-    skip: int,
-    cursor: Cursor,
-    lines: dict[int, int],
-) -> _Texts:
-    """A unit's documents but the first `skip` positions, which an earlier stream has handed out."""
-    low = next((i for i, p in enumerate(position) if p >= skip), len(position))
-
-    def state(row: int) -> State:
-        """Reading goes on after `row` documents of this batch: from the unit's beginning, passing over some."""
-        passed = position[low + row - 1] + 1 if low + row else skip
-        if row < 0:
-            raise IndexError(row)
-        found: State = {"cursor": list(cursor), "document": ordinal, "skip": max(passed, skip)}
-        if lines.get(cursor.source):
-            found["line"] = [cursor.source, lines[cursor.source]]
-        return found
-
-    return _Texts(texts[low:], ids[low:], state, ordinal)
+def _states(begin: State, positions: list[int], skip: int) -> Callable[[int], State]:
+    """The state after `row` documents of a unit: reading goes on at its beginning and passes over what came before."""
+    return lambda row: {**begin, "skip": positions[row - 1] + 1 if row else skip}
 
 
 def _document_items(batches: Iterator[_Texts], state: State | None) -> Iterator[tuple[Document, Callable[[], State]]]:

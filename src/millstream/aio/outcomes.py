@@ -1,0 +1,36 @@
+"""What becomes of a request: exactly one outcome, a reply or a fault."""
+
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply(Generic[R]):
+    """The value that request number `index` (in source order) ended with, after `seconds` and `attempts`."""
+
+    index: int
+    value: R
+    seconds: float
+    attempts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """How request number `index` failed, as data.
+
+    `kind` is timeout, deadline, cancelled, error, or what the function's own errors call themselves (their attribute
+    `kind`); `error` is the exception of the last attempt. `faults` are those of a race in which nobody won.
+    """
+
+    index: int
+    kind: str
+    message: str
+    seconds: float
+    attempts: int = 1
+    error: Any = None
+    faults: "tuple[Fault, ...]" = ()
+
+
+Outcome: TypeAlias = Reply[R] | Fault

@@ -1,0 +1,227 @@
+"""`millstream ask`: one row a request whatever happens, nothing asked twice, everything kept that was paid for."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Queue
+
+import pytest
+
+from millstream.errors import RequestError, RunError
+from millstream.llm.simulator import Behaviour, parse_fault, parse_latency, running
+from millstream.runs.asking import AskSettings, ask_to
+
+
+@contextmanager
+def serving(behaviour):
+    """A simulator in another thread's loop: its `Server`, with live stats."""
+    loop, made, stop = asyncio.new_event_loop(), Queue(), asyncio.Event()
+
+    async def main():
+        async with running(behaviour) as server:
+            made.put(server)
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
+    thread.start()
+    try:
+        yield made.get(timeout=30)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+        loop.close()
+
+
+def prompts_file(path, count):
+    path.write_text("".join(json.dumps({"id": n, "prompt": f"question {n}"}) + "\n" for n in range(count)))
+    return str(path)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def settings_for(server, **more):
+    return AskSettings(**{"model": "simulated", "base_urls": [server.url], "in_flight": 16, **more})
+
+
+MESSY = ("429:0.1:0", "500:0.05", "disconnect:0.05", "cut:0.05", "garbage:0.05", "empty-choices:0.05")
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_one_row_each_from_a_server_that_misbehaves(tmp_path, monkeypatch, ordered):
+    monkeypatch.setattr("millstream.llm.wire.FIRST_WAIT", 0.001)
+    prompts = prompts_file(tmp_path / "prompts.jsonl", 300)
+    behaviour = Behaviour(latency=parse_latency("lognormal 0.002 1.0"), faults=tuple(map(parse_fault, MESSY)), seed=7)
+    with serving(behaviour) as server:
+        report = ask_to(str(tmp_path / "out.jsonl"), prompts, settings_for(server, ordered=ordered, attempts=40))
+        assert server.stats.most_in_flight <= 16
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert (report.requests, report.replies, report.faults) == (300, 300, {})
+    assert report.attempts > 300
+    assert [row["id"] for row in (rows if ordered else sorted(rows, key=lambda row: row["index"]))] == [
+        str(n) for n in range(300)
+    ]
+    assert all(f"question {row['index']}" in row["text"] for row in rows)
+
+
+def test_nothing_is_asked_twice_and_edited_prompts_are_asked_anew(tmp_path):
+    prompts, out = prompts_file(tmp_path / "prompts.jsonl", 50), str(tmp_path / "out.jsonl")
+    with serving(Behaviour()) as server:
+        first = ask_to(out, prompts, settings_for(server, limit=30))
+        assert (first.requests, server.stats.requests) == (30, 30)
+        second = ask_to(out, prompts, settings_for(server, timeout=5.0, in_flight=3))
+        assert (second.requests, second.again, server.stats.requests) == (50, 30, 50)
+        lines = (tmp_path / "prompts.jsonl").read_text().replace("question 7", "edited 7")
+        (tmp_path / "prompts.jsonl").write_text(lines)
+        third = ask_to(out, prompts, settings_for(server))
+        assert (third.again, server.stats.requests) == (49, 51)
+    assert sorted(row["index"] for row in rows_of(out)) == list(range(50))
+    assert any("edited 7" in row["text"] for row in rows_of(out))
+
+
+def test_identical_prompts_stay_distinct(tmp_path):
+    (tmp_path / "prompts.txt").write_text("same\nsame\n\nsame\n")
+    out = str(tmp_path / "out.jsonl")
+    with serving(Behaviour()) as server:
+        assert ask_to(out, str(tmp_path / "prompts.txt"), settings_for(server)).replies == 3
+        assert ask_to(out, str(tmp_path / "prompts.txt"), settings_for(server)).again == 3
+        assert server.stats.requests == 3
+
+
+def test_bad_rows_are_faults_and_the_run_goes_on(tmp_path):
+    lines = ['{"text": "a"}', "no json", "[1]", '{"other": 1}', '{"text": "b", "id": "x"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    with serving(Behaviour()) as server:
+        settings = settings_for(server, template="Summarise: {text}", ordered=True)
+        report = ask_to(str(tmp_path / "out.jsonl"), str(tmp_path / "rows.jsonl"), settings)
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert (report.replies, report.faults) == (2, {"bad_row": 3})
+    assert ["fault" in row for row in rows] == [False, True, True, True, False]
+    assert "line 4" in rows[3]["fault"]["message"]
+    assert "no field 'text'" in rows[3]["fault"]["message"]
+    assert rows[4]["id"] == "x"
+    assert "Summarise: b" in rows[4]["text"]
+
+
+def test_faults_stay_unless_they_are_to_be_retried(tmp_path):
+    prompts, out = prompts_file(tmp_path / "prompts.jsonl", 10), str(tmp_path / "out.jsonl")
+    with serving(Behaviour(faults=(parse_fault("413:1"),))) as server:
+        assert ask_to(out, prompts, settings_for(server)).faults == {"too_large": 10}
+    with serving(Behaviour()) as server:
+        assert ask_to(out, prompts, settings_for(server)).faults == {"too_large": 10}
+        assert server.stats.requests == 0
+        assert ask_to(out, prompts, settings_for(server, retry_faults=True)).replies == 10
+
+
+def test_a_wrong_key_stops_at_once_and_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
+    prompts, out = prompts_file(tmp_path / "prompts.jsonl", 1000), str(tmp_path / "out.jsonl")
+    with serving(Behaviour(api_key="right")) as server:
+        with pytest.raises(RunError, match="OPENAI_API_KEY"):
+            ask_to(out, prompts, settings_for(server, in_flight=4))
+        assert server.stats.requests <= 8
+        monkeypatch.setenv("OPENAI_API_KEY", "right")
+        assert ask_to(out, prompts, settings_for(server)).replies == 1000
+    assert all("sk-wrong" not in path.read_text() for path in tmp_path.rglob("*.jsonl"))
+
+
+def test_wrong_requests_say_what_to_give(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    prompts = prompts_file(tmp_path / "prompts.jsonl", 1)
+    with pytest.raises(RequestError, match="--base-url"):
+        ask_to(str(tmp_path / "out"), prompts, AskSettings(model="m"))
+    with pytest.raises(RequestError, match="--model"):
+        ask_to(str(tmp_path / "out"), prompts, AskSettings(base_urls=["http://127.0.0.1:1"]))
+
+
+def command(server, prompts, out, *more):
+    call = [sys.executable, "-m", "millstream", "ask", prompts, "--out", out, "--model", "simulated"]
+    return [*call, "--base-url", server.url, *more]
+
+
+def journalled(out):
+    try:
+        with open(f"{out}.run/journal.jsonl", "rb") as file:
+            return file.read().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+@pytest.mark.parametrize(("count", "kills"), [(2000, 3), pytest.param(20_000, 8, marks=pytest.mark.slow)])
+def test_killed_anywhere_every_answered_request_is_there_once(tmp_path, count, kills):
+    prompts, out = prompts_file(tmp_path / "prompts.jsonl", count), str(tmp_path / "out.jsonl")
+    with serving(Behaviour(latency=parse_latency("lognormal 0.01 0.5"))) as server:
+        for number in range(1, kills + 1):
+            asking = subprocess.Popen(command(server, prompts, out), stderr=subprocess.DEVNULL)
+            goal = number * count // (kills + 1)
+            while journalled(out) < goal and asking.poll() is None:
+                time.sleep(0.005)
+            asking.kill()
+            assert asking.wait() == -9, "it was killed in the middle"
+        kept = journalled(out)
+        assert 0 < kept < count
+        before = server.stats.requests
+        done = subprocess.run(command(server, prompts, out, "--json"), capture_output=True, check=True)
+        report = json.loads(done.stdout)
+        assert (report["requests"], report["replies"]) == (count, count)
+        assert report["again"] >= kept - 1  # a line may have been torn
+        assert server.stats.requests - before == count - report["again"]
+    rows = rows_of(out)
+    assert sorted(row["index"] for row in rows) == list(range(count))
+    assert all(f"question {row['index']}" in row["text"] for row in rows)
+    assert journalled(out) == count
+
+
+def test_interrupted_it_lets_what_runs_end_and_says_how_to_go_on(tmp_path):
+    prompts, out = prompts_file(tmp_path / "prompts.jsonl", 5000), str(tmp_path / "out.jsonl")
+    with serving(Behaviour(latency=parse_latency("fixed 0.02"))) as server:
+        asking = subprocess.Popen(command(server, prompts, out), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        while journalled(out) < 100:
+            assert asking.poll() is None
+            time.sleep(0.005)
+        asking.send_signal(signal.SIGINT)
+        _, said = asking.communicate(timeout=60)
+        assert asking.returncode == 130
+        assert b"run the same command again" in said
+        assert b"Traceback" not in said
+        assert server.stats.requests == journalled(out)  # whatever was asked was waited for and kept
+
+
+def test_answers_stream_into_pack(tmp_path):
+    prompts = prompts_file(tmp_path / "prompts.jsonl", 200)
+    with serving(Behaviour()) as server:
+        pack = [sys.executable, "-m", "millstream", "pack", "-", "--out", str(tmp_path / "packed"), "--seq-len", "64"]
+        asking = command(server, prompts, "-")
+        with subprocess.Popen(asking, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as ask:
+            subprocess.run(pack, stdin=ask.stdout, check=True, stdout=subprocess.DEVNULL)
+        assert ask.returncode == 0
+    import millstream
+
+    dataset = millstream.open(tmp_path / "packed")
+    assert dataset.ledger["documents"]["in"] == 200
+    assert [part.id for part in dataset.documents(0)][:3] == ["0", "1", "2"]  # in input order
+    assert not os.path.exists("-.run")
+
+
+def test_two_runs_on_one_file_are_refused(tmp_path):
+    prompts, out = prompts_file(tmp_path / "prompts.jsonl", 100_000), str(tmp_path / "out.jsonl")
+    with serving(Behaviour(latency=parse_latency("fixed 0.05"))) as server:
+        first = subprocess.Popen(command(server, prompts, out), stderr=subprocess.DEVNULL)
+        try:
+            while journalled(out) < 10:
+                assert first.poll() is None
+                time.sleep(0.005)
+            second = subprocess.run(command(server, prompts, out), capture_output=True, text=True)
+            assert second.returncode == 2
+            assert "another millstream" in second.stderr
+        finally:
+            first.kill()
+            first.wait()

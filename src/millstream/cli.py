@@ -116,11 +116,13 @@ def pack(sources: tuple[str, ...], out: str, as_json: bool, format_: str, **opti
 
     The same command again goes on where an interrupted one stopped, and gives the same bytes.
     """
+    from millstream.engines.local import keep_freed_memory
     from millstream.report import pack_summary, watch_pack
     from millstream.runs.packing import pack_to
     from millstream.runs.settings import Settings
 
     settings = Settings(format=format_, **options)
+    keep_freed_memory()
     try:
         with watch_pack() as on_progress:
             report = pack_to(out, sources, settings, on_progress=on_progress)

@@ -5,6 +5,7 @@ module, so that a script or notebook without an ``if __name__ == "__main__"`` gu
 """
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import pickle
@@ -23,7 +24,7 @@ from millstream.errors import WorkerDied
 U = TypeVar("U")
 R = TypeVar("R")
 
-_AHEAD = 2  # units a worker has at once, so that it never waits for the next one
+_AHEAD = 16  # units a worker has at once, so that it goes on while this process seals a shard
 _SIZE = struct.Struct("<Q")
 
 
@@ -51,6 +52,17 @@ def map_ordered(
         yield from pool.run(units, window_bytes, size)
     finally:
         pool.close()
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep freed blocks for the next batch: giving them back and faulting them in again costs
+    a tenth of the CPU time. For processes that do nothing else; glibc only, elsewhere nothing happens.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(mmap_threshold, 32 << 20)
 
 
 def send(file: IO[bytes], item: Any) -> None:

@@ -5,11 +5,12 @@ import queue
 import threading
 from typing import Any
 
-from millstream.engines.local import receive, send
+from millstream.engines.local import keep_freed_memory, receive, send
 
 
 def main() -> None:
     units: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     # Nobody else may write into the frames: whatever prints goes to standard error.
     source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -23,7 +24,17 @@ def main() -> None:
         except EOFError:
             os._exit(0)  # the parent is gone, killed perhaps: nobody wants the rest
 
+    def write() -> None:
+        # And writing in a thread of its own lets the next unit begin while the parent is busy with others.
+        try:
+            while True:
+                send(target, answers.get())
+        except BaseException:  # the parent is gone, or a result cannot be pickled: either way this worker is done
+            os._exit(1)
+
+    keep_freed_memory()
     threading.Thread(target=read, daemon=True).start()
+    threading.Thread(target=write, daemon=True).start()
     function = units.get()
     while True:
         number, unit = units.get()
@@ -31,7 +42,4 @@ def main() -> None:
             answer = (number, False, function(unit))
         except BaseException as error:
             answer = (number, True, error)
-        try:
-            send(target, answer)
-        except BrokenPipeError:
-            os._exit(0)
+        answers.put(answer)

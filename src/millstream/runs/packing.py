@@ -265,7 +265,7 @@ class PackRun:
         )
 
     def _window(self) -> int:
-        return max(MIB, min(256 * MIB, 4 * MIB * self.workers, self.max_document))
+        return min(256 * MIB, max(self.max_document, 4 * MIB * self.workers))
 
     def _timed(self, stage: str, items: Iterator[Any]) -> Iterator[Any]:
         while True:

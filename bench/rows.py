@@ -157,8 +157,11 @@ def verdict(plan: Plan, name: str, ratio: float) -> bool | None:
 
 def cores_row(plan: Plan) -> Row:
     """Two workers on all cores against one worker bound to a single core, in alternating pairs."""
-    what = "Two workers on two cores against one worker bound to one core: wall-clock rate"
+    # The larger corpus: a second process has to start and to learn the corpus's words like the first.
+    size = plan.memory_mb[1]
+    what = f"Two workers on two cores against one worker bound to one core: wall-clock rate over {size:,} MB"
     target = f"at least {TARGET_CORES} times"
+    source = corpus.mixed(plan.folder, size).path
     cores = measure.usable_cores()
     if len(cores) < 2:
         return Row(what, target, could_not(Failed("needs two cores to bind to")), plan.judged(False))
@@ -166,11 +169,11 @@ def cores_row(plan: Plan) -> Row:
 
     def one() -> Cost:
         busy.append(measure.busy_share())
-        return packed(plan, plan.mixed.path, "--workers", "1", core=cores[0])
+        return packed(plan, source, "--workers", "1", core=cores[0])
 
     def two() -> Cost:
         busy.append(measure.busy_share())
-        return packed(plan, plan.mixed.path, "--workers", "2")
+        return packed(plan, source, "--workers", "2")
 
     costs = alternate({"one worker on one core": one, "two workers": two}, plan.repeats)
     single, double = costs.values()

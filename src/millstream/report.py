@@ -153,7 +153,7 @@ def pack_summary(report: Report) -> str:
         again = ", going on with an earlier run" if report.resumed else ""
         lines.append(
             f"  speed      {report.seconds:.1f} s, {_scaled(report.bytes / max(report.seconds, 1e-9))}B/s,"
-            f" {_scaled(rate)}ids/s{again}"
+            f" {_scaled(rate).strip()} ids/s{again}"
         )
         lines.append(f"  workers    {report.workers} ({report.workers_why})")
         lines.append(f"  time       {_shares(report)}")

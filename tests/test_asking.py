@@ -158,9 +158,10 @@ def journalled(out):
 @pytest.mark.parametrize(("count", "kills"), [(2000, 3), pytest.param(20_000, 8, marks=pytest.mark.slow)])
 def test_killed_anywhere_every_answered_request_is_there_once(tmp_path, count, kills):
     prompts, out = prompts_file(tmp_path / "prompts.jsonl", count), str(tmp_path / "out.jsonl")
-    with serving(Behaviour(latency=parse_latency("lognormal 0.01 0.5"))) as server:
+    with serving(Behaviour(latency=parse_latency("lognormal 0.02 0.5"))) as server:
+        slowly = command(server, prompts, out, "--in-flight", "16")  # so that a kill hits the middle
         for number in range(1, kills + 1):
-            asking = subprocess.Popen(command(server, prompts, out), stderr=subprocess.DEVNULL)
+            asking = subprocess.Popen(slowly, stderr=subprocess.DEVNULL)
             goal = number * count // (kills + 1)
             while journalled(out) < goal and asking.poll() is None:
                 time.sleep(0.005)

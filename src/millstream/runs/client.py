@@ -5,10 +5,10 @@ import itertools
 import os
 import random
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
-from millstream.aio import Fault, Flow
+from millstream.aio import Fault, Flow, race
 from millstream.aio import Reply as Done
 from millstream.bridge import run
 from millstream.errors import RequestError, RunError
@@ -143,21 +143,19 @@ class Client:
             bodies = [self._body(prompt) for prompt in prompts]
         if not bodies:
             raise RequestError("a race needs somebody to run it")
-        faults: list[Fault] = []
-        async with self._flow(bodies, False, in_flight=len(bodies)) as flow:
-            async for outcome in flow:
-                if isinstance(outcome, Done):
-                    return _reply(outcome)
-                faults.append(_named(outcome))
-        last = faults[-1]
-        message = f"all {len(faults)} failed, the last with {last.message}"
-        return Fault(last.index, "race", message, last.seconds, last.attempts, last.error, tuple(faults))
+        outcome = await race(self._attempt, bodies, **self._with(in_flight=len(bodies)))
+        return _reply(outcome) if isinstance(outcome, Done) else _named(outcome)
 
     def _flow(self, bodies: Any, in_order: bool, **options: Any) -> Flow[dict[str, Any], Answer]:
+        return Flow(self._attempt, bodies, in_order=in_order, **self._with(**options))
+
+    def _with(self, **options: Any) -> dict[str, Any]:
+        """The options of a `Flow`: the client's, and `options` in their place."""
+
         def delay(error: Exception, attempts: int) -> float | None:
             return wait_before_retry(error, attempts, self._attempts, self._draw)
 
-        return Flow(self._attempt, bodies, in_order=in_order, delay=delay, **{**self._options, **options})
+        return {**self._options, "delay": delay, **options}
 
     async def _attempt(self, body: dict[str, Any]) -> Answer:
         return await next(self._turn).send(body, CHAT)
@@ -229,6 +227,9 @@ def _reply(done: "Done[Answer]") -> Reply:
 
 def _named(fault: Fault) -> Fault:
     """A fault in the server's own words, without the exception's class in front."""
+    if fault.faults:
+        faults = tuple(map(_named, fault.faults))
+        return replace(fault, message=f"all {len(faults)} failed, the last with {faults[-1].message}", faults=faults)
     if not isinstance(fault.error, WireError):
         return fault
-    return Fault(fault.index, fault.error.kind, str(fault.error), fault.seconds, fault.attempts, fault.error)
+    return replace(fault, kind=fault.error.kind, message=str(fault.error))

@@ -1,8 +1,9 @@
 """The one door between synchronous and asynchronous code: event loops are started here and nowhere else."""
 
 import asyncio
+import queue
 import threading
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -36,3 +37,48 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     if failure:
         raise failure[0]
     return result[0]
+
+
+async def in_thread(items: Iterator[T]) -> AsyncIterator[T]:
+    """The items of an iterator that blocks, without blocking the loop: each is awaited in a thread, when it is wanted.
+
+    The thread ends with the process: a read that nothing will ever answer keeps nobody waiting.
+    """
+    loop = asyncio.get_running_loop()
+    wanted: queue.SimpleQueue[asyncio.Future[Any] | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        while (future := wanted.get()) is not None:
+            found: tuple[Any, BaseException | None]
+            try:
+                found = (next(items), None)
+            except StopIteration:
+                found = (_END, None)
+            except BaseException as error:
+                found = (None, error)
+            try:
+                loop.call_soon_threadsafe(_fulfil, future, *found)
+            except RuntimeError:
+                return  # the loop is closed: nobody waits any more
+
+    threading.Thread(target=work, name="millstream-source", daemon=True).start()
+    try:
+        while True:
+            wanted.put(future := loop.create_future())
+            if (item := await future) is _END:
+                return
+            yield item
+    finally:
+        wanted.put(None)
+
+
+_END: Any = object()
+
+
+def _fulfil(future: "asyncio.Future[Any]", value: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(value)
+    else:
+        future.set_exception(error)

@@ -1,6 +1,7 @@
 """Many calls of any async function at once: `gather`, `as_completed`, `ordered`, `race`. It knows no LLM."""
 
-from millstream.aio.flow import Flow, as_completed, gather, ordered, race
+from millstream.aio.calls import as_completed, gather, ordered, race
+from millstream.aio.flow import Flow
 from millstream.aio.outcomes import Fault, Outcome, Reply
 
 __all__ = ["Fault", "Flow", "Outcome", "Reply", "as_completed", "gather", "ordered", "race"]

@@ -1,16 +1,17 @@
 """Many calls of an async function at once: a bounded number in flight, exactly one outcome each.
 
-`gather` returns the outcomes in source order, `as_completed` and `ordered` hand them out as a block that leaves nothing
-alive behind it, and `race` returns the first that succeeds. None of them knows what it awaits.
+A `Flow` has two limits, and they are not the same: `in_flight` bounds the attempts that run; `window` bounds the
+requests that are admitted and not yet handed out, whatever they wait for (their turn, a retry, a slow reader). So one
+slow request at the head of an ordered stream stalls nothing until the window is full.
 
-Two limits, and they are not the same: `in_flight` bounds the attempts that run; `window` bounds the requests that are
-admitted and not yet handed out, whatever they wait for (their turn, a retry, a slow reader). So one slow request at the
-head of an ordered stream stalls nothing until the window is full.
+There is no task that schedules: whatever changes something (an attempt that ends, a reader that takes, a timer) calls
+`_pump`, which starts what may be started and says when it wants to be called again.
 """
 
 import asyncio
 import heapq
-from collections import deque
+import math
+from collections import OrderedDict, deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -21,9 +22,13 @@ from collections.abc import (
     Iterable,
     Iterator,
 )
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
+from millstream.aio.hedging import Hedge
+from millstream.aio.limits import Fixed, Limit
 from millstream.aio.outcomes import Fault, Outcome, Reply
+from millstream.aio.rates import Gate, RetryBudget
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -42,12 +47,69 @@ def default_window(in_flight: int) -> int:
     return max(4 * in_flight, 256)
 
 
+@dataclass(slots=True)
+class Spent:
+    """Where the time of all requests went, in seconds, and what was tried.
+
+    queue    from admission to the first attempt: for a rate limit
+    backoff  between two attempts, until the next was due
+    slot     due, but no place in flight, no retry budget or no rate was free
+    server   attempts in flight
+    stall    done, but not handed out: for its turn, or for the reader
+    hedges   second attempts at slow requests; `hedges_won` those that were quicker
+    wasted   attempts whose end nobody took: they failed, or lost to a hedge
+    """
+
+    queue: float = 0.0
+    backoff: float = 0.0
+    slot: float = 0.0
+    server: float = 0.0
+    stall: float = 0.0
+    attempts: int = 0
+    retries: int = 0
+    hedges: int = 0
+    hedges_won: int = 0
+    wasted: int = 0
+
+
+class Places:
+    """The attempts that run at once, shared by all flows that are given the same."""
+
+    def __init__(self, limit: "int | Limit") -> None:
+        self.limit: Limit = Fixed(limit) if isinstance(limit, int) else limit
+        self.taken = 0
+        self._waiting: OrderedDict[Callable[[], None], None] = OrderedDict()  # want one, first come first served
+
+    def full(self, pump: Callable[[], None]) -> bool:
+        """Whether none is free; then `pump` is called when one is."""
+        if self.taken < self.limit.now:
+            self._waiting.pop(pump, None)
+            return False
+        self._waiting.setdefault(pump)
+        return True
+
+    def forget(self, pump: Callable[[], None]) -> None:
+        self._waiting.pop(pump, None)
+
+    def give_back(self) -> None:
+        self.taken -= 1
+        while self._waiting and self.taken < self.limit.now:
+            pump, _ = self._waiting.popitem(last=False)
+            pump()
+
+
 class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
     """The outcomes of `function` over `items`, as an async iterator inside ``async with``.
 
     Source items are pulled one at a time, each when there is room for it. `timeout` bounds one attempt, `deadline` a
     request over all attempts and waits, in seconds (None: no bound); running out of either is a `Fault`, never an
     exception. After the block no task of this flow is alive, however it was left, and the source is closed.
+
+    `in_flight` is a number, a `Limit` that changes, or `Places` that several flows share. `gate` is asked before each
+    attempt, in strict order. `budget` delays retries, `hedge` makes second attempts at slow requests. `canaries`
+    requests go first: the others follow with the first reply, or after `head_start` seconds in which no attempt failed.
+    `weigh` says how many bytes a reply holds; from `window_bytes` of replies that wait to be handed out, nothing more
+    is admitted. A `batched` source is an async one of lists of items, pulled a list at a time.
 
     An exception of the *source* is raised to the reader, after the outcomes of what was admitted before it.
     """
@@ -57,183 +119,455 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         function: Function[T, R],
         items: Items[T],
         *,
-        in_flight: int = 64,
+        in_flight: int | Limit | Places = 64,
         window: int | None = None,
+        window_bytes: int | None = None,
+        weigh: Callable[[R], int] | None = None,
         in_order: bool = False,
         timeout: float | None = None,
         deadline: float | None = None,
         delay: Delay = never,
+        gate: Gate | None = None,
+        budget: RetryBudget | None = None,
+        hedge: Hedge | None = None,
+        canaries: int = 0,
+        head_start: float = 5.0,
+        batched: bool = False,
     ) -> None:
-        if in_flight < 1:
-            raise ValueError(f"in_flight must be at least 1, not {in_flight}")
-        self._function, self._items = function, items
-        self._in_flight, self._in_order = in_flight, in_order
-        self._window = max(in_flight, default_window(in_flight) if window is None else window)
+        self._places = in_flight if isinstance(in_flight, Places) else Places(in_flight)
+        self._limit = self._places.limit
+        self._function, self._items, self._in_order = function, items, in_order
+        self._fixed_window, self._window_bytes, self._weigh = window, window_bytes, weigh
         self._timeout, self._deadline, self._delay = timeout, deadline, delay
+        self._gate, self._budget, self._hedge = gate, budget, hedge
+        self._canaries, self._head_start = canaries, head_start
+        self._batched = batched
+        self._stock: deque[T] = deque()  # of a source in batches: what is pulled and not yet admitted
+        self.spent = Spent()
+        self.waits_for = "nothing"  # what keeps it from starting more, in a few words
         self._source: Iterator[T] | AsyncIterator[T] | None = None
         self._pulling: asyncio.Task[T] | None = None
-        self._pump: asyncio.Task[None] | None = None
-        self._running: dict[asyncio.Task[R], _Job[T]] = {}
-        self._waiting: list[tuple[float, int, _Job[T]]] = []  # a heap of retries by the time they are due
-        self._done: deque[Outcome[R]] = deque()  # to be handed out
-        self._early: dict[int, Outcome[R]] = {}  # of an ordered flow: not yet their turn
+        self._running: dict[asyncio.Task[R], _Attempt[T]] = {}
+        self._head: _Job[T] | None = None  # it is its turn, but the gate is not open yet
+        self._retries: list[tuple[float, int, _Job[T]]] = []  # a heap by the time they are due
+        self._slow: deque[tuple[_Job[T], int]] = deque()  # to be hedged, and the attempts they had then
+        self._done: deque[_Ended] = deque()  # to be handed out
+        self._early: dict[int, _Ended] = {}  # of an ordered flow: not yet their turn
+        self._bytes = 0  # of both
         self._next = 0  # index of the next item to admit
         self._turn = 0  # of an ordered flow: index of the next outcome to hand out
         self._handed = 0
-        self._exhausted = False
-        self._failure: BaseException | None = None
-        self._changed = asyncio.Event()  # something for the pump
+        self._exhausted = self._stopped = self._closed = False
+        self._failure: BaseException | None = None  # of the source
+        self._broken: BaseException | None = None  # nobody's fault: to be raised at once
         self._ready = asyncio.Event()  # something for the reader
+        self._alarm: asyncio.TimerHandle | None = None
 
     # The reader's side ----------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> "Flow[T, R]":
+        self._loop = asyncio.get_running_loop()
         items = self._items
         self._source = aiter(items) if isinstance(items, AsyncIterable) else iter(items)
-        self._pump = asyncio.create_task(self._work())
+        self._others_from = self._loop.time() + self._head_start  # when the canaries' head start ends
+        self._pump()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        tasks = [task for task in (self._pump, self._pulling, *self._running) if task]
-        for task in tasks:
+        self._closed = True
+        self._set_alarm(None)
+        self._places.forget(self._pump)
+        pending: list[asyncio.Task[Any]] = [*self._running, *([self._pulling] if self._pulling else [])]
+        for job in [*(attempt.job for attempt in self._running.values()), *self._waiting]:
+            job.forget_alarm()
+        for task in pending:
             task.cancel()
         cancelled: asyncio.CancelledError | None = None
-        while pending := [task for task in tasks if not task.done()]:
+        while pending:
             try:
-                await asyncio.wait(pending)
+                await asyncio.wait(pending)  # also for those that are done: their places are not given back yet
             except asyncio.CancelledError as error:
                 cancelled = error  # whoever is cancelled while closing still leaves nothing behind
+            pending = [task for task in pending if not task.done()]
         if isinstance(self._source, AsyncGenerator):
             await self._source.aclose()
         elif isinstance(self._source, Generator):
             self._source.close()
-        if cancelled:
+        if cancelled is not None:
             raise cancelled
 
     def __aiter__(self) -> "Flow[T, R]":
         return self
 
     async def __anext__(self) -> Outcome[R]:
+        if self._source is None or self._closed:
+            raise RuntimeError("outcomes are read inside their block: async with ... as outcomes")
         while not self._done:
+            if self._broken is not None:
+                raise self._broken
             if self._exhausted and self._handed == self._next:
-                if self._failure:
+                if self._failure is not None:
                     failure, self._failure = self._failure, None
                     raise failure
                 raise StopAsyncIteration
             self._ready.clear()
             await self._ready.wait()
+        ended = self._done.popleft()
         self._handed += 1
-        self._changed.set()  # there is room in the window
-        return self._done.popleft()
+        self._bytes -= ended.bytes
+        self.spent.stall += self._loop.time() - ended.at
+        self._pump()  # there is room in the window
+        outcome: Outcome[R] = ended.outcome
+        return outcome
 
-    # The working side -----------------------------------------------------------------------------------------------
+    @property
+    def in_flight(self) -> int:
+        """Attempts that run now."""
+        return len(self._running)
 
-    async def _work(self) -> None:
-        """Start what may be started; sleep until something ends, is handed out, comes in or is due again."""
-        loop = asyncio.get_running_loop()
-        while not (self._exhausted and not self._running and not self._waiting):
-            self._changed.clear()
-            while len(self._running) < self._in_flight:
-                job = self._due(loop.time()) or self._admit(loop.time())
-                if job is None:
-                    break
-                self._start(job)
-            if self._waiting and len(self._running) < self._in_flight:
-                alarm = loop.call_at(self._waiting[0][0], self._changed.set)
-                await self._changed.wait()
-                alarm.cancel()
-            else:
-                await self._changed.wait()
+    def stop(self) -> None:
+        """Start no more: attempts in flight still end and are handed out, all else is a Fault of kind ``stopped``."""
+        self._exhausted = self._stopped = True
+        self._stock.clear()
+        if self._pulling:
+            self._pulling.cancel()
+        waiting, self._head, self._retries = self._waiting, None, []
+        for job in waiting:
+            self._turn_away(job, self._loop.time())
         self._ready.set()
 
-    def _due(self, now: float) -> "_Job[T] | None":
-        return heapq.heappop(self._waiting)[2] if self._waiting and self._waiting[0][0] <= now else None
+    @property
+    def _waiting(self) -> "list[_Job[T]]":
+        """Admitted, but neither in flight nor settled."""
+        found = [*([self._head] if self._head else []), *(job for _, _, job in self._retries)]
+        return [job for job in found if not job.settled]
 
-    def _admit(self, now: float) -> "_Job[T] | None":
+    # Starting -------------------------------------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        """Start what may be started; be called again when something changes, or when time alone will change it."""
+        if self._closed or self._broken is not None:
+            return
+        try:
+            self._set_alarm(self._start_what_may())
+        except Exception as error:
+            self._break(error)
+
+    def _break(self, error: BaseException) -> None:
+        """What no request is to blame for is told to the reader, who would wait forever if a callback kept it."""
+        self._broken = error
+        self._ready.set()
+
+    def _start_what_may(self) -> float | None:
+        """Returns when to look again, if nothing changes before."""
+        wake: float | None = None
+        while not self._places.full(self._pump):
+            if self._slow:
+                self._hedge_it(*self._slow.popleft())
+                continue
+            job, wake = self._next_job()
+            now = self._loop.time()  # pulling an item took its time
+            if job is None:
+                return wake
+            self._head = None
+            if job.until is not None and now >= job.until:
+                self._give_up(job, now)
+                continue
+            wait = self._gate.wait(job.item, now) if self._gate else 0.0
+            if wait <= 0.0:
+                self._start(job, now)
+            elif wait == math.inf and not self._running:
+                self._turn_away(job, now)  # nothing will ever open this gate
+                self.stop()
+            else:
+                self._head, self.waits_for = job, "the rate limit"
+                self._mind_deadline(job)
+                return now + wait if wait != math.inf else None
+        self.waits_for = "places in flight"
+        return None
+
+    def _set_alarm(self, when: float | None) -> None:
+        if self._alarm is not None:
+            if self._alarm.when() == when:
+                return
+            self._alarm.cancel()
+        self._alarm = self._loop.call_at(when, self._rung) if when is not None else None
+
+    def _rung(self) -> None:
+        self._alarm = None
+        self._pump()
+
+    def _next_job(self) -> "tuple[_Job[T] | None, float | None]":
+        """Whose turn it is: what already waits at the gate, retries that are due, then new ones; or when to look."""
+        now = self._loop.time()
+        if self._head is not None:
+            return self._head, None
+        while self._retries and self._retries[0][2].settled:
+            heapq.heappop(self._retries)  # its deadline came first
+        if self._retries and self._retries[0][0] <= now:
+            wait = self._budget.wait(now) if self._budget else 0.0
+            if wait <= 0.0:
+                if self._budget:
+                    self._budget.take(now)
+                return heapq.heappop(self._retries)[2], None
+            wake: float | None = now + wait
+        else:
+            wait, wake = 0.0, self._retries[0][0] if self._retries else None
+        if now >= self._others_from and not self.spent.wasted:
+            self._canaries = 0  # slow is not wrong
+        if self._canaries and now < self._others_from:
+            wake = self._others_from if wake is None else min(wake, self._others_from)
+        job = self._admit()
+        if job is None and wait > 0.0:
+            self.waits_for = "the retry budget"
+        return job, wake
+
+    def _mind_deadline(self, job: "_Job[T]") -> None:
+        """It waits; its deadline comes even if nothing else happens."""
+        if job.until is not None and job.alarm is None:
+            job.alarm = self._loop.call_at(job.until, self._late, job)
+
+    def _late(self, job: "_Job[T]") -> None:
+        if self._head is job:
+            self._head = None
+        self._give_up(job, self._loop.time())
+        self._pump()
+
+    def _admit(self) -> "_Job[T] | None":
         """The next item as a job; None if there is no room, or none yet."""
-        if self._exhausted or self._next - self._handed >= self._window:
+        if self._exhausted:
+            self.waits_for = "the last ones"
+            return None
+        under_way = self._next - self._handed
+        window = default_window(self._limit.now) if self._fixed_window is None else self._fixed_window
+        full = under_way >= max(window, self._limit.now)
+        if full or (self._window_bytes is not None and self._bytes >= self._window_bytes):
+            self.waits_for = "the reader" if self._done else "the first in order" if self._early else "retries"
+            return None
+        if self._canaries and under_way >= self._canaries:  # whoever reads may want to stop
+            self.waits_for = "the first reply"
             return None
         try:
-            if isinstance(self._source, AsyncIterator):
+            if self._stock:
+                item = self._stock.popleft()
+            elif isinstance(self._source, AsyncIterator):
                 if self._pulling is None:
-                    self._pulling = asyncio.ensure_future(_pull(self._source))
-                    self._pulling.add_done_callback(lambda _: self._changed.set())
+                    self._pulling = self._loop.create_task(_pull(self._source))
+                    self._pulling.add_done_callback(self._pulled)
                 if not self._pulling.done():
+                    self.waits_for = "the source"
                     return None
                 pulled, self._pulling = self._pulling, None
                 item = pulled.result()
+                if self._batched:
+                    self._stock.extend(item)  # type: ignore[arg-type]
+                    return self._admit()
             else:
                 assert self._source is not None
                 item = next(self._source)
         except (StopIteration, _End):
             self._end(None)
             return None
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             self._end(error)
             return None
         self._next += 1
-        return _Job(self._next - 1, item, now)
+        now = self._loop.time()
+        return _Job(self._next - 1, item, now, None if self._deadline is None else now + self._deadline)
+
+    def _pulled(self, task: "asyncio.Task[T]") -> None:
+        if not task.cancelled():
+            task.exception()  # seen: it may be that nobody asks for it any more
+        self._pump()
 
     def _end(self, failure: BaseException | None) -> None:
         self._exhausted, self._failure = True, failure
-        self._changed.set()
         self._ready.set()
 
-    def _start(self, job: "_Job[T]") -> None:
-        job.attempts += 1
-        task = asyncio.ensure_future(self._attempt(job))
-        self._running[task] = job
-        task.add_done_callback(self._ended)
+    def _start(self, job: "_Job[T]", now: float) -> None:
+        self._waited(job, now)
+        if job.attempts:
+            self.spent.retries += 1
+        elif self._budget:
+            self._budget.earn(now)
+        self._attempt(job, now, self._function)
+        if self._hedge is not None:
+            self._hedge.count()
+            after = self._hedge.after
+            if after is not None and self._hedge.allowed:
+                job.alarm = self._loop.call_later(after, self._is_slow, job)
 
-    async def _attempt(self, job: "_Job[T]") -> R:
-        loop = asyncio.get_running_loop()
-        limits = [loop.time() + self._timeout] if self._timeout is not None else []
-        if self._deadline is not None:
-            limits.append(job.began + self._deadline)
-        async with asyncio.timeout_at(min(limits, default=None)):
-            return await self._function(job.item)
-
-    def _ended(self, task: "asyncio.Task[R]") -> None:
-        job = self._running.pop(task)
-        self._changed.set()
-        now = asyncio.get_running_loop().time()
-        seconds = now - job.began
-        if task.cancelled():
-            self._deliver(Fault(job.index, "cancelled", "the call was cancelled", seconds, job.attempts))
-            return
-        error = task.exception()
-        if error is None:
-            self._deliver(Reply(job.index, task.result(), seconds, job.attempts))
-            return
-        if not isinstance(error, Exception):
-            self._end(error)  # KeyboardInterrupt and the like are nobody's fault
-            return
-        late = self._deadline is not None and now >= job.began + self._deadline
-        wait = None if late else self._delay(error, job.attempts)
-        if wait is not None and (self._deadline is None or now + wait < job.began + self._deadline):
-            heapq.heappush(self._waiting, (now + wait, job.index, job))
-            return
-        self._deliver(_fault(job, error, seconds, late))
-
-    def _deliver(self, outcome: Outcome[R]) -> None:
-        if not self._in_order:
-            self._done.append(outcome)
+    def _waited(self, job: "_Job[T]", now: float) -> None:
+        """It waits no more: it is attempted, or it is settled."""
+        job.forget_alarm()
+        due = min(job.due, now)
+        if job.attempts == 0:
+            self.spent.queue += now - job.since
         else:
-            self._early[outcome.index] = outcome
-            while self._turn in self._early:
-                self._done.append(self._early.pop(self._turn))
+            self.spent.backoff += due - job.since
+            self.spent.slot += now - due
+        job.since = now
+
+    def _is_slow(self, job: "_Job[T]") -> None:
+        """It gets a second attempt with the next place that is free, ahead of new requests."""
+        job.alarm = None
+        self._slow.append((job, job.attempts))
+        self._pump()
+
+    def _hedge_it(self, job: "_Job[T]", attempts: int) -> None:
+        """A second attempt, if the first still runs, and the share, the gate and the server's state allow it."""
+        hedge, now = self._hedge, self._loop.time()
+        assert hedge is not None
+        still_runs = job.attempts == attempts and job.tasks and not job.tasks[0].done()
+        if not still_runs or self._stopped or not hedge.allowed or self._limit.cut:
+            return
+        if self._gate and (self._head is not None or self._gate.wait(job.item, now) > 0.0):
+            return
+        hedge.made += 1
+        self.spent.hedges += 1
+        self._attempt(job, now, hedge.function, is_hedge=True)
+
+    def _attempt(self, job: "_Job[T]", now: float, function: Function[T, R], is_hedge: bool = False) -> None:
+        permit = self._gate.take(job.item, now) if self._gate else None
+        job.attempts += 1
+        self._places.taken += 1
+        self.spent.attempts += 1
+        until = job.until
+        if self._timeout is not None and (until is None or now + self._timeout < until):
+            until = now + self._timeout
+        task: asyncio.Task[R] = self._loop.create_task(_within(until, function, job.item))
+        self._running[task] = _Attempt(job, now, self._limit.started(now), permit, is_hedge)
+        job.tasks.append(task)
+        task.add_done_callback(self._attempt_ended)
+
+    # Ending ---------------------------------------------------------------------------------------------------------
+
+    def _attempt_ended(self, task: "asyncio.Task[R]") -> None:
+        attempt = self._running.pop(task)
+        attempt.job.tasks.remove(task)
+        try:
+            self._settle(task, attempt, self._loop.time())
+        except Exception as error:
+            self._break(error)
+        self._places.give_back()
+        self._pump()
+
+    def _settle(self, task: "asyncio.Task[R]", attempt: "_Attempt[T]", now: float) -> None:
+        job = attempt.job
+        self.spent.server += now - attempt.began
+        error = None if task.cancelled() else task.exception()
+        value = None if task.cancelled() or error is not None else task.result()
+        if self._gate:
+            self._gate.settle(attempt.permit, value, now)
+        self._limit.ended(attempt.ticket, now, value, asyncio.CancelledError() if task.cancelled() else error)
+        if not job.tasks:
+            job.forget_alarm()
+        if error is not None and not isinstance(error, Exception):
+            self._break(error)
+        elif self._closed:
+            pass  # nobody reads any more
+        elif job.settled:
+            self.spent.wasted += 1  # the loser of a hedge
+        elif error is None and not task.cancelled():
+            self._succeeded(attempt, value, now)  # type: ignore[arg-type]
+        else:
+            self.spent.wasted += 1
+            self._failed(job, error, now)
+
+    def _succeeded(self, attempt: "_Attempt[T]", value: R, now: float) -> None:
+        job = attempt.job
+        job.settled = True
+        self._canaries = 0
+        job.forget_alarm()
+        for loser in job.tasks:
+            loser.cancel()
+        self.spent.hedges_won += attempt.is_hedge
+        if self._hedge is not None:
+            # A hedge that won says of the first attempt only that it would have taken longer.
+            self._hedge.learn(now - job.since)
+        self._deliver(Reply(job.index, value, now - job.began, job.attempts), now)
+
+    def _failed(self, job: "_Job[T]", error: Exception | None, now: float) -> None:
+        """One attempt failed (error None: it was cancelled from outside)."""
+        if job.tasks:
+            return  # the other one of a hedged pair may still succeed
+        late = job.until is not None and now >= job.until
+        wait = None if late or error is None else self._delay(error, job.attempts)
+        if wait is not None and self._stopped:
+            self._turn_away(job, now)
+            return
+        if wait is not None and (job.until is None or now + wait < job.until):
+            job.since, job.due = now, now + wait
+            heapq.heappush(self._retries, (job.due, job.index, job))
+            self._mind_deadline(job)
+            return
+        job.settled = True
+        seconds = now - job.began
+        if error is None:
+            fault = Fault(job.index, "cancelled", "the call was cancelled", seconds, job.attempts)
+        else:
+            fault = _fault(job, error, seconds, late)
+        self._deliver(fault, now)
+
+    def _give_up(self, job: "_Job[T]", now: float) -> None:
+        """The deadline came while it waits."""
+        job.settled = True
+        self._waited(job, now)
+        self._deliver(_fault(job, TimeoutError(), now - job.began, True), now)
+
+    def _turn_away(self, job: "_Job[T]", now: float) -> None:
+        """It is not going to be tried (again): the flow was stopped."""
+        job.settled = True
+        self._waited(job, now)
+        message = "not asked: the run was stopped before"
+        self._deliver(Fault(job.index, "stopped", message, now - job.began, job.attempts), now)
+
+    def _deliver(self, outcome: Outcome[R], now: float) -> None:
+        size = self._weigh(outcome.value) if self._weigh and isinstance(outcome, Reply) else 0
+        self._bytes += size
+        ended = _Ended(outcome, now, size)
+        if not self._in_order:
+            self._done.append(ended)
+        else:
+            self._early[outcome.index] = ended
+            while (ready := self._early.pop(self._turn, None)) is not None:
+                self._done.append(ready)
                 self._turn += 1
         if self._done:
             self._ready.set()
 
 
 class _Job(Generic[T]):
-    """A request on its way: its number, what to call the function with, when it was admitted, attempts so far."""
+    """A request on its way: its number, what to call the function with, and how far it has come (times in seconds)."""
 
-    __slots__ = ("attempts", "began", "index", "item")
+    __slots__ = ("alarm", "attempts", "began", "due", "index", "item", "settled", "since", "tasks", "until")
 
-    def __init__(self, index: int, item: T, began: float) -> None:
-        self.index, self.item, self.began, self.attempts = index, item, began, 0
+    def __init__(self, index: int, item: T, began: float, until: float | None) -> None:
+        self.index, self.item, self.began, self.until = index, item, began, until
+        self.since = self.due = began  # when it began to wait or to be attempted; when the next attempt may begin
+        self.attempts = 0
+        self.settled = False
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.alarm: asyncio.TimerHandle | None = None  # for a hedge while it runs, for its deadline while it waits
+
+    def forget_alarm(self) -> None:
+        if self.alarm is not None:
+            self.alarm.cancel()
+            self.alarm = None
+
+
+class _Attempt(NamedTuple, Generic[T]):
+    job: _Job[T]
+    began: float
+    ticket: int
+    permit: Any
+    is_hedge: bool
+
+
+class _Ended(NamedTuple):
+    outcome: Any
+    at: float
+    bytes: int
 
 
 class _End(Exception):
@@ -247,54 +581,16 @@ async def _pull(source: AsyncIterator[T]) -> T:
         raise _End from None
 
 
+async def _within(until: float | None, function: Function[T, R], item: T) -> R:
+    async with asyncio.timeout_at(until):
+        return await function(item)
+
+
 def _fault(job: _Job[Any], error: Exception, seconds: float, late: bool) -> Fault:
-    if isinstance(error, TimeoutError) and (late or not getattr(error, "kind", None)):
+    kind = getattr(error, "kind", None)
+    if isinstance(error, TimeoutError) and (late or not kind):
         kind = "timeout"
-        message = f"no answer within {seconds:.3g} s, in {job.attempts} attempt{'s' if job.attempts > 1 else ''}"
+        message = f"no answer within {seconds:.3g} s, in {job.attempts} attempt{'' if job.attempts == 1 else 's'}"
     else:
-        kind, message = getattr(error, "kind", "error"), f"{type(error).__name__}: {error}"
+        kind, message = kind if isinstance(kind, str) else "error", f"{type(error).__name__}: {error}"
     return Fault(job.index, kind, message, seconds, job.attempts, error)
-
-
-def as_completed(function: Function[T, R], items: Items[T], **options: Any) -> Flow[T, R]:
-    """Outcomes as they finish: ``async with as_completed(f, items) as outcomes: async for outcome in outcomes``.
-
-    `options` are those of `Flow`.
-    """
-    return Flow(function, items, in_order=False, **options)
-
-
-def ordered(function: Function[T, R], items: Items[T], **options: Any) -> Flow[T, R]:
-    """Outcomes in source order, each as soon as its turn has come; `options` are those of `Flow`."""
-    return Flow(function, items, in_order=True, **options)
-
-
-async def gather(function: Function[T, R], items: Items[T], **options: Any) -> list[Outcome[R]]:
-    """All outcomes in source order.
-
-    >>> async def double(number):
-    ...     return 2 * number
-    >>> [reply.value for reply in asyncio.run(gather(double, [1, 2, 3]))]
-    [2, 4, 6]
-    """
-    async with ordered(function, items, **options) as outcomes:
-        return [outcome async for outcome in outcomes]
-
-
-async def race(function: Function[T, R], items: Iterable[T], **options: Any) -> Outcome[R]:
-    """The first *success* over all items at once; the losers are cancelled and awaited before it is returned.
-
-    A fast failure does not win. If all fail: one Fault of kind ``race`` with all of theirs in `faults`.
-    """
-    contenders = list(items)
-    if not contenders:
-        raise ValueError("a race needs somebody to run it")
-    faults: list[Fault] = []
-    async with as_completed(function, contenders, **{"in_flight": len(contenders), **options}) as outcomes:
-        async for outcome in outcomes:
-            if isinstance(outcome, Reply):
-                return outcome
-            faults.append(outcome)
-    last = faults[-1]
-    message = f"all {len(faults)} failed, the last with {last.message}"
-    return Fault(last.index, "race", message, last.seconds, last.attempts, last.error, tuple(faults))

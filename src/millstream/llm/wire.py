@@ -1,92 +1,64 @@
-"""One attempt over the wire: a request body out, an answer or an error in, over aiohttp.
+"""One attempt over the wire: a request body out, an answer, an error or a stream in, over aiohttp.
 
 What an attempt can fail with is a `WireError` that says whether asking again makes sense (`retry`), whether every other
 request would fail likewise (`fatal`), and how long the server wants to be left alone (`retry_after`). Scheduling is not
 decided here.
 """
 
-import asyncio
-import email.utils
+import io
 import random
-import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
+from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, DummyCookieJar, TCPConnector
+from yarl import URL
 
 from millstream.errors import RequestError
+from millstream.llm.replies import (
+    CHAT,
+    Answer,
+    Peer,
+    Stream,
+    WireError,
+    basic,
+    seconds_of,
+    secrets_of,
+    streamed,
+    without_login,
+)
 
-CHAT = "/chat/completions"
+__all__ = ["CHAT", "Answer", "Stream", "Wire", "WireError", "seconds_of", "wait_before_retry"]
+
 FIRST_WAIT = 0.5
 LONGEST_WAIT = 60.0
 
-_AGAIN = {408, 409, 425, 429, 529}  # and all from 500 on
-_FATAL = {401, 403}
-_KINDS = {
-    400: "bad_request",
-    401: "unauthorized",
-    403: "forbidden",
-    404: "not_found",
-    408: "server_timeout",
-    413: "too_large",
-    422: "bad_request",
-    429: "rate_limited",
-}
-_ADVICE = {
-    401: "check the API key (OPENAI_API_KEY)",
-    403: "this key may not do that",
-    404: "check the model's name and that the base URL ends as the server wants it, mostly in /v1",
-    413: "the prompt is too long for this server",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the model said: the text of the first choice, and what the server tells of it.
-
-    `usage` is the server's own count of ids; `body` is the whole reply; `server` the base URL that gave it.
-    """
-
-    text: str
-    model: str | None
-    usage: dict[str, Any]
-    finish_reason: str | None
-    body: dict[str, Any]
-    server: str
-
-
-class WireError(Exception):
-    """One attempt that failed. `kind` is one word, `status` the HTTP status if there was one."""
-
-    def __init__(
-        self,
-        kind: str,
-        message: str,
-        *,
-        status: int | None = None,
-        retry: bool = False,
-        fatal: bool = False,
-        retry_after: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.kind, self.status, self.retry, self.fatal = kind, status, retry, fatal
-        self.retry_after = retry_after
+_AT_ONCE = 1 << 20  # bytes; aiohttp warns of more in one piece
 
 
 class Wire:
     """A connection pool to one server, for one event loop: ``async with Wire(url) as wire: await wire.send(body)``.
 
-    The number of connections is not limited here: whoever calls `send` bounds how many run at once.
+    The number of connections is not limited here: whoever calls `send` bounds how many run at once. A user and password
+    in the URL are sent instead of the key. Raises RequestError for what is no URL, and for a key that cannot be sent.
     """
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
-        if not base_url.startswith(("http://", "https://")):
-            raise RequestError(f"the base URL {base_url!r} is none: it starts with http:// or https://")
-        self.base_url = base_url.rstrip("/")
-        self._headers = {"Content-Type": "application/json"}
-        if api_key:
+        self.base_url, login = without_login(base_url)
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise RequestError("the API key has a line break or a letter that is not ASCII; was it copied whole?")
+        self._peer = Peer(self.base_url, [api_key or "", *secrets_of(login)])
+        # All that aiohttp would add is given: what it has to look up and merge for each request costs time.
+        self._headers = {
+            "Content-Type": "application/json",
+            "Accept": "*/*",
+            "Accept-Encoding": "identity",
+            "User-Agent": "millstream",
+        }
+        if login:
+            self._headers["Authorization"] = basic(login)
+        elif api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
+        self._urls: dict[str, URL] = {}
         self._session: ClientSession | None = None
 
     def __repr__(self) -> str:
@@ -97,6 +69,7 @@ class Wire:
             connector=TCPConnector(limit=0, ttl_dns_cache=300),
             timeout=ClientTimeout(total=None),  # the caller's clock is the only one
             headers=self._headers,
+            cookie_jar=DummyCookieJar(),
         )
         return self
 
@@ -104,108 +77,57 @@ class Wire:
         if self._session:
             await self._session.close()
 
-    async def send(self, body: dict[str, Any], path: str = CHAT) -> Answer:
-        """Make one attempt. Raises WireError."""
-        assert self._session, "use it inside `async with`"
-        data = msgspec.json.encode(body)
+    async def send(self, body: Mapping[str, Any] | bytes, path: str = CHAT) -> Answer:
+        """Make one attempt with a mapping, or with bytes that are JSON already. Raises WireError."""
         try:
-            async with self._session.post(self.base_url + path, data=data) as response:
+            async with self._post(body, path) as response:
                 content = await response.read()
-                status, headers = response.status, response.headers
-        except (ClientError, OSError, asyncio.IncompleteReadError) as error:
-            raise self._lost(error) from error
-        if status != 200:
-            raise _refused(status, content, headers.get("Retry-After"), self.base_url)
-        return self._answer(content)
+        except (ClientError, OSError) as error:
+            raise self._peer.lost(error) from None  # its cause may hold the key
+        if response.status != 200:
+            raise self._peer.refused(response.status, content, response.headers)
+        return self._peer.answer(content)
 
-    def _lost(self, error: BaseException) -> WireError:
-        reason = str(error) or type(error).__name__
-        certificate = "certificate" in type(error).__name__.lower()
-        kind = "tls" if certificate else "connection"
-        return WireError(kind, f"{self.base_url}: {reason}", retry=not certificate, fatal=certificate)
+    def pieces(self, body: Mapping[str, Any] | bytes, path: str = CHAT) -> Stream:
+        """One attempt whose text comes piece by piece: ``async with wire.pieces(body) as pieces: async for piece ...``.
 
-    def _answer(self, content: bytes) -> Answer:
-        """A 200 whose body cannot be used is as bad as a 502, and asked again like one."""
+        Leaving the block early closes the connection. Raises WireError, on entering the block and later.
+        """
+
+        async def begin() -> _Response:
+            try:
+                return _Response(await self._post(streamed(body), path), self._peer)
+            except (ClientError, OSError) as error:
+                raise self._peer.lost(error) from None
+
+        return Stream(self._peer, begin)
+
+    def _post(self, body: Mapping[str, Any] | bytes, path: str) -> Any:
+        assert self._session, "use it inside `async with`"
+        data = body if isinstance(body, bytes) else self._peer.encoded(body)
+        url = self._urls.get(path)
+        if url is None:
+            url = self._urls[path] = URL(self.base_url + path)
+        large = len(data) > _AT_ONCE
+        return self._session.post(url, data=io.BytesIO(data) if large else data, allow_redirects=False)
+
+
+class _Response:
+    """aiohttp's response, as `Stream` reads it."""
+
+    def __init__(self, response: ClientResponse, peer: Peer) -> None:
+        self._response, self._peer = response, peer
+        self.status: int = response.status
+        self.headers: Mapping[str, str] = response.headers
+
+    async def chunk(self) -> bytes:
         try:
-            body = msgspec.json.decode(content)
-            choice = body["choices"][0]
-            message = choice.get("message")
-            text = choice["text"] if message is None else message["content"]
-        except (msgspec.DecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise WireError("unusable", f"{self.base_url}: {_unusable(content)}", status=200, retry=True) from error
-        if not isinstance(text, str):
-            if message and message.get("tool_calls"):
-                text = ""
-            else:
-                raise WireError("unusable", f"{self.base_url}: a reply without text", status=200, retry=True)
-        usage = body.get("usage")
-        return Answer(
-            text,
-            body.get("model"),
-            usage if isinstance(usage, dict) else {},
-            choice.get("finish_reason"),
-            body,
-            self.base_url,
-        )
+            return await self._response.content.readany()
+        except (ClientError, OSError) as error:
+            raise self._peer.lost(error) from None
 
-
-def _unusable(content: bytes) -> str:
-    start = content[:200].lstrip().lower()
-    if not start:
-        return "an empty reply"
-    if start.startswith((b"<!doctype", b"<html")):
-        return "HTML instead of JSON; is this the address of an OpenAI-compatible server?"
-    return "a reply that is no completion"
-
-
-def _refused(status: int, content: bytes, retry_after: str | None, url: str) -> WireError:
-    """An HTTP error as a WireError, with the server's own words if it has some."""
-    message, code = _words(content)
-    kind = _KINDS.get(status, "server_error" if status >= 500 else "refused")
-    quota = code == "insufficient_quota"
-    model = status == 404 and code == "model_not_found"
-    if quota or model:
-        kind = "quota" if quota else "model_not_found"
-    advice = f"; {_ADVICE[status]}" if status in _ADVICE else ""
-    return WireError(
-        kind,
-        f"{url}: HTTP {status}{': ' + message if message else ''}{advice}",
-        status=status,
-        retry=(status in _AGAIN or status >= 500) and not quota,
-        fatal=status in _FATAL or quota or model,
-        retry_after=seconds_of(retry_after),
-    )
-
-
-def _words(content: bytes) -> tuple[str, str | None]:
-    try:
-        error = msgspec.json.decode(content)["error"]
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return "", None
-    if isinstance(error, str):
-        return error[:300], None
-    if not isinstance(error, dict):
-        return "", None
-    code = error.get("code")
-    return str(error.get("message") or "")[:300], code if isinstance(code, str) else None
-
-
-def seconds_of(retry_after: str | None) -> float | None:
-    """The seconds a Retry-After header asks for: a number, or a date.
-
-    >>> seconds_of("2"), seconds_of("0.5"), seconds_of("soon"), seconds_of(None)
-    (2.0, 0.5, None, None)
-    """
-    if retry_after is None:
-        return None
-    try:
-        return max(0.0, float(retry_after))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
-        return None
+    async def close(self) -> None:
+        self._response.close()
 
 
 def wait_before_retry(error: Exception, attempts: int, most: int, draw: random.Random) -> float | None:

@@ -1,0 +1,129 @@
+"""One reply piece by piece, as it is said."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from millstream.aio import Fault
+from millstream.llm.replies import Stream
+from millstream.llm.wire import WireError, wait_before_retry
+
+if TYPE_CHECKING:
+    from millstream.runs.client import Reply
+
+
+class Pieces(AsyncIterator[str]):
+    """The pieces of one reply: ``async with client.stream("...") as pieces: async for piece in pieces: ...``.
+
+    After the last one, `outcome` is the Reply or the Fault; a request that fails raises nothing, the pieces just end.
+    It is tried again, up to `attempts` times, until the first piece was handed out, and never after. `timeout` bounds
+    all of it, in seconds, from the begin of the block (None: no bound). Leaving the block early is a fault of kind
+    "cancelled"; after the block nothing of it is alive.
+    """
+
+    def __init__(
+        self,
+        wire: Any,
+        body: Mapping[str, Any] | bytes,
+        *,
+        timeout: float | None = None,
+        attempts: int = 5,
+        draw: random.Random | None = None,
+    ) -> None:
+        self.outcome: Reply | Fault | None = None
+        self._wire, self._body = wire, body
+        self._timeout, self._most = timeout, attempts
+        self._draw = draw or random.Random()
+        self._attempts = 0
+        self._said: list[str] = []
+        self._began = 0.0
+        self._until: float | None = None
+        self._stream: Stream | None = None
+
+    @property
+    def text(self) -> str:
+        """What was handed out."""
+        return "".join(self._said)
+
+    async def __aenter__(self) -> "Pieces":
+        self._began = _now()
+        self._until = None if self._timeout is None else self._began + self._timeout
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.outcome is None:
+            self._fail("cancelled", "it was left before its end")
+        await self._close()
+
+    async def __anext__(self) -> str:
+        if self.outcome is None:
+            try:
+                async with asyncio.timeout_at(self._until) as bound:
+                    piece = await self._next()
+            except WireError as error:
+                self._fail(error.kind, str(error), error)
+            except TimeoutError as error:
+                if not bound.expired() and not self._is_late():
+                    raise
+                tried = f"{self._attempts} attempt{'' if self._attempts == 1 else 's'}"
+                self._fail("timeout", f"no end within {self._timeout:.3g} s, in {tried}", error)
+            else:
+                if piece is not None:
+                    self._said.append(piece)
+                    return piece
+                self._succeed()
+            await self._close()
+        raise StopAsyncIteration
+
+    async def _next(self) -> str | None:
+        """The next piece, None after the last. Raises WireError when there is no trying again, TimeoutError."""
+        while True:
+            if self._is_late():  # a bound that has passed stops nobody who need not wait
+                raise TimeoutError
+            try:
+                if self._stream is None:
+                    self._attempts += 1
+                    stream = self._wire.pieces(self._body)
+                    await stream.__aenter__()
+                    self._stream = stream
+                return await anext(self._stream, None)
+            except WireError as error:
+                wait = None if self._said else wait_before_retry(error, self._attempts, self._most, self._draw)
+                if wait is None or self._is_late(wait):
+                    raise
+                await self._close()
+                await asyncio.sleep(wait)
+
+    def _is_late(self, wait: float = 0.0) -> bool:
+        return self._until is not None and _now() + wait >= self._until
+
+    async def _close(self) -> None:
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            await stream.__aexit__()
+
+    def _succeed(self) -> None:
+        from millstream.runs.client import Reply
+
+        assert self._stream is not None
+        answer = self._stream.answer
+        assert answer is not None
+        self.outcome = Reply(
+            index=0,
+            text=answer.text,
+            latency=_now() - self._began,
+            attempts=self._attempts,
+            model=answer.model,
+            usage=answer.usage,
+            finish_reason=answer.finish_reason,
+            server=answer.server,
+            raw=answer.raw,
+        )
+
+    def _fail(self, kind: str, message: str, error: Exception | None = None) -> None:
+        self.outcome = Fault(0, kind, message, _now() - self._began, self._attempts, error)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

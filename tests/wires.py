@@ -1,0 +1,72 @@
+"""What the tests of `Wire`, of streams and of `SdkWire` share: requests, faults and what they end with, odd servers."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+from millstream.llm.simulator import Behaviour, parse_fault
+
+
+def body(text="What is the capital of France?", **more):
+    return {"model": "simulated", "messages": [{"role": "user", "content": text}], **more}
+
+
+def faulty(*faults, **settings):
+    return Behaviour(faults=tuple(map(parse_fault, faults)), **settings)
+
+
+def told(error):
+    """What a WireError is told apart by."""
+    return error.kind, error.status, error.retry, error.fatal
+
+
+REFUSED = {
+    "429:1:3": ("rate_limited", 429, True, False),
+    "500:1": ("server_error", 500, True, False),
+    "503:1": ("server_error", 503, True, False),
+    "529:1": ("server_error", 529, True, False),
+    "408:1": ("server_timeout", 408, True, False),
+    "400:1": ("bad_request", 400, False, False),
+    "401:1": ("unauthorized", 401, False, True),
+    "403:1": ("forbidden", 403, False, True),
+    "404-model:1": ("model_not_found", 404, False, True),
+    "413:1": ("too_large", 413, False, False),
+    "quota:1": ("quota", 429, False, True),
+    "disconnect:1": ("connection", None, True, False),
+    "garbage:1": ("unusable", 200, True, False),
+    "truncated-json:1": ("unusable", 200, True, False),
+    "html:1": ("unusable", 200, True, False),
+    "empty-choices:1": ("unusable", 200, True, False),
+    "null-content:1": ("unusable", 200, True, False),
+}
+"""Fault -> how an attempt ends, whether it asked for a stream or not."""
+
+SENT = {**REFUSED, "cut:1": ("connection", None, True, False)}
+STREAMED = {**REFUSED, "cut:1": ("cut", 200, True, False), "error-event:1": ("server_error", 200, True, False)}
+
+FINE = ["slow-bytes:1:0.001", "bad-schema:1", "between:1"]
+"""Faults of which a single attempt sees nothing."""
+
+
+def http(content, status="200 OK", **headers):
+    """The bytes of an HTTP reply."""
+    head = {"Content_Length": len(content), **headers}
+    lines = [f"HTTP/1.1 {status}", *(f"{name.replace('_', '-')}: {value}" for name, value in head.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+@asynccontextmanager
+async def answering(reply, ssl=None):
+    """The address of a server that answers each connection with these bytes and closes it, and what it was sent."""
+    heard = []
+
+    async def handle(reader, writer):
+        heard.append(await reader.read(1 << 16))
+        writer.write(reply)
+        writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=ssl)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}", heard
+    finally:
+        server.close()
+        await server.wait_closed()

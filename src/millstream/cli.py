@@ -1,6 +1,7 @@
 """The command line: arguments in, exit codes out. Everything else is the Python API."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -196,13 +197,19 @@ def tokenizers() -> None:
 @click.option("--system", metavar="TEXT", help="The system message of every request.")
 @click.option("--template", metavar="TEXT", help="The prompt, with the row's fields in braces: 'Summarise: {text}'.")
 @click.option(
-    "--in-flight", default=64, show_default=True, type=click.IntRange(1), metavar="N", help="Requests at once."
+    "--in-flight", default="64", show_default=True, metavar="auto|N", help="Requests at once; auto finds out how many."
 )
 @click.option("--timeout", default=600.0, show_default=True, metavar="S", help="Seconds for one attempt.")
 @click.option("--deadline", type=float, metavar="S", help="Seconds for a request with all its retries.")
 @click.option("--attempts", default=5, show_default=True, type=click.IntRange(1), help="Attempts at a request.")
+@click.option("--rpm", type=click.FloatRange(0, min_open=True), metavar="N", help="Requests a minute at most.")
+@click.option("--tpm", type=click.FloatRange(0, min_open=True), metavar="N", help="Ids a minute at most.")
 @click.option("--ordered", is_flag=True, help="Write rows in the prompts' order, not as they are answered.")
+@click.option("--hedge", is_flag=True, help="Ask the slowest requests twice, at most 5 % of them.")
 @click.option("--limit", type=click.IntRange(0), metavar="N", help="Only the first N prompts.")
+@click.option("--price", metavar="IN,OUT", help="Of a million ids in prompts and in replies, to show what it costs.")
+@click.option("--max-cost", type=click.FloatRange(0), metavar="C", help="Stop before it costs more; needs --price.")
+@click.option("--schema", type=click.Path(), metavar="FILE", help="JSON schema that every reply must fit.")
 @click.option("--temperature", type=float)
 @click.option("--max-tokens", type=int)
 @click.option(
@@ -213,6 +220,8 @@ def tokenizers() -> None:
     help="Any other parameter of the request; can be given again.",
 )
 @click.option("--retry-faults", is_flag=True, help="Ask again what an earlier run could not get answered.")
+@click.option("--keep-input", is_flag=True, help="Put the prompt's own fields into its row, under input.")
+@click.option("--batch-format", is_flag=True, help="Write rows as OpenAI's Batch API does.")
 @click.option("--journal", type=click.Path(), metavar="DIR", help="Where to keep what is answered [default: FILE.run].")
 @click.option("--json", "as_json", is_flag=True, help="Print the closing report as JSON.")
 def ask(
@@ -223,13 +232,16 @@ def ask(
     params: tuple[str, ...],
     temperature: float | None,
     max_tokens: int | None,
+    in_flight: str,
+    price: str | None,
+    schema: str | None,
     **options: Any,
 ) -> None:
     """Ask an OpenAI-compatible server every prompt of PROMPTS, many at once, and get exactly one row for each.
 
-    PROMPTS is JSONL (fields prompt or messages, or any with --template; custom_id or id names the row), text with a
-    prompt a line, or - for JSONL on standard input. The same command again asks only what has no outcome yet. The key
-    comes from OPENAI_API_KEY and is never printed or kept.
+    PROMPTS is JSONL (fields prompt or messages, or any with --template; custom_id or id names the row), OpenAI Batch
+    JSONL, text with a prompt a line, Parquet, or - for JSONL on standard input. The same command again asks only what
+    has no outcome yet. The key comes from OPENAI_API_KEY and is never printed or kept.
     """
     from dataclasses import asdict
 
@@ -240,9 +252,14 @@ def ask(
     body = dict(_parameter(param) for param in params)
     body |= {} if temperature is None else {"temperature": temperature}
     body |= {} if max_tokens is None else {"max_tokens": max_tokens}
+    settings = AskSettings(
+        params=body, in_flight=_in_flight(in_flight), price=_price(price), schema=_schema(schema), **options
+    )
     with watch_ask() as on_progress:
-        report = ask_to(out, prompts, AskSettings(params=body, **options), journal=journal, on_progress=on_progress)
+        report = ask_to(out, prompts, settings, journal=journal, on_progress=on_progress)
     click.echo(json.dumps(asdict(report), indent=1) if as_json else ask_summary(report), err=out == "-")
+    if report.stopped == "too dear":
+        raise MillstreamError("stopped before it would cost more than --max-cost. A higher one goes on from here")
     if report.stopped:
         click.echo("millstream: stopped. Nothing is lost: run the same command again to go on.", err=True)
         sys.exit(INTERRUPTED)
@@ -256,6 +273,40 @@ def _needs_ask_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise RequestError(f"this command needs {error.name}: pip install 'millstream[ask]'") from error
+
+
+def _in_flight(text: str) -> Any:
+    if text != "auto" and not (text.isdecimal() and int(text) >= 1):
+        raise click.BadParameter(f"{text!r} is neither auto nor a number from 1", param_hint="--in-flight")
+    return text if text == "auto" else int(text)
+
+
+def _price(text: str | None) -> tuple[float, float] | None:
+    """IN,OUT as two numbers."""
+    if text is None:
+        return None
+    try:
+        given, told = (float(number) for number in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not IN,OUT, such as 0.15,0.6", param_hint="--price") from None
+    if not (0 <= given < math.inf and 0 <= told < math.inf):
+        raise click.BadParameter(f"{text!r}: a price is a number from 0", param_hint="--price")
+    return given, told
+
+
+def _schema(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            schema = json.load(file)
+    except OSError as error:
+        raise RequestError(f"cannot read the schema {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise RequestError(f"the schema {path} is no JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise RequestError(f"the schema {path} is no JSON object")
+    return schema
 
 
 def _parameter(text: str) -> tuple[str, Any]:
@@ -323,6 +374,90 @@ def simulate(host: str, port: int, latency: str, piece_latency: str, faults: tup
         **options,
     )
     run(serve(behaviour, host, port, lambda url: click.echo(f"listening on {url} (Ctrl-C ends it)")))
+
+
+@cli.group(short_help="Split, join and ask again the files of a batch API.")
+def batch() -> None:
+    """Request files of a batch API in OpenAI's format: split into what it takes, and joined with what came back.
+
+    \b
+    millstream batch split requests.jsonl --out parts
+    millstream batch merge requests.jsonl --outputs results-*.jsonl --out merged.jsonl
+    millstream batch retry-failed requests.jsonl --outputs results-*.jsonl --out again.jsonl
+    """
+
+
+class _SeveralOutputs(click.Command):
+    """A command that takes `--outputs A B C`, as a shell's glob gives it, for `--outputs A --outputs B --outputs C`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread, several = [], False
+        for arg in args:
+            if arg.startswith("-") and arg != "-":
+                several = arg.partition("=")[0] == "--outputs"
+                spread += [] if arg == "--outputs" else [arg]
+            else:
+                spread += ["--outputs", arg] if several else [arg]
+        return super().parse_args(ctx, spread)
+
+
+@batch.command(name="split", short_help="Cut request files into ones that a batch API takes.")
+@click.argument("requests", nargs=-1, required=True, metavar="REQUESTS...")
+@click.option("--out", required=True, type=click.Path(), metavar="DIR", help="Folder for requests-00000.jsonl ...")
+@click.option("--max-lines", default=50_000, show_default=True, type=click.IntRange(1), help="Requests in a file.")
+@click.option("--max-bytes", default="200MB", show_default=True, type=SIZE, help="Size of a file.")
+@click.option("--overwrite", is_flag=True, help="Replace the files of an earlier split in DIR.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def batch_split(requests: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
+    """Write the lines of REQUESTS, unchanged, to files of one url and one model each, within both limits.
+
+    A line that is no request, or a custom_id that comes twice, is an error that names its line; then nothing is
+    written.
+    """
+    from millstream.runs.batching import split
+
+    report = split(requests, out, **options)
+    click.echo(json.dumps(report.as_json(), indent=1) if as_json else report.in_words())
+
+
+def _join_options(command: Any) -> Any:
+    """What merge and retry-failed take."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+        click.option("--out", required=True, metavar="FILE", help="The file to write; - is standard output."),
+        click.option(
+            "--outputs", multiple=True, required=True, metavar="OUTPUT...", help="What came back, error files too."
+        ),
+        click.argument("requests", nargs=-1, required=True, metavar="REQUESTS..."),
+    ):
+        command = option(command)
+    return command
+
+
+@batch.command(name="merge", cls=_SeveralOutputs, short_help="Join what came back, in the requests' order.")
+@_join_options
+def batch_merge(requests: tuple[str, ...], outputs: tuple[str, ...], out: str, as_json: bool) -> None:
+    """Write exactly one outcome for each of REQUESTS, in their order, from OUTPUT... in any order.
+
+    Outcomes are found by custom_id. Of several the last success counts, else the last failure; a request without any
+    gets an error of code "missing". Exit code 3: some failed or are missing.
+    """
+    from millstream.runs.batching import merge
+
+    report = merge(requests, outputs, out)
+    click.echo(json.dumps(report.as_json(), indent=1) if as_json else report.in_words(), err=out == "-")
+    if report.faults:
+        sys.exit(WITH_FAULTS)
+
+
+@batch.command(name="retry-failed", cls=_SeveralOutputs, short_help="Pick the requests to ask again.")
+@_join_options
+def batch_retry_failed(requests: tuple[str, ...], outputs: tuple[str, ...], out: str, as_json: bool) -> None:
+    """Write those of REQUESTS, unchanged, that failed in every OUTPUT or are in none."""
+    from millstream.runs.batching import retry_failed
+
+    report = retry_failed(requests, outputs, out)
+    click.echo(json.dumps(report.as_json(), indent=1) if as_json else report.in_words(), err=out == "-")
 
 
 def main() -> None:

@@ -1,14 +1,16 @@
 """The journal of an ask run: which requests are answered, and with what; append-only, and the truth.
 
-One line an outcome, the key first: ``{"key":"<32 hex digits>",...}``. A line is written before its outcome is handed
-out. Going on reads the keys alone, 24 bytes of memory for each, and never the bodies.
+One line an outcome: ``{"key":"<32 hex digits>",`` and then the outcome's row as it goes to the output, its id and index
+first. A line is written before its outcome is handed out. Going on reads the keys and whether an outcome is a fault, in
+24 bytes of memory for each, and rows only as they are wanted.
 """
 
+import binascii
+import errno
 import fcntl
-import hashlib
 import os
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import numpy as np
@@ -17,57 +19,61 @@ from millstream.errors import RequestError, RunError
 from millstream.records import Ids
 
 _HEAD = b'{"key":"'
-_HEX = 32
-_BLOCK = 8 << 20
-_encode = msgspec.json.Encoder(order="sorted").encode
+_DIGITS = slice(len(_HEAD), len(_HEAD) + 32)
+_ROW = _DIGITS.stop + 2
+"""Where a line's row goes on after its opening brace: behind the key, its quote and a comma."""
+
+_KINDS = np.uint64, np.uint64, np.int64
+_BLOCK = 256 << 10
+_READ_LEAST, _READ_MOST = 8 << 10, 1 << 20
+
+_NAMED = re.compile(rb'"id":(?:null|"(?:[^"\\]++|\\.)*+"),"index":\d+,')
+_FAULT = re.compile(rb',"fault":')
+_encode = msgspec.json.Encoder().encode
 
 
-class Keys:
-    """Keys of requests: a 128-bit hash of the body and the id, or, without an id, of how often that body came before.
+class _Outcome(msgspec.Struct, gc=False):
+    fault: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
-    So an edited prompt is another request, and identical ones stay distinct. Only the body and the id count: how a
-    request is sent (timeouts, retries, which server) does not.
 
-    >>> keys = Keys()
-    >>> first, again, other = keys.of({"a": 1}), keys.of({"a": 1}), keys.of({"a": 2})
-    >>> len({first, again, other}), Keys().of({"a": 1}) == first
-    (3, True)
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[bytes, int] = {}  # bodies without an id, by 8 bytes of hash: how often they came
-
-    def of(self, body: Mapping[str, Any], request_id: str | None = None) -> bytes:
-        data = _encode(body)
-        if request_id is not None:
-            mark: Any = request_id
-        else:
-            short = hashlib.blake2b(data, digest_size=8).digest()
-            mark = self._seen.get(short, 0)
-            self._seen[short] = mark + 1
-        return hashlib.blake2b(_encode([mark]) + data, digest_size=16).digest()
+_outcome = msgspec.json.Decoder(_Outcome).decode
 
 
 class AnswerJournal:
     """The journal in `folder`, opened for one writer: ``with AnswerJournal(folder) as journal``.
 
-    Raises RequestError if another run has it open, RunError if it is no journal of ours.
+    What earlier runs have written is found; what this one appends is for the next. Raises RequestError if another run
+    has it open, RunError if it is no journal of ours.
+
+    >>> import tempfile
+    >>> key, row = b"sixteen bytes...", b'{"id":"a","index":0,"text":"yes"}'
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with AnswerJournal(folder) as journal:
+    ...         journal.append(key, row)
+    ...     with AnswerJournal(folder) as journal:
+    ...         known, unknown = journal.find_many([key, bytes(16)]).tolist()
+    ...         journal.row(known, "a", 0) == row, journal.row(known, "a", 7), unknown
+    (True, b'{"id":"a","index":7,"text":"yes"}', -1)
     """
 
     def __init__(self, folder: str) -> None:
-        os.makedirs(folder, exist_ok=True)
         self.path = os.path.join(folder, "journal.jsonl")
-        self._file = open(self.path, "a+b")  # noqa: SIM115  it is the lock, held to the end
+        self._window, self._start, self._size = b"", 0, _READ_LEAST
+        try:
+            os.makedirs(folder, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)  # it is the lock, too
+        except OSError as error:
+            raise RequestError(f"cannot keep a journal in {folder}: {error.strerror}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._keys, self._offsets = self._load()
+            self._load()
         except BlockingIOError:
-            self._file.close()
+            self.close()
             raise RequestError(
                 f"another millstream is writing to {folder}; wait for it, or give another --out"
             ) from None
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def __enter__(self) -> "AnswerJournal":
@@ -78,68 +84,157 @@ class AnswerJournal:
 
     def __len__(self) -> int:
         """Outcomes that earlier runs have written."""
-        return len(self._offsets)
+        return len(self._places)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
-    def append(self, key: bytes, outcome: Mapping[str, Any]) -> None:
-        """Write an outcome; when this returns, it survives this process."""
-        body = msgspec.json.encode(outcome)
-        rest = body[1:] if body == b"{}" else b"," + body[1:]
-        self._file.write(_HEAD + key.hex().encode() + b'"' + rest + b"\n")
-        self._file.flush()
+    # Writing --------------------------------------------------------------------------------------------------------
 
-    def find(self, key: bytes) -> dict[str, Any] | None:
-        """What an earlier run has written for `key`, the last if there are several; None if nothing."""
-        high, low = np.frombuffer(key, ">u8")
-        begin = int(np.searchsorted(self._keys[:, 0], high))
-        for row in range(begin, len(self._offsets)):
-            if self._keys[row, 0] != high:
-                return None
-            if self._keys[row, 1] == low:
-                return self._read(int(self._offsets[row]))
-        return None
+    def append(self, key: bytes, row: bytes) -> None:
+        """Write an outcome; when this returns, it survives this process.
 
-    def _read(self, offset: int) -> dict[str, Any]:
-        self._file.seek(offset)
-        found: dict[str, Any] = msgspec.json.decode(self._file.readline())
-        return found
+        `row` is one line of JSON that begins as in ``{"id":"a","index":0,"text":``; the row of a fault has "fault"
+        among its fields. Raises RunError if the disk does not take it; nothing of it is left then.
+        """
+        line = b'{"key":"%b",%b\n' % (key.hex().encode(), row[1:])
+        try:
+            written = os.write(self._file, line)
+            if written < len(line):
+                os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: {error.strerror}. All before is kept: make room, then run the same command again"
+            ) from error
 
-    def _load(self) -> tuple[Ids, Ids]:
-        """(keys u64 (n, 2), sorted; offsets u64 (n,)) of the journal; the last of several lines of one key counts."""
-        keys, offsets = [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.uint64)]
-        position = 0
-        self._file.seek(0)
-        held = b""
-        while block := self._file.read(_BLOCK):
-            data = held + block
+    # Finding --------------------------------------------------------------------------------------------------------
+
+    def find_many(self, keys: Sequence[bytes]) -> Ids:
+        """For each key the place of its row, the last if it has several, or -1 (int64); places are for `row`."""
+        places = np.full(len(keys), -1, np.int64)
+        if not len(self) or not keys:
+            return places
+        wanted = np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 2)
+        order = np.argsort(wanted[:, 0])  # neighbours are found much faster one after the other
+        high, low = wanted[order].T
+        at = self._high.searchsorted(high, "right") - 1
+        while True:
+            half = (at >= 0) & (self._high.take(at, mode="clip") == high)
+            found = half & (self._low.take(at, mode="clip") == low)
+            if (half == found).all():
+                break
+            at -= half & ~found  # other keys with the same first half
+        places[order[found]] = self._places[at[found]]
+        return places
+
+    def is_fault(self, places: Ids) -> Ids:
+        """For each place of `find_many`, whether a fault is there; False for -1."""
+        faults: Ids = (places >= 0) & (places & 1 == 1)
+        return faults
+
+    def row(self, place: int, request_id: str | None, index: int) -> bytes:
+        """The row at a place of `find_many`, as it was appended but with this id and index.
+
+        An earlier run may have had the prompt in another line. Places that rise, more or less, are read fastest.
+        """
+        offset = place >> 1
+        at = offset - self._start
+        end = self._window.find(b"\n", at) if at >= 0 else -1
+        if end < 0:
+            self._move_window(offset)
+            at = offset - self._start
+            end = self._window.find(b"\n", at)
+        at += _ROW
+        named = b'"id":%b,"index":%d,' % (_encode(request_id), index)
+        if self._window.startswith(named, at):
+            return b"{" + self._window[at:end]
+        other = _NAMED.match(self._window, at, end)
+        if not other:
+            raise self._foreign(offset)
+        return b"{" + named + self._window[other.end() : end]
+
+    def _move_window(self, offset: int) -> None:
+        """Hold the line at `offset` and what is near: more of it the longer places follow one another."""
+        near = -self._size <= offset - self._start <= len(self._window) + self._size
+        self._size = min(4 * self._size, _READ_MOST) if near else _READ_LEAST
+        while True:
+            # Rows were written as answers came, so some of those that are wanted next lie a little before.
+            self._start = max(0, offset - self._size // 4)
+            self._window = os.pread(self._file, self._size, self._start)
+            if self._window.find(b"\n", offset - self._start) >= 0:
+                return
+            if len(self._window) < self._size:
+                raise RunError(f"{self.path} became shorter while it was read")
+            self._size *= 2
+
+    # Loading --------------------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        """Keys in two halves, sorted, and the place of each: twice the offset of its line, and 1 more for a fault."""
+        parts = [bytearray(), bytearray(), bytearray()]  # they grow in place: the peak of memory is low
+        for block in self._blocks():
+            for part, column in zip(parts, block, strict=True):
+                part += column.tobytes()
+        columns = [np.frombuffer(part, kind) for part, kind in zip(parts, _KINDS, strict=True)]
+        del parts
+        order = np.argsort(columns[0], kind="stable")
+        self._high, self._low, self._places = (columns.pop(0)[order] for _ in _KINDS)
+        if (self._high[1:] == self._high[:-1]).any():
+            self._keep_last()
+
+    def _keep_last(self) -> None:
+        """Of the lines of each key, the last, now that they stand in order of the keys' first halves."""
+        order = np.lexsort((self._low, self._high))
+        high, low, places = self._high[order], self._low[order], self._places[order]
+        last = np.append((high[1:] != high[:-1]) | (low[1:] != low[:-1]), True)
+        self._high, self._low, self._places = high[last], low[last], places[last]
+
+    def _blocks(self) -> Iterator[tuple[Ids, Ids, Ids]]:
+        """The two halves of the keys, and the places, of a part of the lines after the other.
+
+        A line that was being written when a run was killed is cut off.
+        """
+        position, size, total = 0, _BLOCK, os.fstat(self._file).st_size
+        while position < total:
+            data = os.pread(self._file, size, position)
             end = data.rfind(b"\n") + 1
             if end:
-                found, starts = self._keys_of(data[:end])
-                keys.append(found)
-                offsets.append(starts + np.uint64(position))
-                position += end
-            held = data[end:]
-        if held:
-            os.truncate(self._file.fileno(), position)  # a line that was being written when a run was killed
-        every, where = np.concatenate(keys), np.concatenate(offsets)
-        order = np.lexsort((where, every[:, 1], every[:, 0]))
-        every, where = every[order], where[order]
-        last = np.ones(len(where), bool)
-        last[:-1] = (every[1:] != every[:-1]).any(axis=1)
-        return every[last], where[last]
+                yield self._lines_of(data, end, position)
+                position, size = position + end, _BLOCK
+            elif position + len(data) < total:
+                size *= 2
+            else:
+                if not position and data[: len(_HEAD)] != _HEAD[: len(data)]:
+                    raise self._foreign(0)
+                os.truncate(self._file, position)
+                return
 
-    def _keys_of(self, data: bytes) -> tuple[Ids, Ids]:
-        letters = np.frombuffer(data, np.uint8)
+    def _lines_of(self, data: bytes, end: int, position: int) -> tuple[Ids, Ids, Ids]:
+        """The same of the whole lines in data[:end], which stands at `position`."""
+        letters = np.frombuffer(data, np.uint8, end)
         ends = np.flatnonzero(letters == ord("\n"))
         starts = np.concatenate([[0], ends[:-1] + 1])
-        whole = ends - starts >= len(_HEAD) + _HEX
-        head = np.frombuffer(_HEAD, np.uint8)
-        ours = whole.all() and (letters[starts[:, None] + np.arange(len(head))] == head).all()
-        digits = letters[starts[:, None] + np.arange(len(_HEAD), len(_HEAD) + _HEX)] if ours else letters[:0]
-        values = np.where(digits >= ord("a"), digits - (ord("a") - 10), digits - ord("0"))
-        if not ours or (values > 15).any():
-            raise RunError(f"{self.path} is no journal of millstream's: give another --out")
-        bytes_ = np.ascontiguousarray(values[:, ::2] << 4 | values[:, 1::2]).astype(np.uint8)
-        return bytes_.view(">u8").astype(np.uint64), starts.astype(np.uint64)
+        if (ends - starts < _ROW).any():
+            raise self._foreign(position)
+        heads = np.ndarray((end - _ROW + 1,), f"V{_ROW}", data, strides=(1,))[starts].view(np.uint8).reshape(-1, _ROW)
+        if (heads[:, : len(_HEAD)] != np.frombuffer(_HEAD, np.uint8)).any():
+            raise self._foreign(position)
+        try:
+            keys = np.frombuffer(binascii.unhexlify(heads[:, _DIGITS].tobytes()), np.uint64).reshape(-1, 2)
+        except binascii.Error:
+            raise self._foreign(position) from None
+        places = (starts + position) << 1
+        told = [found.start() for found in _FAULT.finditer(data, 0, end)]
+        for line in np.unique(np.searchsorted(ends, told)).tolist():
+            try:
+                # In a row, the same letters may also stand deeper, in what a server sent.
+                places[line] |= _outcome(data[starts[line] : ends[line]]).fault is not msgspec.UNSET
+            except msgspec.DecodeError:
+                raise self._foreign(position + int(starts[line])) from None
+        return keys[:, 0], keys[:, 1], places
+
+    def _foreign(self, position: int) -> RunError:
+        return RunError(f"{self.path} is no journal of millstream's (from byte {position:,} on): give another --out")

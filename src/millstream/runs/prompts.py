@@ -1,0 +1,565 @@
+"""The prompts of an ask run: files of many shapes become requests, each with its body as it goes over the wire.
+
+No Python object outlives its batch. What has to be known of all rows, whether an equal one came before, takes 8 bytes
+for each.
+"""
+
+import json
+import re
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, NoReturn
+
+import msgspec
+import numpy as np
+
+from millstream.errors import RequestError, RunError
+from millstream.formats.batch import is_request, parse_line, parse_request
+from millstream.formats.sources import InputShard, Truncated, chunks
+from millstream.llm.wire import CHAT
+from millstream.records import Ids
+
+_ROWS = 1024
+_FIRST_BLOCK, _BLOCK = 4 << 10, 64 << 10  # bytes of lines in a batch: few at first, so that asking starts at once
+_LONGEST_LINE = 32 << 20
+_PERHAPS = 22  # bits of a hash
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+_encode = msgspec.json.Encoder(order="sorted").encode
+_GAP = msgspec.Raw(b"\0")  # a byte that nothing else puts into JSON
+_hash_of_nothing = blake2b(digest_size=16)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a row becomes the body of a request.
+
+    `template` makes the prompt of a row's fields, `system` goes before the messages, `params` into the body. Rows of
+    OpenAI's Batch format bring their body: there `model` and `params` only fill in what it lacks.
+    """
+
+    model: str | None = None
+    system: str | None = None
+    template: str | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Request(msgspec.Struct, eq=False, gc=False):
+    """One row of the prompts.
+
+    `index` is its number from 0, blank lines not counted; `id` its custom_id or else its id, as text; `key` the 16
+    bytes that name it in the journal; `data` the body for `path`, in canonical JSON. A row that makes no request has no
+    data but a `fault`: (kind, message). `row` is the row itself in JSON, if it is wanted. `server` is the client's own.
+    """
+
+    index: int
+    id: str | None
+    key: bytes
+    data: bytes
+    path: str = CHAT
+    fault: tuple[str, str] | None = None
+    row: bytes | None = None
+    server: int = -1
+
+
+def batches(
+    prompts: InputShard, recipe: Recipe, *, limit: int | None = None, keep_rows: bool = False
+) -> Iterator[list[Request]]:
+    """The requests of a file in its order, at most `limit`, in lists that are never empty.
+
+    A list comes from up to 1,024 rows or 64 KiB; on standard input, from the whole lines that are there. A row that
+    makes no request is among them with a fault of kind ``bad_row``, and one with the custom_id of an earlier row with
+    ``duplicate_id``. A key depends on body, path and id, and on how many rows with the same came before: an edited row
+    gets another key, a moved one keeps its own, equal ones stay distinct. `keep_rows` fills in `Request.row`.
+
+    Raises RequestError for a recipe that does not fit, RunError if the file cannot be read to its end.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile(suffix=".txt") as file:
+    ...     _ = file.write(b"one\\n\\none\\n"), file.flush()
+    ...     [[first, again]] = batches(InputShard(file.name, "a.txt", "text"), Recipe("m"))
+    >>> first.data
+    b'{"messages":[{"content":"one","role":"user"}],"model":"m"}'
+    >>> first.index, again.index, first.key == again.key
+    (0, 1, False)
+    """
+    return _Reader(prompts, recipe, keep_rows).batches(limit)
+
+
+class _Reader:
+    """The rows of one file, read once."""
+
+    def __init__(self, prompts: InputShard, recipe: Recipe, keep_rows: bool) -> None:
+        self._prompts, self._keep_rows = prompts, keep_rows
+        self._bodies = _Bodies(recipe)
+        if prompts.kind == "text" and self._bodies.fields - {"prompt"}:
+            raise RequestError(f"{prompts.name} is text, a prompt a line: the template can only have {{prompt}}")
+        self._count = 0
+        self._custom: list[tuple[Request, int]] = []  # in this batch: those with a custom_id, and where they stand
+        self._seen, self._seen_ids = _Seen(), _Seen()
+
+    def batches(self, limit: int | None) -> Iterator[list[Request]]:
+        if limit is not None and limit <= 0:
+            return
+        if self._prompts.kind == "parquet":
+            groups = _row_groups(self._prompts, self._bodies.fields, self._keep_rows)
+        else:
+            groups = _lines(self._prompts)
+        read: Any = {"parquet": self._of_columns, "text": self._of_texts}.get(self._prompts.kind, self._of_json)
+        for number, rows in groups:
+            batch = read(number, rows)
+            if limit is not None:
+                del batch[limit - self._count :]
+            self._count += len(batch)
+            if batch:
+                self._make_distinct(batch)
+                yield batch
+            if self._count == limit:
+                return
+
+    # Each of these makes the requests of some rows; `first` is the number of the first row in the file, from 1.
+
+    def _of_json(self, first: int, lines: list[bytes]) -> list[Request]:
+        batch: list[Request] = []
+        plain = _plain_row if self._bodies.template is None else _no_plain_row
+        around, of_messages, index = self._bodies.around_text, self._bodies.of_messages, self._count
+        for number, line in enumerate(lines, first):
+            try:
+                row = plain(line)
+                if not line.isascii():
+                    line.decode()
+                if row.messages is not None:
+                    data = of_messages(row.messages)
+                elif row.prompt is not None:
+                    # As _Bodies.of_text does, and below as _key: to call them takes a seventh of all time.
+                    head, tail = around or _no_model()
+                    data = head + _encode(row.prompt) + tail
+                else:
+                    raise ValueError
+            except (ValueError, RecursionError):
+                if line.strip():
+                    batch.append(self._of_line(index, number, line))
+                    index += 1
+                continue
+            digest = _hash_of_nothing.copy()
+            digest.update(data)
+            name: Any = row.id if row.custom_id is None else row.custom_id
+            if name is not None:
+                name = str(name)
+                digest.update(b"\0" + name.encode())
+            request = Request(index, name, digest.digest(), data)
+            if row.custom_id is not None:
+                self._custom.append((request, number))
+            if self._keep_rows:
+                request.row = line.strip()
+            batch.append(request)
+            index += 1
+        return batch
+
+    def _of_line(self, index: int, number: int, line: bytes) -> Request:
+        try:
+            given = parse_line(line)
+        except ValueError as error:
+            return self._fault(index, number, None, line, error)
+        return self._of_fields(index, number, given, line)
+
+    def _of_texts(self, first: int, lines: list[bytes]) -> list[Request]:
+        batch: list[Request] = []
+        of_text, template, index = self._bodies.of_text, self._bodies.template, self._count
+        for number, line in enumerate(lines, first):
+            if not line or line.isspace():
+                continue
+            try:
+                prompt = line.removesuffix(b"\r").decode()
+            except UnicodeDecodeError as error:
+                batch.append(self._fault(index, number, None, line, error))
+            else:
+                data = of_text(prompt if template is None else template.fill({"prompt": prompt}))
+                batch.append(Request(index, None, _key(data, CHAT, None), data))
+                if self._keep_rows:
+                    batch[-1].row = _encode({"prompt": prompt})
+            index += 1
+        return batch
+
+    def _of_columns(self, first: int, rows: list[Any]) -> list[Request]:
+        return [
+            self._fault(self._count + at, first + at, None, b"", row)
+            if isinstance(row, ValueError)
+            else self._of_fields(self._count + at, first + at, row, None)
+            for at, row in enumerate(rows)
+        ]
+
+    def _of_fields(self, index: int, number: int, given: Mapping[str, Any], line: bytes | None) -> Request:
+        """A request from any row, slowly; `line` is what the fields were read from."""
+        name = None
+        try:
+            name = _name_of(given)
+            path, data = self._bodies.of_row(given)
+            request = Request(index, name, _key(data, path, name), data, path)
+        except (ValueError, RecursionError) as error:
+            request = self._fault(index, number, name, repr(given).encode() if line is None else line, error)
+        if given.get("custom_id") is not None:
+            self._custom.append((request, number))
+        if self._keep_rows:
+            request.row = _json_of(given, line)
+        return request
+
+    def _fault(self, index: int, number: int, name: str | None, raw: bytes, error: Exception) -> Request:
+        message = _printable(f"{self._place(number)}: {_words(error)}")
+        key = _key(b"!" + raw, CHAT, None)  # no body starts like this
+        return Request(index, None if name is None else _printable(name), key, b"", fault=("bad_row", message))
+
+    def _place(self, number: int) -> str:
+        return f"{self._prompts.name}, {'row' if self._prompts.kind == 'parquet' else 'line'} {number:,}"
+
+    def _make_distinct(self, batch: list[Request]) -> None:
+        """Another key for each request that equals an earlier one, and a fault where a custom_id comes again."""
+        hashes = np.frombuffer(b"".join([request.key for request in batch]), np.uint64)[::2]
+        before = self._seen.before(hashes)
+        for at in np.flatnonzero(before).tolist():
+            again = batch[at].key + int(before[at]).to_bytes(8, "little")
+            batch[at].key = blake2b(again, digest_size=16).digest()
+        if not self._custom:
+            return
+        custom, self._custom = self._custom, []
+        before = self._seen_ids.before(np.array([hash(request.id) for request, _ in custom], np.int64).view(np.uint64))
+        for at in np.flatnonzero(before).tolist():
+            request, number = custom[at]
+            if request.fault is None:
+                message = f"{self._place(number)}: an earlier row has the custom_id {request.id!r} too; rename one"
+                request.fault, request.data = ("duplicate_id", message), b""
+                request.key = _key(b"!" + request.key, CHAT, None)  # it may be asked when the other row is gone
+
+
+def _key(data: bytes, path: str, name: str | None) -> bytes:
+    """The hash of what a request is. Neither a raw line end nor a NUL is in `data`, which is JSON."""
+    digest = _hash_of_nothing.copy()
+    digest.update(data)
+    if path != CHAT:
+        digest.update(b"\n" + _encode(path))
+    if name is not None:
+        digest.update(b"\0" + name.encode())
+    return digest.digest()
+
+
+class _Seen:
+    """How often each of many 64-bit hashes came before, at 8 bytes for each: sorted runs, merged as they come."""
+
+    def __init__(self) -> None:
+        self._runs: list[Ids] = []  # each over 8 times as long as the next: few to search, and merged seldom
+        self._perhaps = np.zeros(1 << _PERHAPS, bool)  # whether any hash that starts like this came: mostly none did
+
+    def before(self, hashes: Ids) -> Ids:
+        """How often each came before, in earlier calls or in this one; this one counts from now on.
+
+        >>> seen, hashes = _Seen(), np.array([7, 8, 7, 7], np.uint64)
+        >>> seen.before(hashes).tolist(), seen.before(hashes).tolist()
+        ([0, 0, 1, 2], [3, 1, 4, 5])
+        """
+        order = np.argsort(hashes, kind="stable")
+        run = hashes[order]
+        counts = np.arange(len(run)) - run.searchsorted(run)
+        start = run >> (64 - _PERHAPS)
+        which = np.flatnonzero(self._perhaps[start])
+        self._perhaps[start] = True
+        found = run[which]
+        for earlier in self._runs:
+            counts[which] += earlier.searchsorted(found, "right") - earlier.searchsorted(found)
+        result = np.empty_like(counts)
+        result[order] = counts
+        while self._runs and len(self._runs[-1]) <= 8 * len(run):
+            run = np.concatenate([self._runs.pop(), run])
+            run.sort(kind="stable")
+        self._runs.append(run)
+        return result
+
+
+# Bodies -------------------------------------------------------------------------------------------------------------
+
+
+class _Template:
+    """Text with fields: only {name} is one, as {text.__class__} would look into objects; {{ and }} are braces."""
+
+    def __init__(self, text: str) -> None:
+        try:
+            self._parts = [(literal, name) for literal, name, *_ in _checked(string.Formatter().parse(text))]
+        except ValueError as error:
+            raise RequestError(f"the template {text!r:.80} is none: {error}; write {{{{ and }}}} for braces") from None
+        self.fields = frozenset(name for _, name in self._parts if name is not None)
+
+    def fill(self, given: Mapping[str, Any]) -> str:
+        """The text with a row's fields; other values than text as JSON. Raises ValueError for one that is not there."""
+        return "".join([literal + ("" if name is None else self._value(given, name)) for literal, name in self._parts])
+
+    def _value(self, given: Mapping[str, Any], name: str) -> str:
+        if name not in given:
+            raise ValueError(f"no field {name!r} for the template; there are {_names(given)}")
+        if given[name] is None:
+            raise ValueError(f"the field {name!r} is null, and the template wants it")
+        return _text(given[name])
+
+
+def _checked(parts: Any) -> Iterator[tuple[str, str | None]]:
+    for literal, name, spec, conversion in parts:
+        if name is not None and (not name or spec or conversion or re.search(r"[.\[\]]", name)):
+            raise ValueError(f"only plain fields such as {{name}} are filled in, not {{{name}...}}")
+        yield literal, name
+
+
+class _Bodies:
+    """The bodies that a recipe makes. What a row gives goes into a gap between bytes that are made once."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        if "messages" in recipe.params:
+            raise RequestError("'messages' cannot be a parameter: messages come from the prompts")
+        self.template = None if recipe.template is None else _Template(recipe.template)
+        self.fields = self.template.fields if self.template else frozenset()
+        self._given = {"model": recipe.model, **recipe.params}
+        try:
+            _canonical([self._given, recipe.system, recipe.template])
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the settings cannot be sent: {_words(error)}") from None
+        system = [{"role": "system", "content": recipe.system}] if recipe.system else []
+        self.around_text = self._around([*system, {"role": "user", "content": _GAP}])
+        self._around_messages = self._around([*system, _GAP])
+
+    def _around(self, messages: list[Any]) -> tuple[bytes, bytes] | None:
+        if not self._given["model"]:
+            return None
+        head, tail = _encode({**self._given, "messages": messages}).split(b"\0")
+        return head, tail
+
+    def of_text(self, prompt: str) -> bytes:
+        head, tail = self.around_text or _no_model()
+        return head + _encode(prompt) + tail
+
+    def of_messages(self, messages: Any) -> bytes:
+        """Raises ValueError if they are none."""
+        head, tail = self._around_messages or _no_model()
+        return head + _canonical(_checked_messages(messages))[1:-1] + tail
+
+    def of_row(self, given: Mapping[str, Any]) -> tuple[str, bytes]:
+        """(path, body) of a row. Raises ValueError that says what is wrong with it."""
+        if is_request(given):
+            return self._of_batch(given)
+        if self.template is not None:
+            return CHAT, self.of_text(self.template.fill(given))
+        messages, prompt = given.get("messages"), given.get("prompt")
+        if messages is not None:
+            return CHAT, self.of_messages(messages)
+        if prompt is None:
+            raise ValueError(f"no 'prompt' or 'messages'; there are {_names(given)}: give --template")
+        if not isinstance(prompt, str):
+            raise ValueError(f"'prompt' is not text but {type(prompt).__name__}")
+        return CHAT, self.of_text(prompt)
+
+    def _of_batch(self, given: Mapping[str, Any]) -> tuple[str, bytes]:
+        _, path, body = parse_request(given)
+        if path == CHAT:
+            _checked_messages(body.get("messages"))
+        filled = {**self._given, **body}
+        if filled["model"] is None:
+            filled["model"] = self._given["model"]
+        if not isinstance(filled["model"], str):
+            raise ValueError("'body' names no model: put one in, or give --model")
+        return path, _canonical(filled)
+
+
+def _no_model() -> NoReturn:
+    raise RequestError("no model given: name one with --model")
+
+
+def _checked_messages(messages: Any) -> Any:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("'messages' is no list of messages")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError("'messages' has one that is no object with a 'role'")
+    return messages
+
+
+def _canonical(value: Any) -> bytes:
+    """A value in JSON with sorted keys. Raises ValueError for what JSON does not have."""
+    try:
+        data = _encode(value)
+    except TypeError as error:
+        raise ValueError(f"no JSON: {error}") from None
+    if b"null" in data:  # which may stand for what JSON does not have
+        try:
+            json.dumps(value, allow_nan=False, default=str)
+        except ValueError:
+            raise ValueError("NaN or Infinity, which JSON does not have") from None
+    return data
+
+
+# Rows ---------------------------------------------------------------------------------------------------------------
+
+
+class _PlainRow(msgspec.Struct, gc=False):
+    """What most rows are; one that has anything else of what is looked at is read with more care."""
+
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    id: str | int | None = None
+    custom_id: str | int | None = None
+    body: None = None
+
+
+_plain_row = msgspec.json.Decoder(_PlainRow).decode
+_any_json = msgspec.json.Decoder(msgspec.Raw).decode
+
+
+def _no_plain_row(line: bytes) -> _PlainRow:
+    raise ValueError
+
+
+def _name_of(given: Mapping[str, Any]) -> str | None:
+    name = given.get("custom_id")
+    if name is None:
+        name = given.get("id")
+    return None if name is None else _text(name)
+
+
+def _text(value: Any) -> str:
+    """A value as text; what is none, as in JSON. Raises ValueError for what JSON does not have."""
+    if isinstance(value, str):
+        return value
+    data = _canonical(value)
+    return str(msgspec.json.decode(data)) if data.startswith(b'"') else data.decode()  # a date has no quotes
+
+
+def _json_of(given: Mapping[str, Any], line: bytes | None) -> bytes | None:
+    """A row in JSON, as it was read where it was; None for what only a lenient reader takes."""
+    try:
+        if line is None:
+            return _encode(given)
+        line.decode()
+        return bytes(_any_json(line))
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def _words(error: Exception) -> str:
+    """What is wrong, for a person."""
+    if isinstance(error, UnicodeEncodeError):
+        return "half of a surrogate pair, which no server takes; mend the text"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not valid UTF-8: {error.reason} at byte {error.start}; mend the text"
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return str(error)
+
+
+def _names(given: Mapping[str, Any]) -> str:
+    names = ", ".join(map(str, given)) or "none"
+    return names if len(names) <= 200 else names[:200] + "..."
+
+
+def _printable(text: str) -> str:
+    """Text with halves of surrogate pairs written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+def _lines(prompts: InputShard) -> Iterator[tuple[int, list[bytes]]]:
+    """Lines without their ends, in lists for a batch each, with the number of the first."""
+    number = 1
+    for block in _blocks(prompts):
+        lines = block.split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        for at in range(0, len(lines), _ROWS):
+            yield number, lines[at : at + _ROWS]
+            number += len(lines[at : at + _ROWS])
+
+
+def _blocks(prompts: InputShard) -> Iterator[bytes]:
+    """The bytes of a file in whole lines, as soon as these have come."""
+    size, held, length = _FIRST_BLOCK, [b""], 0  # held: the line that goes on
+    first = True
+    try:
+        for chunk in chunks(prompts):
+            end = chunk.rfind(b"\n") + 1
+            held.append(chunk[:end] or chunk)
+            length += len(held[-1])
+            if end:
+                data = b"".join(held)
+                held, length = [chunk[end:]], len(chunk) - end
+                at = len(_BYTE_ORDER_MARK) if first and data.startswith(_BYTE_ORDER_MARK) else 0
+                first = False
+                while at < len(data):
+                    stop = (data.rfind(b"\n", at, at + size) + 1) or (data.find(b"\n", at) + 1)
+                    yield data[at:stop]
+                    at, size = stop, min(2 * size, _BLOCK)
+            if length > _LONGEST_LINE:
+                raise RunError(f"{prompts.name} has a line of over {_LONGEST_LINE >> 20} MiB: is it a file of prompts?")
+    except (Truncated, OSError) as error:
+        raise _unreadable(prompts, getattr(error, "strerror", None) or error) from error
+    data = b"".join(held)
+    if first:
+        data = data.removeprefix(_BYTE_ORDER_MARK)
+    if data:
+        yield data
+
+
+def _row_groups(prompts: InputShard, fields: frozenset[str], whole: bool) -> Iterator[tuple[int, list[Any]]]:
+    """Rows of a Parquet file as mappings, in lists for a batch each, with the number of the first, from 1."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 1
+    try:
+        with open(prompts.uri, "rb"):
+            pass  # raises what opening any file raises; Arrow's message has the whole path in it
+        with pq.ParquetFile(prompts.uri, pre_buffer=False, buffer_size=_BLOCK) as file:
+            columns = _columns(prompts, file.schema_arrow.names, fields)
+            for group in range(file.num_row_groups):
+                meta = file.metadata.row_group(group)
+                rows = min(_ROWS, max(16, _BLOCK * meta.num_rows // max(1, meta.total_byte_size)))
+                for batch in file.iter_batches(rows, row_groups=[group], columns=None if whole else columns):
+                    yield number, _values(batch)
+                    number += batch.num_rows
+    except pa.ArrowException as error:
+        raise _unreadable(prompts, f"damaged or no Parquet: {error}") from error
+    except OSError as error:
+        raise _unreadable(prompts, error.strerror or error) from error
+
+
+def _columns(prompts: InputShard, there: list[str], fields: frozenset[str]) -> list[str]:
+    missing = sorted(fields - set(there))
+    if missing:
+        raise RequestError(f"{prompts.name} has no column {missing[0]!r} for the template; it has {', '.join(there)}")
+    if not fields and not {"prompt", "messages"} & set(there):
+        raise RequestError(
+            f"{prompts.name} has no column 'prompt' or 'messages'; it has {', '.join(there)}: give --template"
+        )
+    return [name for name in there if name in fields | {"prompt", "messages", "custom_id", "id"}]
+
+
+def _values(batch: Any) -> list[Any]:
+    """A batch's rows as mappings; one that is no valid UTF-8 as its UnicodeDecodeError."""
+    try:
+        rows: list[Any] = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [error]
+        return [row for at in range(batch.num_rows) for row in _values(batch.slice(at, 1))]
+    for row in rows:
+        if "messages" in row:
+            row["messages"] = _without_nulls(row["messages"])
+    return rows
+
+
+def _without_nulls(value: Any) -> Any:
+    """Structs have all the fields that any row has: what a row did not give is null there."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value
+
+
+def _unreadable(prompts: InputShard, reason: object) -> RunError:
+    return RunError(f"{prompts.name}: {reason}. What was asked before is kept")

@@ -1,0 +1,714 @@
+"""Prompts of every shape become requests: the same ones however they come, and a bad row is one fault."""
+
+import gzip
+import itertools
+import json
+import os
+import random
+import sys
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import jsonl, read_little, write, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from millstream.errors import RequestError, RunError
+from millstream.formats.sources import InputShard, expand
+from millstream.runs import prompts
+from millstream.runs.prompts import Recipe, batches
+
+RECIPE = Recipe("m")
+TEXTS = st.text(max_size=20) | st.sampled_from(['"', "\\", "{text}", "é\u2028🙂", "\0", "\ufeff", "</script>\x7f"])
+IDS = st.none() | TEXTS | st.integers(-(2**70), 2**70)
+
+
+def read(source, recipe=RECIPE, **options):
+    [shard] = expand([source])
+    return [request for batch in batches(shard, recipe, **options) for request in batch]
+
+
+def requests_of(folder, items, recipe=RECIPE, **options):
+    """The requests of JSON lines: mappings, or bytes as they stand."""
+    return read(write_jsonl(Path(folder) / "rows.jsonl", items), recipe, **options)
+
+
+def body_of(request):
+    return msgspec.json.decode(request.data)
+
+
+def told(requests):
+    """All that is to be the same however rows are read."""
+    return [(r.index, r.id, r.key, r.data, r.path, r.fault) for r in requests]
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+# Shapes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "recipe", "body"),
+    [
+        ({"prompt": "a"}, Recipe("m"), {"model": "m", "messages": user("a")}),
+        ({"prompt": "a", "messages": None}, Recipe("m"), {"model": "m", "messages": user("a")}),
+        ({"prompt": "a", "messages": user("b")}, Recipe("m"), {"model": "m", "messages": user("b")}),
+        (
+            {"prompt": "a", "note": [1, None]},
+            Recipe("m", params={"n": 2}),
+            {"model": "m", "n": 2, "messages": user("a")},
+        ),
+        ({"prompt": "a"}, Recipe("m", params={"model": "o"}), {"model": "o", "messages": user("a")}),
+        (
+            {"messages": user("a")},
+            Recipe("m", "be brief"),
+            {"model": "m", "messages": [{"role": "system", "content": "be brief"}, *user("a")]},
+        ),
+        (
+            {"prompt": "a"},
+            Recipe("m", "say \0"),
+            {"model": "m", "messages": [{"role": "system", "content": "say \0"}, *user("a")]},
+        ),
+        (
+            {"a": "{b}", "b": 1.5},
+            Recipe("m", template="{a}, {b} {{c}}"),
+            {"model": "m", "messages": user("{b}, 1.5 {c}")},
+        ),
+        (
+            {"a": {"z": 1, "b": [True]}},
+            Recipe("m", template="{a}"),
+            {"model": "m", "messages": user('{"b":[true],"z":1}')},
+        ),
+        ({"first name": "a"}, Recipe("m", template="{first name}!"), {"model": "m", "messages": user("a!")}),
+        ({"n": 10**30}, Recipe("m", template="{n}"), {"model": "m", "messages": user("1" + "0" * 30)}),
+    ],
+)
+def test_a_row_becomes_a_body(tmp_path, row, recipe, body):
+    [request] = requests_of(tmp_path, [row], recipe)
+    assert request.fault is None
+    assert body_of(request) == body
+    assert request.data == msgspec.json.encode(body, order="sorted")
+
+
+def batch_row(custom_id="a", url="/v1/chat/completions", **body):
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+
+
+@pytest.mark.parametrize(
+    ("row", "path", "body"),
+    [
+        (batch_row(messages=user("a")), "/chat/completions", {"model": "m", "n": 2, "messages": user("a")}),
+        (batch_row(messages=user("a"), model=None), "/chat/completions", {"model": "m", "n": 2, "messages": user("a")}),
+        (
+            batch_row(messages=user("a"), model="o", n=1),
+            "/chat/completions",
+            {"model": "o", "n": 1, "messages": user("a")},
+        ),
+        (batch_row(url="/v1/completions", prompt="a"), "/completions", {"model": "m", "n": 2, "prompt": "a"}),
+    ],
+)
+def test_a_batch_row_brings_its_body(tmp_path, row, path, body):
+    [request] = requests_of(tmp_path, [row], Recipe("m", "be brief", "{text}", {"n": 2}))
+    assert (request.fault, request.id, request.path) == (None, "a", path)
+    assert request.data == msgspec.json.encode(body, order="sorted")
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"id": "a"}, "a"),
+        ({"id": 7}, "7"),
+        ({"id": 1.5}, "1.5"),
+        ({"id": True}, "true"),
+        ({"id": [1]}, "[1]"),
+        ({"id": None}, None),
+        ({"id": "a", "custom_id": "b"}, "b"),
+        ({"id": "a", "custom_id": None}, "a"),
+        ({"id": ""}, ""),
+        ({}, None),
+    ],
+)
+def test_a_row_has_an_id_or_none(tmp_path, row, name):
+    plain, slow = (
+        requests_of(tmp_path, [{"prompt": "x", **row}])[0],
+        requests_of(tmp_path, [{"messages": user("x"), **row}])[0],
+    )
+    assert plain.id == slow.id == name
+    assert plain.key == slow.key
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    TEXTS, IDS, TEXTS, st.dictionaries(TEXTS.filter(lambda name: name not in ("model", "messages")), IDS, max_size=3)
+)
+def test_the_fast_way_gives_the_bytes_of_the_slow_way(tmp_path_factory, text, name, system, params):
+    folder = tmp_path_factory.mktemp("rows")
+    recipe = Recipe("m", system or None, params=params)
+    named = {} if name is None else {"id": name}
+    [fast] = requests_of(folder, [{"prompt": text, **named}], recipe)
+    [slow] = requests_of(folder, [{"messages": user(text), **named}], recipe)
+    [filled] = requests_of(folder, [{"prompt": text, **named}], Recipe("m", system or None, "{prompt}", params))
+    before = [{"role": "system", "content": system}] if system else []
+    body = {"model": "m", **params, "messages": [*before, *user(text)]}
+    assert fast.data == msgspec.json.encode(body, order="sorted")
+    assert fast.id == (None if name is None else str(name))
+    assert told([fast]) == told([slow]) == told([filled])
+    if system == "" and name is not None:
+        row = batch_row(str(name) or "none", **{"model": "m", "messages": user(text)})
+        [batch] = requests_of(folder, [row], Recipe(None, params=params))
+        assert batch.data == fast.data
+        assert (batch.key == fast.key) == (batch.id == fast.id)
+
+
+# The same however they come -----------------------------------------------------------------------------------------
+
+ROWS = st.fixed_dictionaries(
+    {"prompt": st.sampled_from(["a", "b", "é 🙂", ""])}, optional={"id": st.sampled_from(["x", "y"])}
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(ROWS, min_size=1, max_size=30))
+def test_every_kind_of_file_gives_the_same_requests(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("rows")
+    wanted = told(requests_of(folder, rows))
+    assert len({key for _, _, key, *_ in wanted}) == len(rows)
+    for ending in "jsonl.gz", "jsonl.zst", "ndjson":
+        assert told(read(write(folder / f"rows.{ending}", jsonl(rows)))) == wanted
+    columns = {"prompt": [row["prompt"] for row in rows], "id": [row.get("id") for row in rows]}
+    pq.write_table(pa.table(columns), folder / "rows.parquet", row_group_size=7)
+    assert told(read(folder / "rows.parquet")) == wanted
+    texts = [row["prompt"] for row in rows if row["prompt"]]
+    lines = write(folder / "rows.txt", "".join(text + "\n" for text in texts).encode())
+    assert told(read(lines)) == told(requests_of(folder, [{"prompt": text} for text in texts]))
+
+
+MIXED = [
+    *({"prompt": f"question {n % 40}", "id": f"{n % 80}"} for n in range(100)),
+    b"",
+    b"no json",
+    b"  \r",
+    *({"messages": user(f"é {n}"), "custom_id": f"c{n % 15}"} for n in range(20)),
+    b"\xff",
+    b"no json",
+    {"prompt": "x" * 3000},
+    {"prompt": "last"},
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100, 1 << 20])
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_it_does_not_matter_where_batches_and_reads_end(tmp_path, monkeypatch, size, ending):
+    path = write(tmp_path / f"rows.{ending}", jsonl(MIXED))
+    whole = told(read(path))
+    assert len(whole) == len(MIXED) - 2
+    for name in "_FIRST_BLOCK", "_BLOCK", "_ROWS":
+        monkeypatch.setattr(prompts, name, size)
+    read_little(monkeypatch, size)
+    assert told(read(path)) == whole
+
+
+def test_batches_are_small_at_first_and_never_large(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"question {n}"} for n in range(20_000)])
+    sizes = [len(batch) for batch in batches(expand([path])[0], RECIPE)]
+    assert sum(sizes) == 20_000
+    assert sizes[0] < 200
+    assert max(sizes) <= 1024
+    (tmp_path / "short.txt").write_text("a\n" * 20_000)
+    assert max(len(batch) for batch in batches(expand([tmp_path / "short.txt"])[0], RECIPE)) <= 1024
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 1, 2, 124, 125, 1000])
+def test_no_more_rows_than_asked_for(tmp_path, limit):
+    whole = told(requests_of(tmp_path, MIXED))
+    assert len(whole) == 125
+    assert told(requests_of(tmp_path, MIXED, limit=limit)) == whole[: max(0, limit)]
+
+
+# Keys ---------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(ROWS, max_size=30), st.randoms())
+def test_equal_rows_stay_distinct_and_moved_ones_keep_their_keys(tmp_path_factory, rows, draw):
+    folder = tmp_path_factory.mktemp("rows")
+    keys = [request.key for request in requests_of(folder, rows)]
+    assert len(set(keys)) == len(rows)
+    assert {len(key) for key in keys} <= {16}
+    draw.shuffle(rows)
+    assert {request.key for request in requests_of(folder, rows)} == set(keys)
+    again = [request.key for request in requests_of(folder, [*rows, *rows])]
+    assert len(set(again)) == 2 * len(rows)
+    assert set(again[: len(rows)]) == set(keys)
+
+
+def test_an_edited_request_gets_another_key(tmp_path):
+    rows = [
+        {"prompt": "a"},
+        {"prompt": "b"},
+        {"prompt": "a", "id": ""},
+        {"prompt": "a", "id": "x"},
+        batch_row("x", url="/v1/completions", prompt="a"),
+        batch_row("y", messages=user("a"), n=2),
+    ]
+    recipes = [
+        Recipe("m"),
+        Recipe("o"),
+        Recipe("m", "brief"),
+        Recipe("m", params={"n": 1}),
+        Recipe("m", params={"n": 1.5}),
+    ]
+    keys = Counter(request.key for recipe in recipes for request in requests_of(tmp_path, rows, recipe))
+    # The last Batch row has its own `n`, and neither of them takes the system prompt.
+    assert sum(keys.values()) == 30
+    assert sorted(count for count in keys.values() if count > 1) == [2, 4]
+
+
+def test_path_and_id_are_never_mistaken_for_each_other(tmp_path):
+    names = ["", "a", "\0a", '\n"/completions"', '"/completions"', '\n"/completions"\0a']
+    rows = [
+        batch_row(name, url, messages=user("x"))
+        for name in names
+        if name
+        for url in ("/v1/completions", "/v1/chat/completions")
+    ]
+    rows += [{"prompt": "x", "id": name} for name in names]
+    made = [request for row in rows for request in requests_of(tmp_path, [row])]
+    assert all(request.fault is None for request in made)
+    assert len({request.key for request in made}) == len({(r.path, r.id, r.data) for r in made})
+
+
+def test_a_bad_row_that_is_mended_gets_another_key(tmp_path):
+    bad, again, mended = requests_of(tmp_path, [b'{"prompt": 1}', b'{"prompt": 1}', b'{"prompt": "1"}'])
+    assert bad.fault
+    assert mended.fault is None
+    assert len({bad.key, again.key, mended.key}) == 3
+
+
+def test_a_hundred_thousand_equal_rows_stay_distinct(tmp_path):
+    (tmp_path / "rows.txt").write_text("same\n" * 100_000)
+    assert len({request.key for request in read(tmp_path / "rows.txt")}) == 100_000
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 7), max_size=20), max_size=40), st.sampled_from([1, 3, 22]), st.booleans())
+def test_how_often_a_hash_came_before(calls, bits, spread):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts, "_PERHAPS", bits)
+        seen, counts, given = prompts._Seen(), Counter(), 0
+        for call in calls:
+            hashes = [number << 61 if spread else number for number in call]
+            wanted = []
+            for number in call:
+                wanted.append(counts[number])
+                counts[number] += 1
+            assert seen.before(np.array(hashes, np.uint64)).tolist() == wanted
+            given += len(call)
+        assert sum(run.nbytes for run in seen._runs) == 8 * given
+        lengths = [len(run) for run in seen._runs if len(run)]
+        assert all(one > 8 * next_ for one, next_ in itertools.pairwise(lengths))
+
+
+# Bad rows -----------------------------------------------------------------------------------------------------------
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"no json", "not valid JSON: Expecting value, at character 1 of the line"),
+        (b'{"prompt": "a"', "not valid JSON"),
+        (b'{"prompt": "a"} {"prompt": "b"}', "not valid JSON: Extra data"),
+        (b"[1]", "not a JSON object but list"),
+        (b'"text"', "not a JSON object but str"),
+        (b"null", "not a JSON object but NoneType"),
+        (b"\xff", "not valid UTF-8"),
+        (b'{"prompt": "a", "note": "\xff"}', "not valid UTF-8"),
+        (b'{"prompt": "\xed\xa0\x80"}', "not valid UTF-8"),
+        ('{"prompt": "a"}'.encode("utf-16-le"), "not valid"),
+        (b'{"prompt": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"prompt": "a", "id": "\\udc00"}', "half of a surrogate pair"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
+        (b'{"messages": [{"role": "user", "\\ud800": 1}]}', "half of a surrogate pair"),
+        (b'{"other": 1, "\\ud800": 2}', r"no 'prompt' or 'messages'; there are other, \ud800: give --template"),
+        (b"{}", "no 'prompt' or 'messages'; there are none: give --template"),
+        (b'{"prompt": null}', "no 'prompt' or 'messages'"),
+        (b'{"prompt": 1}', "'prompt' is not text but int"),
+        (b'{"prompt": ["a"]}', "'prompt' is not text but list"),
+        (b'{"messages": []}', "'messages' is no list of messages"),
+        (b'{"messages": "a", "prompt": "b"}', "'messages' is no list of messages"),
+        (b'{"messages": ["a"]}', "no object with a 'role'"),
+        (b'{"messages": [{"content": "a"}]}', "no object with a 'role'"),
+        (b'{"messages": [{"role": "user", "content": NaN}]}', "NaN or Infinity"),
+        (b'{"messages": [{"role": "user", "content": "a", "weight": 1e400}]}', "NaN or Infinity"),
+        (b'{"messages": [{"role": "user", "content": ' + b"9" * 5000 + b"}]}", "not valid JSON"),
+        (b'{"messages": ' + DEEP + b"}", "not valid JSON"),
+        (b'{"prompt": "a", "deep": ' + DEEP + b"}", "not valid JSON"),
+        (b'{"prompt": "a", "id": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'{"prompt": "a", "id": NaN}', "NaN or Infinity"),
+        (json.dumps(batch_row(5, messages=user("a"))).encode(), "'custom_id' is not text but int"),
+        (json.dumps(batch_row("", messages=user("a"))).encode(), "'custom_id' is empty"),
+        (json.dumps(batch_row("a")).encode(), "'messages' is no list of messages"),
+        (json.dumps(batch_row("a", "/v1/embeddings", input="a")).encode(), "'url' is '/v1/embeddings'"),
+        (json.dumps(batch_row("a", messages=user("a"), model=5)).encode(), "'body' names no model"),
+        (json.dumps(batch_row("a", messages=user("a"), seed=float("inf"))).encode(), "NaN or Infinity"),
+        (json.dumps(batch_row("a", messages=user("a"), stream=True)).encode(), "'stream'"),
+    ],
+)
+def test_a_bad_row_is_one_fault(tmp_path, line, message):
+    before, bad, after = requests_of(tmp_path, [{"prompt": "a"}, b"", line, {"prompt": "b"}])
+    assert (before.fault, after.fault) == (None, None)
+    assert [before.index, bad.index, after.index] == [0, 1, 2]
+    kind, words = bad.fault
+    assert kind == "bad_row"
+    assert words.startswith("rows.jsonl, line 3: ")
+    assert message in words
+    assert len(words) < 400
+    assert bad.data == b""
+    assert len(bad.key) == 16
+    msgspec.json.encode([bad.id, words])  # can be written
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"other": 1}', "no field 'text' for the template; there are other"),
+        (b'{"text": null}', "the field 'text' is null"),
+        (b'{"text": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"text": [NaN]}', "NaN or Infinity"),
+        (b'{"text": Infinity}', "NaN or Infinity"),
+    ],
+)
+def test_a_row_without_what_the_template_wants(tmp_path, line, message):
+    good, bad = requests_of(tmp_path, [{"text": "a"}, line], Recipe("m", template="Summarise: {text}"))
+    assert good.fault is None
+    assert bad.fault[0] == "bad_row"
+    assert message in bad.fault[1]
+
+
+def test_what_a_row_does_not_send_may_be_odd(tmp_path):
+    lines = [b'{"prompt": "a", "score": NaN}', b'{"prompt": "a", "note": "\\ud800"}', b'{"prompt": "a", "big": 1e999}']
+    assert {request.data for request in requests_of(tmp_path, lines)} == {
+        requests_of(tmp_path, [{"prompt": "a"}])[0].data
+    }
+
+
+def test_a_custom_id_that_comes_again_is_a_fault(tmp_path):
+    rows = [
+        {"prompt": "a", "custom_id": "x"},
+        {"prompt": "b", "custom_id": "x"},
+        {"prompt": "c", "id": "x"},
+        {"prompt": "c", "id": "x"},
+        {"prompt": "d", "custom_id": "bad"},
+        {"custom_id": "bad"},
+        batch_row("x", messages=user("a")),
+        {"prompt": "e", "custom_id": 7},
+        {"prompt": "e", "custom_id": "7"},
+        {"prompt": "e"},
+        {"prompt": "e"},
+    ]
+    requests = requests_of(tmp_path, rows)
+    assert [request.fault[0] if request.fault else "" for request in requests] == [
+        *("", "duplicate_id", "", "", "", "bad_row", "duplicate_id", "", "duplicate_id", "", "")
+    ]
+    assert requests[1].fault[1] == "rows.jsonl, line 2: an earlier row has the custom_id 'x' too; rename one"
+    assert requests[1].data == b""
+    assert len({request.key for request in requests}) == len(rows)
+    alone = requests_of(tmp_path, rows[1:])[0]
+    assert alone.fault is None
+    assert alone.key != requests[1].key
+
+
+def test_a_line_of_text_that_is_no_text_is_a_fault(tmp_path):
+    path = write(tmp_path / "rows.txt", b"one\n\xff\n \t\r\n\nthree\r\nfour \r")
+    requests = read(path)
+    assert [request.fault and request.fault[1] for request in requests] == [
+        *(None, "rows.txt, line 2: not valid UTF-8: invalid start byte at byte 0; mend the text", None, None)
+    ]
+    assert [body_of(request)["messages"] for request in requests if not request.fault] == [
+        *(user("one"), user("three"), user("four "))
+    ]
+    assert [request.index for request in requests] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("data", [b"", b"\n", b"\n\r\n \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
+def test_a_file_without_rows_has_no_requests(tmp_path, ending, data):
+    assert list(batches(expand([write(tmp_path / f"rows.{ending}", data)])[0], RECIPE)) == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 1 << 20])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("last", [True, False])
+def test_marks_and_line_ends_are_no_part_of_a_prompt(tmp_path, monkeypatch, size, end, last):
+    read_little(monkeypatch, size)
+    texts = b"\xef\xbb\xbf\xef\xbb\xbfone" + end + b"\xef\xbb\xbftwo" + end * last
+    assert [body_of(request)["messages"] for request in read(write(tmp_path / "rows.txt", texts))] == [
+        *(user("\ufeffone"), user("\ufefftwo"))  # only the first mark is one
+    ]
+    lines = b"\xef\xbb\xbf" + end.join([b'{"prompt": "one"}', b'{"prompt": "two"}']) + end * last
+    assert [body_of(request)["messages"] for request in read(write(tmp_path / "rows.jsonl", lines))] == [
+        *(user("one"), user("two"))
+    ]
+
+
+# What is refused ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{text.__class__}",
+        "{text[0]}",
+        "{text!r}",
+        "{text:>10}",
+        "{text:{width}}",
+        "{}",
+        "{",
+        "}",
+        "{text",
+        '{"a": 1} {text}',
+    ],
+)
+def test_a_template_has_plain_fields_only(tmp_path, template):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}])
+    with pytest.raises(RequestError, match=r"write \{\{ and \}\} for braces"):
+        batches(expand([path])[0], Recipe("m", template=template))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe("m", params={"messages": []}), "'messages' cannot be a parameter"),
+        (Recipe("m", params={"seed": float("nan")}), "NaN or Infinity"),
+        (Recipe("m", params={"seed": object()}), "cannot be sent"),
+        (Recipe("m", system="\ud800"), "half of a surrogate pair"),
+        (Recipe("m", template="\ud800"), "half of a surrogate pair"),
+        (Recipe("\ud800"), "half of a surrogate pair"),
+    ],
+)
+def test_settings_that_fit_no_row_are_refused_at_once(tmp_path, recipe, message):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}])
+    with pytest.raises(RequestError, match=message):
+        batches(expand([path])[0], recipe)
+
+
+@pytest.mark.parametrize("row", [{"prompt": "a"}, {"messages": user("a")}])
+def test_without_a_model_only_batch_rows_can_be_asked(tmp_path, row):
+    for recipe in Recipe(), Recipe(""):
+        with pytest.raises(RequestError, match="--model"):
+            requests_of(tmp_path, [row], recipe)
+    named, without = requests_of(
+        tmp_path, [batch_row("a", messages=user("a"), model="o"), batch_row("b", messages=user("a"))], Recipe()
+    )
+    assert body_of(named)["model"] == "o"
+    assert "--model" in without.fault[1]
+    with pytest.raises(RequestError, match="--model"):
+        read(write(tmp_path / "rows.txt", b"a\n"), Recipe())
+
+
+def test_a_text_file_has_one_field(tmp_path):
+    path = write(tmp_path / "rows.txt", b"{text}\n")
+    with pytest.raises(RequestError, match=r"rows\.txt is text"):
+        read(path, Recipe("m", template="{text}"))
+    [request] = read(path, Recipe("m", template="Say {prompt}!"))
+    assert body_of(request)["messages"] == user("Say {text}!")
+
+
+# Files that break ---------------------------------------------------------------------------------------------------
+
+
+def until_it_breaks(path):
+    """(requests before, the error's text)."""
+    requests = []
+    with pytest.raises(RunError) as raised:
+        requests.extend(itertools.chain.from_iterable(batches(expand([path])[0], RECIPE)))
+    return requests, str(raised.value)
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "txt.zst"])
+def test_a_cut_file_gives_what_came_before(tmp_path, ending):
+    draw = random.Random(0)
+    rows = [{"prompt": draw.randbytes(50).hex()} for _ in range(3000)]
+    path = write(tmp_path / f"rows.{ending}", jsonl(rows))
+    whole = told(read(path))
+    os.truncate(path, path.stat().st_size - 5000)
+    requests, message = until_it_breaks(path)
+    assert 1000 < len(requests) < 3000
+    assert told(requests) == whole[: len(requests)]
+    assert message.startswith(f"rows.{ending}: ")
+    assert "What was asked before is kept" in message
+
+
+def test_a_file_that_goes_away_is_named_without_its_folder(tmp_path):
+    for name in "rows.jsonl", "rows.parquet":
+        [shard] = expand([write(tmp_path / name, b"")])
+        os.unlink(shard.uri)
+        with pytest.raises(RunError, match=f"^{name}: No such file or directory"):
+            list(batches(shard, RECIPE))
+
+
+def test_a_line_without_an_end_is_no_prompt(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "_LONGEST_LINE", 2 << 20)
+    path = write(tmp_path / "rows.txt", b"one\n" + b"x" * (2 << 20) + b"\nthree\n" + b"x" * (4 << 20))
+    requests, message = until_it_breaks(path)
+    assert len(requests) == 3
+    assert "a line of over 2 MiB" in message
+
+
+# Parquet ------------------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_fields(tmp_path):
+    path = tmp_path / "rows.parquet"
+    messages = [user("a"), [{"role": "user", "content": "b", "name": "bob"}], None]
+    pq.write_table(pa.table({"id": [7, None, 9], "messages": messages, "rest": [1, 2, 3]}), path)
+    first, second, third = read(path)
+    assert (first.id, second.id) == ("7", None)
+    assert body_of(first)["messages"] == user("a")  # without the name that others have
+    assert body_of(second)["messages"][0]["name"] == "bob"
+    assert third.fault == (
+        "bad_row",
+        "rows.parquet, row 3: no 'prompt' or 'messages'; there are id, messages: give --template",
+    )
+
+
+def test_a_template_takes_columns_of_any_type(tmp_path):
+    import datetime
+    import decimal
+
+    path = tmp_path / "rows.parquet"
+    columns = {"day": [datetime.date(2024, 5, 1)], "price": [decimal.Decimal("1.50")], "n": [3], "none": [None]}
+    pq.write_table(pa.table(columns), path)
+    [request] = read(path, Recipe("m", template="{day} {price} {n}"))
+    assert body_of(request)["messages"] == user("2024-05-01 1.50 3")
+    [request] = read(path, Recipe("m", template="{none}"))
+    assert "the field 'none' is null" in request.fault[1]
+
+
+def test_columns_that_are_not_there_are_refused_at_once(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["a"]}), path)
+    with pytest.raises(RequestError, match=r"rows\.parquet has no column 'prompt' or 'messages'; it has text"):
+        read(path)
+    with pytest.raises(RequestError, match="no column 'other' for the template; it has text"):
+        read(path, Recipe("m", template="{text} {other}"))
+
+
+def test_a_bad_value_in_a_column_is_one_fault(tmp_path):
+    path = tmp_path / "rows.parquet"
+    texts = pa.array([b"a", b"\xff", b"c"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"prompt": texts}), path)
+    first, second, third = read(path)
+    assert (first.fault, third.fault) == (None, None)
+    assert second.fault[1].startswith("rows.parquet, row 2: not valid UTF-8")
+
+
+def test_a_damaged_parquet_file_is_an_error(tmp_path):
+    path = write(tmp_path / "rows.parquet", b"no Parquet at all")
+    requests, message = until_it_breaks(path)
+    assert requests == []
+    assert message.startswith("rows.parquet: damaged or no Parquet")
+
+
+# Rows that are kept -------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_kept_as_they_were_read_if_they_are_wanted(tmp_path):
+    lines = [
+        b'{"n": 1.50, "prompt": "a"}\r',
+        b' {"messages": [{"role": "user", "content": "a"}], "n": 1.50}',
+        b'{"other": 1}',
+        b"no json",
+        b'{"prompt": "a", "score": NaN}',
+        b'{"prompt": "a", "custom_id": "x"}',
+        b'{"prompt": "b", "custom_id": "x"}',
+    ]
+    requests = requests_of(tmp_path, lines, keep_rows=True)
+    assert [request.row for request in requests] == [
+        *(lines[0].strip(), lines[1].strip(), lines[2], None, None, lines[5], lines[6])
+    ]
+    assert {request.row for request in requests_of(tmp_path, lines)} == {None}
+    [request] = read(write(tmp_path / "rows.txt", b'say "a"\r\n'), keep_rows=True)
+    assert json.loads(request.row) == {"prompt": 'say "a"'}
+    pq.write_table(pa.table({"prompt": ["a"], "other": [1], "none": [None]}), tmp_path / "rows.parquet")
+    [request] = read(tmp_path / "rows.parquet", keep_rows=True)
+    assert json.loads(request.row) == {"prompt": "a", "other": 1, "none": None}
+
+
+# Standard input -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def piped(monkeypatch):
+    """A function that writes to our standard input, and a queue of what `batches` makes of it; None at the end."""
+    out, into = os.pipe()
+    with open(out, "rb") as reader, open(into, "wb", buffering=0) as writer:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=reader))
+        made = Queue()
+
+        def read_all():
+            for batch in batches(InputShard("-", "-", "jsonl"), RECIPE):
+                made.put(batch)
+            made.put(None)
+
+        thread = threading.Thread(target=read_all)
+        thread.start()
+        try:
+            yield writer, made
+        finally:
+            writer.close()
+            thread.join()
+
+
+def test_a_pipe_that_waits_is_answered_with_what_has_come(monkeypatch):
+    with piped(monkeypatch) as (writer, made):
+        writer.write(b'{"prompt": "one"}\n')
+        [first] = made.get(timeout=60)
+        writer.write(b'{"prompt": "two"}\n{"prompt": "three"}\n{"pro')
+        second, third = made.get(timeout=60)
+        writer.write(b'mpt": "four"}')
+        writer.close()
+        [fourth] = made.get(timeout=60)
+        assert made.get(timeout=60) is None
+    assert [body_of(request)["messages"] for request in (first, second, third, fourth)] == [
+        *(user("one"), user("two"), user("three"), user("four"))
+    ]
+    assert [request.index for request in (first, second, third, fourth)] == [0, 1, 2, 3]
+
+
+def test_standard_input_and_files_give_the_same_requests(tmp_path, monkeypatch):
+    whole = told(requests_of(tmp_path, MIXED))
+    with piped(monkeypatch) as (writer, made):
+        for at in range(0, len(jsonl(MIXED)), 13):
+            writer.write(jsonl(MIXED)[at : at + 13])
+        writer.close()
+        came = [request for batch in iter(made.get, None) for request in batch]
+    renamed = [(*rest, fault and (fault[0], fault[1].replace("-, ", "rows.jsonl, ", 1))) for *rest, fault in told(came)]
+    assert renamed == whole
+
+
+def test_a_limit_does_not_wait_for_more(monkeypatch):
+    out, into = os.pipe()
+    with open(out, "rb") as reader, open(into, "wb", buffering=0) as writer:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=reader))
+        writer.write(b'{"prompt": "one"}\n{"prompt": "two"}\n')
+        [batch] = batches(InputShard("-", "-", "jsonl"), RECIPE, limit=2)  # the pipe is still open
+    assert len(batch) == 2
+
+
+def test_gzip_of_several_members_is_one_file(tmp_path):
+    (tmp_path / "rows.jsonl.gz").write_bytes(b"".join(gzip.compress(jsonl([{"prompt": text}])) for text in "ab"))
+    assert [body_of(request)["messages"] for request in read(tmp_path / "rows.jsonl.gz")] == [user("a"), user("b")]

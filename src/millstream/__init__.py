@@ -1,4 +1,4 @@
-"""millstream: text in, samples of exactly N token ids out, in bounded memory, with nothing lost.
+"""millstream: text in, samples of exactly N token ids out; prompts in, one outcome each out; with nothing lost.
 
 >>> from millstream import pack
 >>> for sample in pack([[1, 2, 3], [], [4, 5]], 2):
@@ -14,19 +14,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from millstream.aio.outcomes import Fault
     from millstream.formats.dataset import Dataset, open
     from millstream.integrity import verify
     from millstream.records import Document, Sample
+    from millstream.runs.asking import AskSettings, ask_to
+    from millstream.runs.client import Client, Reply, ask
     from millstream.runs.packing import pack_to
     from millstream.runs.streams import Stream, pack, read, split, tokenize
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AskSettings": "runs.asking",
+    "Client": "runs.client",
     "Dataset": "formats.dataset",
     "Document": "records",
+    "Fault": "aio.outcomes",
+    "Reply": "runs.client",
     "Sample": "records",
     "Stream": "runs.streams",
+    "ask": "runs.client",
+    "ask_to": "runs.asking",
     "open": "formats.dataset",
     "pack": "runs.streams",
     "pack_to": "runs.packing",
@@ -37,10 +46,16 @@ _HOMES = {
 }
 
 __all__ = [
+    "AskSettings",
+    "Client",
     "Dataset",
     "Document",
+    "Fault",
+    "Reply",
     "Sample",
     "Stream",
+    "ask",
+    "ask_to",
     "open",
     "pack",
     "pack_to",

@@ -97,28 +97,75 @@ def watch_ask() -> Iterator[Callable[[AskProgress], None]]:
 
 def ask_line(now: AskProgress) -> str:
     """One line of progress of an ask run."""
-    rate = now.asked / max(now.seconds, 1e-9)
-    parts = [f"{now.done:,} done", f"{now.in_flight} in flight", f"{rate:.1f} requests/s", f"{now.ids_out:,} ids"]
-    return " · ".join([*parts, f"{now.faults:,} failed"] if now.faults else parts)
+    seconds = max(now.seconds, 1e-9)
+    rate = now.asked / seconds
+    parts = [
+        f"{now.done:,} done",
+        f"{now.in_flight} in flight",
+        f"{rate:.1f} requests/s",
+        f"{_scaled(now.ids_out / seconds).strip()} ids/s",
+    ]
+    if now.faults:
+        parts.insert(1, f"{now.faults:,} failed")
+    if now.total:
+        parts.insert(0, f"{min(1.0, now.done / now.total):4.0%}")
+    if now.cost is not None:
+        parts.append(f"cost {now.cost:.4g}")
+    if now.total and rate:
+        parts.append(f"{_time(max(0, now.total - now.done) / rate)} left")
+    return " · ".join([*parts, f"waits for {now.waits_for}"])
 
 
 def ask_summary(report: AskReport) -> str:
     """The closing report of an ask run, to be read aloud."""
-    asked = report.requests - report.again
+    asked, spent = report.requests - report.again, report.spent
     lines = [
         f"{_count(report.requests, 'request')} became {_count(report.replies, 'reply', 'replies')}"
         f" and {_count(sum(report.faults.values()), 'fault')}, in {report.out}",
-        f"  asked      {asked:,} in {report.attempts:,} attempts, {report.seconds:.1f} s,"
+        f"  asked      {asked:,} in {spent['attempts']:,} attempts, {report.seconds:.1f} s,"
         f" {asked / max(report.seconds, 1e-9):.1f} requests/s",
     ]
     if report.again:
         lines.append(f"  journal    {report.again:,} were answered by an earlier run and not asked again")
     lines.append(f"  ids        {report.ids_in:,} in the prompts, {report.ids_out:,} in the replies")
+    if report.cost is not None:
+        lines.append(f"  cost       {report.cost:.4f}")
+    if report.ids_wasted or spent["wasted"]:
+        lines.append(f"  wasted     {spent['wasted']:,} attempts; {report.ids_wasted:,} ids in replies of no use")
+    if spent["hedges"]:
+        lines.append(f"  hedges     {spent['hedges']:,} slow requests asked twice, {spent['hedges_won']:,} the quicker")
+    if asked:
+        lines.append(f"  time       {_times(spent)}")
+    if report.limits:
+        lines.append(f"  in flight  {_limits(report.limits)}")
     for kind, count in report.faults.items():
-        lines.append(f"  faults     {count:,} {kind.replace('_', ' ')}")
+        lines.append(f"  faults     {count:,} {kind.replace('_', ' ')}, such as: {report.examples[kind]}")
     if report.faults:
         lines.append("  hint       --retry-faults asks the failed ones again")
     return "\n".join(lines)
+
+
+_WHERE = {
+    "server": "server",
+    "queue": "rate limit",
+    "backoff": "backoff",
+    "slot": "for a place",
+    "stall": "for its turn or the reader",
+}
+
+
+def _times(spent: dict[str, float]) -> str:
+    """Where the requests' time went, in words."""
+    total = sum(spent[name] for name in _WHERE) or 1.0
+    ranked = sorted(_WHERE, key=lambda name: -spent[name])
+    return ", ".join(f"{_WHERE[name]} {spent[name] / total:.0%}" for name in ranked if spent[name] / total >= 0.005)
+
+
+def _limits(limits: list[tuple[float, int]]) -> str:
+    """The history of an adaptive limit, at a few points: ``4 at 0:00, 64 at 0:03``."""
+    step = max(1, len(limits) // 8)
+    chosen = [*limits[::step], limits[-1]] if (len(limits) - 1) % step else limits[::step]
+    return ", ".join(f"{number} at {_time(seconds)}" for seconds, number in chosen)
 
 
 def pack_summary(report: Report) -> str:

@@ -2,62 +2,72 @@
 
 import asyncio
 import contextlib
-import itertools
-import json
+import math
 import os
-import random
 import signal
-import string
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import IO, Any, NamedTuple
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any, Literal
 
 import msgspec
 
-from millstream.aio import Fault, Flow, Reply
-from millstream.bridge import run
+from millstream.aio import Fault, Reply
+from millstream.aio.limits import Adaptive
+from millstream.aio.rates import All, Gate
+from millstream.bridge import in_thread, run
 from millstream.errors import RequestError, RunError
-from millstream.formats.sources import InputShard, Truncated, chunks, expand
-from millstream.llm.wire import CHAT, Answer, Wire, WireError, wait_before_retry
-from millstream.runs.answers import AnswerJournal, Keys
+from millstream.formats.batch import output_row
+from millstream.formats.sources import InputShard, chunks, expand
+from millstream.llm.wire import Answer, WireError
+from millstream.runs.answers import AnswerJournal
+from millstream.runs.client import Client, Tripwire, named
 from millstream.runs.progress import AskProgress, AskReport
+from millstream.runs.prompts import Recipe, Request, batches
 
-_LONGEST_LINE = 32 << 20
+INTERRUPTED = "interrupted"
+TOO_DEAR = "too dear"
+
+_CANARIES = 2
+_MOST_IN_LINE = 100_000  # rows of earlier runs that wait behind a request of this one
+_NOT_ASKED = {"stopped", "cancelled"}  # kinds of faults that are no outcome: the next run asks again
+_COUNTED = 1 << 30  # bytes of a file whose lines are counted beforehand
+_PROGRESS_EVERY, _TICK = 0.1, 1.0  # seconds
+_encode = msgspec.json.encode
 
 
 @dataclass(frozen=True)
 class AskSettings:
-    """What an ask run is asked for. `model`, `system`, `template` and `params` make the requests; the rest sends them.
+    """What an ask run is asked for: `model`, `system`, `template`, `params`, `schema` make the requests.
 
-    `timeout` bounds one attempt and `deadline` a request with all its retries, in seconds; None: no bound.
+    `timeout` bounds one attempt and `deadline` a request with all its retries, in seconds; None: no bound. `price` is
+    that of a million ids in prompts and in replies; `max_cost`, in the same money, is never exceeded by what servers
+    report. `keep_input` puts the row's own fields beside the answer.
     """
 
     model: str | None = None
     system: str | None = None
     template: str | None = None
-    params: dict[str, Any] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    schema: Mapping[str, Any] | None = None
     base_urls: Sequence[str] = ()
     api_key: str | None = None
-    in_flight: int = 64
+    in_flight: int | Literal["auto"] = 64
     timeout: float | None = 600.0
     deadline: float | None = None
     attempts: int = 5
+    rpm: float | None = None
+    tpm: float | None = None
+    hedge: bool = False
     ordered: bool = False
     limit: int | None = None
+    price: tuple[float, float] | None = None
+    max_cost: float | None = None
     retry_faults: bool = False
-
-
-class _Request(NamedTuple):
-    """One row of the prompts; `known` is its outcome where there is one already, `fault` what is wrong with the row."""
-
-    id: str | None
-    key: bytes
-    body: dict[str, Any]
-    known: dict[str, Any] | None = None
-    fault: tuple[str, str] | None = None
+    batch_format: bool = False
+    keep_input: bool = False
 
 
 def ask_to(
@@ -74,79 +84,115 @@ def ask_to(
     anywhere else, and the same call after any interruption asks only what has none. Raises RequestError for wrong
     settings, RunError when a server refuses for a reason that every request shares.
     """
-    urls = list(settings.base_urls) or [os.environ.get("OPENAI_BASE_URL") or ""]
-    if not urls[0]:
-        raise RequestError("no server given: name it with --base-url, or set OPENAI_BASE_URL")
-    if not settings.model:
-        raise RequestError("no model given: name one with --model")
+    if settings.max_cost is not None and settings.price is None:
+        raise RequestError("the most it may cost needs prices: give --price IN,OUT")
     shards = expand([prompts])
-    if len(shards) != 1 or shards[0].kind not in ("jsonl", "text"):
-        raise RequestError(f"{prompts}: prompts come from one JSONL or text file, or '-'")
+    if len(shards) != 1:
+        raise RequestError(f"{prompts}: prompts come from one file, or '-'")
+    client = Client(
+        list(settings.base_urls),
+        model=settings.model,
+        api_key=settings.api_key,
+        in_flight=settings.in_flight,
+        timeout=settings.timeout,
+        deadline=settings.deadline,
+        attempts=settings.attempts,
+        rpm=settings.rpm,
+        tpm=settings.tpm,
+        hedge=settings.hedge,
+        schema=settings.schema,
+        params=settings.params,
+    )
+    recipe = Recipe(settings.model, settings.system, settings.template, client.params)
     folder = journal or (None if out == "-" else f"{out}.run")
     with contextlib.ExitStack() as stack:
+        rows = batches(shards[0], recipe, limit=settings.limit, keep_rows=settings.keep_input)
+        first = next(rows, None)  # what is wrong with the file or the settings shows before anything is written
+        if first is None and settings.limit != 0:
+            raise RequestError(f"{shards[0].name} is empty: there is nothing to ask")
         kept = stack.enter_context(AnswerJournal(folder)) if folder else None
-        if out == "-":
-            target: IO[bytes] = sys.stdout.buffer
-        else:
-            target = stack.enter_context(open(out, "wb"))
-        return run(_Run(out, shards[0], settings, urls, kept, target, on_progress).main())
+        target = sys.stdout.buffer if out == "-" else stack.enter_context(_opened(out))
+        return run(_Run(out, shards[0], first, rows, settings, client, kept, target, on_progress).main())
+
+
+def _rows_in(prompts: InputShard, limit: int | None) -> int | None:
+    """How many rows there are, where that is cheap to know: for the time that is left, and nothing else."""
+    if prompts.kind == "parquet":
+        from pyarrow.parquet import read_metadata
+
+        found: int = read_metadata(prompts.uri).num_rows
+    elif prompts.seekable and os.path.getsize(prompts.uri) <= _COUNTED:
+        found = sum(chunk.count(b"\n") for chunk in chunks(prompts))
+    else:
+        return limit
+    return found if limit is None else min(found, limit)
+
+
+def _opened(path: str) -> IO[bytes]:
+    try:
+        return open(path, "wb", buffering=1 << 17)
+    except OSError as error:
+        raise RequestError(f"cannot write {path}: {error.strerror}") from error
 
 
 class _Run:
+    """One ask run. Each request ends in `_settle`, with a row, or is left to the next run by `_leave`."""
+
     def __init__(
         self,
         out: str,
         prompts: InputShard,
+        first: list[Request] | None,
+        rows: Iterator[list[Request]],
         settings: AskSettings,
-        urls: list[str],
+        client: Client,
         journal: AnswerJournal | None,
         target: IO[bytes],
         on_progress: Callable[[AskProgress], None] | None,
     ) -> None:
-        self.out, self.prompts, self.settings = out, prompts, settings
-        self.journal, self.target, self.on_progress = journal, target, on_progress
-        key = settings.api_key or os.environ.get("OPENAI_API_KEY")
-        self.wires = [Wire(url, key) for url in urls]
-        self.turn = itertools.cycle(self.wires)
-        self.draw = random.Random()
-        self.stopping = False
-        self.requests: dict[int, _Request] = {}  # admitted and not handed out, by index
+        self.out, self.prompts, self.first, self.rows = out, prompts, first, rows
+        self.settings, self.client, self.journal, self.target = settings, client, journal, target
+        self.on_progress = on_progress
+        self.in_order = settings.ordered or out == "-"
+        self.purse = Purse(settings.price or (0.0, 0.0), settings.max_cost, client)
+        self.tripwire = Tripwire()
+        self.tripped: str | None = None
+        self.stopped: str | None = None
+        self.listed = 0
+        self.under_way: dict[int, tuple[Request, _Slot]] = {}  # by the number that the flow gives them
+        self.held: list[Fault] = []  # until it is known whether they are everybody's
+        self.line: deque[_Slot] = deque()  # of an ordered run: the rows that are not written yet
+        self.shorter = asyncio.Event()  # the line is
         self.counts: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
-        self.active = 0
-        self.started = time.perf_counter()
+        self.examples: dict[str, str] = {}  # a message of each kind of fault
+        self.total: int | None = None
+        self.started = self.told = time.perf_counter()
 
     async def main(self) -> AskReport:
-        async with contextlib.AsyncExitStack() as stack:
-            for wire in self.wires:
-                await stack.enter_async_context(wire)
-            self._listen_to_interrupts(stack)
-            settings = self.settings
-            flow = Flow(
-                self._outcome_of,
-                self._admitted(),
-                in_flight=settings.in_flight,
-                in_order=settings.ordered or self.out == "-",
-                timeout=settings.timeout,
-                deadline=settings.deadline,
-                delay=lambda error, tried: wait_before_retry(error, tried, settings.attempts, self.draw),
+        if self.on_progress:
+            self.total = _rows_in(self.prompts, self.settings.limit)
+        gates: list[Gate] = [self.client.gate] if self.client.gate else []
+        gates += [self.purse] if self.purse.most is not None else []
+        async with self.client, contextlib.AsyncExitStack() as stack:
+            self.flow = self.client.flow(
+                self._to_ask(),
+                in_order=self.in_order,
+                gate=All(gates) if gates else None,
+                canaries=_CANARIES,
+                batched=True,
             )
-            async with flow:
-                async for outcome in flow:
-                    self._write(outcome)
-        self.target.flush()
-        return AskReport(
-            self.out,
-            self.counts["requests"],
-            self.counts["replies"],
-            dict(sorted(self.faults.items())),
-            self.counts["again"],
-            self.counts["attempts"],
-            self.counts["ids_in"],
-            self.counts["ids_out"],
-            time.perf_counter() - self.started,
-            self.stopping,
-        )
+            self._listen_to_interrupts(stack)
+            self._tick()
+            stack.callback(lambda: self.ticker.cancel())
+            async with self.flow:
+                async for outcome in self.flow:
+                    self._take(outcome)
+                self._settle_held()
+            self.target.flush()
+        if self.tripped:
+            raise RunError(f"{self.tripped}. What was answered is kept: the same command again goes on")
+        return self._report()
 
     def _listen_to_interrupts(self, stack: contextlib.AsyncExitStack) -> None:
         """Ctrl-C once: admit no more and let what runs end. Twice: cancel it; it is asked again by the next run."""
@@ -154,137 +200,278 @@ class _Run:
         assert task
 
         def interrupted() -> None:
-            if self.stopping:
+            if self.stopped == INTERRUPTED:
                 task.cancel()
-            self.stopping = True
+            self.stopped = INTERRUPTED
+            self.flow.stop()
 
         with contextlib.suppress(ValueError, NotImplementedError, RuntimeError):  # not in the main thread
             loop.add_signal_handler(signal.SIGINT, interrupted)
             stack.callback(loop.remove_signal_handler, signal.SIGINT)
 
-    def _admitted(self) -> Iterator[_Request]:
-        for index, request in enumerate(itertools.islice(_requests(self.prompts, self.settings), self.settings.limit)):
-            if self.stopping:
+    def _tick(self) -> None:
+        """Tell how far it is while nothing comes back, too."""
+        self._tell()
+        self.ticker = asyncio.get_running_loop().call_later(_TICK, self._tick)
+
+    # What is to be asked, and what is known already -----------------------------------------------------------------
+
+    async def _to_ask(self) -> AsyncIterator[list[Request]]:
+        """The requests that have no outcome yet, in lists; the rows of the others are written on the way."""
+        if self.first is not None:
+            first, self.first = self.first, None
+            yield self._unknown(first)
+        # Whoever writes to our standard input may be slow, and answers must not wait for it.
+        waiting = in_thread(self.rows) if self.prompts.uri == "-" else None
+        while True:
+            batch = await anext(waiting, None) if waiting else next(self.rows, None)
+            if batch is None:
                 return
-            known = self.journal.find(request.key) if self.journal is not None else None
-            if known and "fault" in known and self.settings.retry_faults:
-                known = None
-            self.requests[index] = request._replace(known=known)
-            yield self.requests[index]
+            if unknown := self._unknown(batch):
+                yield unknown
+            else:
+                await asyncio.sleep(0)  # a long stretch of known ones must not keep answers waiting
+            while len(self.line) > _MOST_IN_LINE:
+                self.shorter.clear()
+                await self.shorter.wait()
 
-    async def _outcome_of(self, request: _Request) -> Answer | None:
-        if request.known:
-            return None
-        if request.fault:
-            raise WireError(*request.fault)
-        self.counts["attempts"] += 1
-        self.active += 1
-        try:
-            return await next(self.turn).send(request.body, CHAT)
-        finally:
-            self.active -= 1
+    def _unknown(self, batch: list[Request]) -> list[Request]:
+        """Those of a batch that are to be asked; the rows of the others take their place in the output."""
+        places, faulty = [-1] * len(batch), [False] * len(batch)
+        if self.journal is not None and len(self.journal):
+            found = self.journal.find_many([request.key for request in batch])
+            places, faulty = found.tolist(), self.journal.is_fault(found).tolist()
+        unknown = []
+        for request, place, fault in zip(batch, places, faulty, strict=True):
+            if request.fault:
+                told = dict(zip(("kind", "message"), request.fault, strict=True))
+                row = {**_head(request), "fault": told}
+                self._place(self._slot(), self._kept(request, row, known=place >= 0))
+            elif place >= 0 and not (fault and self.settings.retry_faults):
+                assert self.journal
+                self.counts["again"] += 1
+                earlier = self.journal.row(place, request.id, request.index)
+                self._place(self._slot(), self._counted(request, earlier, fault))
+            else:
+                self.under_way[self.listed] = request, self._slot()
+                self.listed += 1
+                unknown.append(request)
+        return unknown
 
-    def _write(self, outcome: Reply[Answer | None] | Fault) -> None:
-        request = self.requests.pop(outcome.index)
-        row = self._row(outcome, request)
-        if isinstance(outcome, Fault) and isinstance(outcome.error, WireError) and outcome.error.fatal:
-            raise RunError(f"{outcome.error}. Stopped: every other request would end the same way; all else is kept")
-        self.counts["requests"] += 1
-        self.counts["again"] += request.known is not None
-        if self.journal is not None and request.known is None:
-            self.journal.append(request.key, row)
-        if "fault" in row:
-            self.faults[row["fault"]["kind"]] += 1
+    # Outcomes -------------------------------------------------------------------------------------------------------
+
+    def _take(self, outcome: Reply[Answer] | Fault) -> None:
+        """An outcome; faults that may turn out to be everybody's are held until that is known."""
+        if isinstance(outcome, Fault) and outcome.kind in _NOT_ASKED:
+            self._leave(outcome)
+            self.stopped = self.stopped or (None if self.tripped else TOO_DEAR)
+            return
+        reason = self.tripwire.reason(outcome, time.monotonic())
+        if isinstance(outcome, Reply) or not (reason or self.tripwire.suspicious):
+            self._settle(outcome)
         else:
-            self.counts["replies"] += 1
-        usage = row.get("usage") or {}
-        self.counts["ids_in"] += usage.get("prompt_tokens") or 0
-        self.counts["ids_out"] += usage.get("completion_tokens") or 0
-        if self.out != "-" or "fault" not in row:
-            self.target.write(msgspec.json.encode(row) + b"\n")
+            self.held.append(outcome)
+        if reason:
+            self.tripped = self.tripped or reason
+            self.flow.stop()
+            for fault in self.held:
+                self._leave(fault)
+            self.held.clear()
+        elif not self.tripwire.suspicious:
+            self._settle_held()
+
+    def _settle_held(self) -> None:
+        for fault in self.held:
+            self._settle(fault)
+        self.held.clear()
+
+    def _settle(self, outcome: Reply[Answer] | Fault) -> None:
+        request, slot = self.under_way.pop(outcome.index)
+        self._place(slot, self._kept(request, self._row(request, outcome)))
+
+    def _leave(self, outcome: Fault) -> None:
+        """The next run asks it."""
+        _, slot = self.under_way.pop(outcome.index)
+        self._place(slot, b"")
+
+    def _row(self, request: Request, outcome: Reply[Answer] | Fault) -> dict[str, Any]:
+        tail = {"latency_s": round(outcome.seconds, 4), "attempts": outcome.attempts}
+        if isinstance(outcome, Reply):
+            answer = outcome.value
+            told = {"text": answer.text, "usage": answer.usage, "model": answer.model}
+            body = {"body": answer.body} if self.settings.batch_format else {}
+            return {**_head(request), **told, **tail, **body}
+        fault = named(outcome)
+        status = {"status": fault.error.status} if isinstance(fault.error, WireError) and fault.error.status else {}
+        return {**_head(request), "fault": {"kind": fault.kind, "message": fault.message, **status}, **tail}
+
+    def _kept(self, request: Request, row: dict[str, Any], known: bool = False) -> bytes:
+        """The row of an outcome as the output wants it, after the journal has it."""
+        data = _encode(row)
+        if self.journal is not None and not known:
+            self.journal.append(request.key, data)
+        self.counts["again"] += known
+        return self._counted(request, data, "fault" in row, row)
+
+    def _counted(self, request: Request, data: bytes, fault: bool, row: dict[str, Any] | None = None) -> bytes:
+        """A row as the output wants it (empty: not at all); `data` is the same in JSON."""
+        self.counts["requests"] += 1
+        if row is None and (fault or self.settings.price or self.settings.batch_format):
+            row = msgspec.json.decode(data)  # of an earlier run
+            self.purse.pay_earlier(row.get("usage") or {})
+        if fault:
+            assert row
+            self.faults[row["fault"]["kind"]] += 1
+            self.examples.setdefault(row["fault"]["kind"], row["fault"]["message"])
+            if self.out == "-":
+                return b""
+        if self.settings.batch_format:
+            return _batch_line(request, row or {})
+        if request.row is not None:
+            return data[:-1] + b',"input":' + request.row + b"}"
+        return data
+
+    # The output -----------------------------------------------------------------------------------------------------
+
+    def _slot(self) -> "_Slot":
+        """The place of the next row, behind all before it if the run is ordered."""
+        slot = _Slot()
+        if self.in_order:
+            self.line.append(slot)
+        return slot
+
+    def _place(self, slot: "_Slot", row: bytes) -> None:
+        """Put a row (empty: none) into its place, and write what nothing comes before any more."""
+        if not self.in_order:
+            self._write(row)
+        else:
+            slot.row = row
+            while self.line and (ready := self.line[0].row) is not None:
+                self.line.popleft()
+                self._write(ready)
+            self.shorter.set()
+        self._tell()
+
+    def _write(self, row: bytes) -> None:
+        try:
+            self.target.write(row + b"\n" if row else row)
             if self.out == "-":
                 self.target.flush()
-        if self.on_progress:
-            seconds = time.perf_counter() - self.started
-            asked = self.counts["requests"] - self.counts["again"]
-            faults = self.faults.total()
-            done = self.counts["requests"]
-            self.on_progress(AskProgress(done, faults, asked, self.active, seconds, self.counts["ids_out"]))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise RunError(f"cannot write {self.out}: {error.strerror}. What was answered is kept") from error
 
-    def _row(self, outcome: Reply[Answer | None] | Fault, request: _Request) -> dict[str, Any]:
-        head = {"id": request.id, "index": outcome.index}
-        if request.known:
-            known = {name: value for name, value in request.known.items() if name != "key"}
-            return {**known, **head}
-        tail = {"latency_s": round(outcome.seconds, 4), "attempts": outcome.attempts}
-        if isinstance(outcome, Reply) and outcome.value:
-            answer = outcome.value
-            return {**head, "text": answer.text, "usage": answer.usage, "model": answer.model, **tail}
-        assert isinstance(outcome, Fault)
-        message = str(outcome.error) if isinstance(outcome.error, WireError) else outcome.message
-        return {**head, "fault": {"kind": outcome.kind, "message": message}, **tail}
+    # What it tells --------------------------------------------------------------------------------------------------
 
+    def _tell(self) -> None:
+        now = time.perf_counter()
+        if self.on_progress and now - self.told >= _PROGRESS_EVERY:
+            self.told = now
+            self.on_progress(
+                AskProgress(
+                    self.counts["requests"],
+                    self.faults.total(),
+                    self.counts["requests"] - self.counts["again"],
+                    self.flow.in_flight,
+                    now - self.started,
+                    self.client.used["completion_tokens"],
+                    self.total,
+                    self.purse.cost if self.settings.price else None,
+                    self.flow.waits_for,
+                )
+            )
 
-def _requests(prompts: InputShard, settings: AskSettings) -> Iterator[_Request]:
-    """The requests of a file, one by one; a row that makes none is one with `fault` set."""
-    keys = Keys()
-    for number, line in enumerate(_lines(prompts), 1):
-        if not line.strip():
-            continue
-        given: dict[str, Any] = {}
-        try:
-            if prompts.kind == "jsonl":
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"not a JSON object but {type(row).__name__}")
-                given = row
-            else:
-                given = {"prompt": line.decode().rstrip("\r\n")}
-            messages = _messages(given, settings)
-        except (ValueError, RecursionError) as error:
-            place = f"{prompts.name}, line {number}"
-            key = keys.of({"line": line.decode("utf-8", "replace")}, place)
-            yield _Request(_id_of(given), key, {}, fault=("bad_row", f"{place}: {error}"))
-            continue
-        body = {"model": settings.model, "messages": messages, **settings.params}
-        named = _id_of(given)
-        yield _Request(named, keys.of(body, named), body)
-
-
-def _id_of(given: dict[str, Any]) -> str | None:
-    found = given.get("custom_id", given.get("id"))
-    return None if found is None else str(found)
+    def _report(self) -> AskReport:
+        limit = self.client.limit
+        return AskReport(
+            out=self.out,
+            requests=self.counts["requests"],
+            replies=self.counts["requests"] - self.faults.total(),
+            faults=dict(sorted(self.faults.items())),
+            examples=self.examples,
+            again=self.counts["again"],
+            ids_in=self.client.used["prompt_tokens"],
+            ids_out=self.client.used["completion_tokens"],
+            ids_wasted=self.client.wasted.total(),
+            cost=self.purse.cost if self.settings.price else None,
+            seconds=time.perf_counter() - self.started,
+            spent=asdict(self.flow.spent),
+            in_flight=limit.now,
+            limits=[(round(at - limit.history[0][0], 3), now) for at, now in limit.history]
+            if isinstance(limit, Adaptive)
+            else [],
+            stopped=self.stopped,
+        )
 
 
-def _messages(given: dict[str, Any], settings: AskSettings) -> list[dict[str, Any]]:
-    """The messages of one row. Raises ValueError that says what is missing."""
-    if settings.template is not None:
-        wanted = {name for _, name, _, _ in string.Formatter().parse(settings.template) if name}
-        missing = sorted(wanted - set(given))
-        if missing:
-            raise ValueError(f"no field {missing[0]!r} for the template; there are {', '.join(given) or 'none'}")
-        messages: Any = [{"role": "user", "content": settings.template.format(**given)}]
-    elif "messages" in given:
-        messages = given["messages"]
-    elif isinstance(given.get("prompt"), str):
-        messages = [{"role": "user", "content": given["prompt"]}]
-    else:
-        raise ValueError(f"no 'prompt' or 'messages'; there are {', '.join(given) or 'none'}: give --template")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("'messages' is no list of messages")
-    system = [{"role": "system", "content": settings.system}] if settings.system else []
-    return [*system, *messages]
+class _Slot:
+    """The place of a row in an ordered output; None until it is known."""
+
+    __slots__ = ("row",)
+
+    def __init__(self) -> None:
+        self.row: bytes | None = None
 
 
-def _lines(prompts: InputShard) -> Iterator[bytes]:
-    held = b""
-    try:
-        for chunk in chunks(prompts):
-            *lines, held = (held + chunk).split(b"\n")
-            yield from lines
-            if len(held) > _LONGEST_LINE:
-                raise RunError(f"{prompts.name} has a line of over {_LONGEST_LINE >> 20} MiB: is it a file of prompts?")
-    except (Truncated, OSError) as error:
-        raise RunError(f"{prompts.name}: {error}. What was asked before is kept") from error
-    if held:
-        yield held
+class Purse:
+    """What has been spent, and a `Gate` that no attempt passes that could cost more than `most`.
+
+    Prices are those of a million ids in prompts and in replies. An attempt is counted with what it may cost as long as
+    it runs, and with what the server reports as soon as it has.
+    """
+
+    def __init__(self, price: tuple[float, float], most: float | None, client: Client) -> None:
+        self.price, self.most, self._client = price, most, client
+        self._committed = 0.0  # what runs now may cost
+        self._earlier = 0.0  # what earlier runs paid
+
+    @property
+    def cost(self) -> float:
+        return self._earlier + self._of(self._client.used) + self._of(self._client.wasted)
+
+    def pay_earlier(self, usage: Mapping[str, Any]) -> None:
+        self._earlier += self._of(usage)
+
+    def wait(self, item: Any, now: float) -> float:
+        assert self.most is not None
+        return math.inf if self.cost + self._committed + self._likely(item) > self.most else 0.0
+
+    def take(self, item: Any, now: float) -> float:
+        likely = self._likely(item)
+        self._committed += likely
+        return likely
+
+    def settle(self, permit: float, value: Any, now: float) -> None:
+        self._committed -= permit
+
+    def _likely(self, request: Request) -> float:
+        given, told = self._client.likely_ids(request)
+        return (given * self.price[0] + told * self.price[1]) / 1e6
+
+    def _of(self, usage: Mapping[str, Any]) -> float:
+        given, told = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+        return float(given * self.price[0] + told * self.price[1]) / 1e6
+
+
+def _head(request: Request) -> dict[str, Any]:
+    return {"id": request.id, "index": request.index}
+
+
+def _batch_line(request: Request, row: Mapping[str, Any]) -> bytes:
+    """A row in the shape of an OpenAI Batch output line."""
+    custom_id = str(request.index) if request.id is None else request.id
+    name, fault = f"batch_req_{request.key.hex()}", row.get("fault")
+    if fault is None:
+        return _encode(output_row(custom_id, name=name, body=row.get("body") or _body(row)))
+    error, status = {"code": fault["kind"], "message": fault["message"]}, fault.get("status", 200)
+    if status == 200:
+        return _encode(output_row(custom_id, name=name, error=error))
+    return _encode(output_row(custom_id, name=name, status=status, body={"error": error}))
+
+
+def _body(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The reply's body, made again from a row of an earlier run that did not keep it."""
+    message = {"role": "assistant", "content": row["text"]}
+    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+    return {"object": "chat.completion", "model": row["model"], "choices": choices, "usage": row["usage"]}

@@ -1,24 +1,54 @@
 """Ask LLM servers many things at once: the place where `aio` (many calls) and `llm` (one attempt) meet."""
 
+import asyncio
 import contextlib
-import itertools
 import os
 import random
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import msgspec
 
 from millstream.aio import Fault, Flow, race
 from millstream.aio import Reply as Done
+from millstream.aio.flow import Places
+from millstream.aio.hedging import Hedge
+from millstream.aio.limits import Adaptive, Fixed
+from millstream.aio.rates import All, Rate, RetryBudget, per_minute
 from millstream.bridge import run
 from millstream.errors import RequestError, RunError
-from millstream.llm.wire import CHAT, Answer, Wire, WireError, wait_before_retry
+from millstream.llm.wire import Answer, Wire, WireError, wait_before_retry
+from millstream.runs.prompts import Request
+from millstream.runs.servers import Servers
+
+if TYPE_CHECKING:
+    from millstream.runs.pieces import Pieces
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A text (what the user says), a list of messages, or a mapping with "prompt" or "messages" and other parameters."""
 
-B = TypeVar("B")
 _DEFAULT: Any = object()
+_OVERLOADED = {429, 503, 529}
+_CHARACTERS_PER_ID = 4
+_FIRST_GUESS = 256  # ids of a reply, before any has come
+_WINDOW_BYTES = 64 << 20  # of replies that wait to be handed out
+
+# Kinds of faults that say something about every request, not about one, as long as nothing was answered yet.
+_SHARED = {"bad_request", "not_found", "refused", "unusable", "connection", "server_error", "rate_limited"}
+_FIRST_CONNECTIONS = 3  # attempts at a server that has never answered: its address may be wrong
+_GONE = 64  # connection faults in a row that end a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +56,7 @@ class Reply:
     """What the model said to request number `index`.
 
     `latency` is in seconds from admission to answer, waits and retries included; `usage` is the server's count of ids;
-    `body` its whole reply; `server` the base URL that gave it.
+    `raw` its whole reply, JSON; `server` the base URL that gave it.
     """
 
     index: int
@@ -37,7 +67,214 @@ class Reply:
     usage: dict[str, Any]
     finish_reason: str | None
     server: str
-    body: dict[str, Any]
+    raw: bytes
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The whole reply, decoded anew each time."""
+        found: dict[str, Any] = msgspec.json.decode(self.raw)
+        return found
+
+
+class Client:
+    """A client of OpenAI-compatible servers: ``async with Client(url, model="...") as client``.
+
+    `base_url` and `api_key` are OPENAI_BASE_URL and OPENAI_API_KEY unless given. Several URLs share the load; an
+    `openai.AsyncOpenAI` of your own does as well as a URL, and brings its connections, key and headers.
+
+    `params` go into every request's body (temperature, max_tokens, ...), `system` before its messages. `schema`, a JSON
+    schema, asks for JSON that fits it; a reply that does not is tried again.
+
+    `in_flight` attempts run at once, over all that the client does; ``"auto"`` finds out how many. `timeout` bounds one
+    attempt, `deadline` a request with all its retries and waits (seconds; None: no bound); `attempts` are made at most.
+    `rpm` and `tpm` bound the requests and the ids of a minute. `hedge` asks slow requests a second time, at another
+    server if there is one, and takes the first reply.
+
+    A request that fails is a `Fault`, never an exception.
+    """
+
+    def __init__(
+        self,
+        base_url: Any = None,
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        system: str | None = None,
+        in_flight: int | Literal["auto"] = 64,
+        window: int | None = None,
+        timeout: float | None = 600.0,
+        deadline: float | None = None,
+        attempts: int = 5,
+        rpm: float | None = None,
+        tpm: float | None = None,
+        hedge: bool = False,
+        schema: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        found = base_url or os.environ.get("OPENAI_BASE_URL") or []
+        places = [found] if isinstance(found, str) or not isinstance(found, Sequence) else found
+        key = api_key or os.environ.get("OPENAI_API_KEY")
+        self.servers = Servers([_wire(one, key) for one in places])
+        self._model, self._system = model, system
+        self.params = dict(params or {})  # of every request's body
+        self._attempts, self._draw = attempts, random.Random(seed)
+        self._misfit: Callable[[str], str | None] = lambda text: None
+        if schema is not None:
+            from millstream.llm.schema import checker, response_format
+
+            self._misfit = checker(schema)
+            self.params["response_format"] = response_format(schema)
+        if in_flight == "auto":
+            self.limit: Fixed | Adaptive = Adaptive(overloaded=_overloaded, work=_work)
+        else:
+            self.limit = Fixed(in_flight)
+        self._learned_ids = float(_FIRST_GUESS)  # of a reply: a moving average
+        rates = [Rate(per_minute(rpm))] if rpm else []
+        rates += [Rate(per_minute(tpm), lambda request: sum(self.likely_ids(request)), _ids_of)] if tpm else []
+        self.gate = All(rates) if rates else None
+        self.used: Counter[str] = Counter()  # prompt_tokens and completion_tokens of replies, as the servers told
+        self.wasted: Counter[str] = Counter()  # the same of replies that could not be used
+        self._flows: dict[str, Any] = {
+            "in_flight": Places(self.limit),
+            "window": window,
+            "window_bytes": _WINDOW_BYTES,
+            "weigh": lambda answer: len(answer.raw),
+            "timeout": timeout,
+            "deadline": deadline,
+            "delay": self._delay,
+            "gate": self.gate,
+            "budget": RetryBudget(),
+            "hedge": Hedge(self.attempt) if hedge else None,
+        }
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> "Client":
+        self._clock = asyncio.get_running_loop().time
+        for wire in self.servers.wires:
+            await self._stack.enter_async_context(wire)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    # Asking ---------------------------------------------------------------------------------------------------------
+
+    async def ask(self, prompt: Prompt, *, timeout: float | None = _DEFAULT) -> "Reply | Fault":
+        """One request's outcome. `timeout` bounds it as a whole, retries included, in seconds."""
+        flow = self.flow([self._request(prompt)], **_whole(timeout))
+        async with flow:
+            return _public(await anext(flow))
+
+    async def gather(
+        self, prompts: Iterable[Prompt] | AsyncIterable[Prompt], *, timeout: float | None = _DEFAULT
+    ) -> "list[Reply | Fault]":
+        """All outcomes, in the prompts' order; `timeout` as in `ask`, for each. Raises RunError as `Outcomes` does."""
+        async with self.ordered(prompts, timeout=timeout) as outcomes:
+            return [outcome async for outcome in outcomes]
+
+    def as_completed(
+        self, prompts: Iterable[Prompt] | AsyncIterable[Prompt], *, timeout: float | None = _DEFAULT
+    ) -> "Outcomes":
+        """Outcomes as they come: ``async with client.as_completed(prompts) as outcomes: async for ... in outcomes``."""
+        return Outcomes(self.flow(_mapped(self._request, prompts), **_whole(timeout)))
+
+    def ordered(
+        self, prompts: Iterable[Prompt] | AsyncIterable[Prompt], *, timeout: float | None = _DEFAULT
+    ) -> "Outcomes":
+        """Outcomes in the prompts' order, each as soon as its turn has come."""
+        return Outcomes(self.flow(_mapped(self._request, prompts), in_order=True, **_whole(timeout)))
+
+    async def race(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        models: Sequence[str] | None = None,
+        timeout: float | None = _DEFAULT,
+    ) -> "Reply | Fault":
+        """The first reply to any of several prompts, or to one prompt from any of several `models`.
+
+        The losers are cancelled and awaited. If all fail: a Fault of kind ``race`` with all of theirs in `faults`.
+        """
+        if models is not None:
+            requests = [self._request(prompts, model=model) for model in models]
+        elif isinstance(prompts, str | Mapping):
+            raise RequestError("a race needs several prompts, or one prompt and several models")
+        else:
+            requests = [self._request(prompt) for prompt in prompts]
+        if not requests:
+            raise RequestError("a race needs somebody to run it")
+        return _public(await race(self.attempt, requests, **{**self._flows, **_whole(timeout)}))
+
+    def stream(self, prompt: Prompt, *, timeout: float | None = _DEFAULT) -> "Pieces":
+        """One reply piece by piece: ``async with client.stream("...") as pieces: async for piece in pieces``.
+
+        Then `pieces.outcome` is the Reply or the Fault. `timeout` bounds all of it, in seconds.
+        """
+        from millstream.runs.pieces import Pieces
+
+        wire = self.servers.wires[self.servers.pick(-1, self._clock())]
+        whole = self._flows["deadline"] or self._flows["timeout"] if timeout is _DEFAULT else timeout
+        body = self._body(prompt)
+        return Pieces(wire, body, timeout=whole, attempts=self._attempts, draw=self._draw)
+
+    # The parts of it ------------------------------------------------------------------------------------------------
+
+    def flow(self, requests: Any, **options: Any) -> Flow[Request, Answer]:
+        """The answers to `requests`, as a `Flow` with the client's options and `options` in their place."""
+        return Flow(self.attempt, requests, **{**self._flows, **options})
+
+    async def attempt(self, request: Request) -> Answer:
+        """One attempt at one request, at the next server in turn. Raises WireError."""
+        if request.fault:
+            raise WireError(*request.fault)
+        request.server = self.servers.pick(request.server, self._clock())
+        try:
+            answer = await self.servers.send(request.server, request.data, request.path, self._clock)
+            if (reason := self._misfit(answer.text)) is not None:
+                message = f"{answer.server}: the reply does not fit the schema: {reason}"
+                raise WireError("schema", message, status=200, retry=True, usage=answer.usage)
+        except WireError as error:
+            _count(self.wasted, error.usage)
+            raise
+        _count(self.used, answer.usage)
+        self._learned_ids += 0.05 * ((answer.usage.get("completion_tokens") or 0) - self._learned_ids)
+        return answer
+
+    def _delay(self, error: Exception, attempts: int) -> float | None:
+        most = self._attempts
+        if not self.used and isinstance(error, WireError) and error.kind == "connection":
+            most = min(most, _FIRST_CONNECTIONS)
+        return wait_before_retry(error, attempts, most, self._draw)
+
+    def likely_ids(self, request: Request) -> tuple[float, float]:
+        """Ids in a request and in its reply, as far as one can know beforehand: its limit, else what replies had."""
+        most = self.params.get("max_completion_tokens") or self.params.get("max_tokens")
+        return len(request.data) / _CHARACTERS_PER_ID, float(most) if most else self._learned_ids
+
+    def _request(self, prompt: Any, **more: Any) -> Request:
+        return Request(0, None, b"", msgspec.json.encode({**self._body(prompt), **more}))
+
+    def _body(self, prompt: Any) -> dict[str, Any]:
+        """The request's body. Raises RequestError for what is no prompt."""
+        body: dict[str, Any] = {"model": self._model, **self.params}
+        if isinstance(prompt, Mapping):
+            given = dict(prompt)
+            text = given.pop("prompt", None)
+            messages = given.pop("messages", None)
+            body |= given
+            if messages is None and isinstance(text, str):
+                messages = [{"role": "user", "content": text}]
+        elif isinstance(prompt, str):
+            messages = [{"role": "user", "content": prompt}]
+        else:
+            messages = prompt
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+            raise RequestError(f"no prompt: {prompt!r:.80}; give a text, messages, or a mapping with one of the two")
+        if not body["model"]:
+            raise RequestError("no model given: name one with model=")
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        return {**body, "messages": [*system, *messages]}
 
 
 class Outcomes(AsyncIterator[Reply | Fault]):
@@ -59,130 +296,48 @@ class Outcomes(AsyncIterator[Reply | Fault]):
 
     async def __anext__(self) -> Reply | Fault:
         outcome = await anext(self._flow)
-        if isinstance(outcome, Done):
-            return _reply(outcome)
-        if isinstance(outcome.error, WireError) and outcome.error.fatal:
-            raise RunError(f"{outcome.error}. Stopped: every other request would end the same way")
-        return _named(outcome)
+        if isinstance(outcome, Fault) and isinstance(outcome.error, WireError) and outcome.error.fatal:
+            raise RunError(f"{_sentence(named(outcome))} Stopped: every other request would end the same way")
+        return _public(outcome)
 
 
-class Client:
-    """A client of one or several OpenAI-compatible servers: ``async with Client(url, model="...") as client``.
+class Tripwire:
+    """Notices when going on makes no sense.
 
-    `base_url` (one or a list: attempts go round) and `api_key` are OPENAI_BASE_URL and OPENAI_API_KEY unless given.
-    `params` go into every request's body (temperature, max_tokens, ...), `system` before its messages. At most
-    `in_flight` attempts run at once; `timeout` bounds one of them, `deadline` a request with all its retries and waits
-    (seconds; None: no bound); `attempts` are made at most. A request that fails is a `Fault`, never an exception.
+    At once: a fault that every other request would share, such as a wrong key. Before the first reply: two requests
+    that ended alike. Later: many connections in a row that failed, as when a server has died. Until that is known,
+    such faults are `suspicious`; a reply clears them if it was asked for after the first of them.
     """
 
-    def __init__(
-        self,
-        base_url: str | Sequence[str] | None = None,
-        *,
-        model: str | None = None,
-        api_key: str | None = None,
-        system: str | None = None,
-        in_flight: int = 64,
-        window: int | None = None,
-        timeout: float | None = 600.0,
-        deadline: float | None = None,
-        attempts: int = 5,
-        params: Mapping[str, Any] | None = None,
-        seed: int | None = None,
-    ) -> None:
-        found = base_url or os.environ.get("OPENAI_BASE_URL")
-        if not found:
-            raise RequestError("no server given: name its base URL, or set OPENAI_BASE_URL")
-        key = api_key or os.environ.get("OPENAI_API_KEY")
-        self._wires = [Wire(url, key) for url in ([found] if isinstance(found, str) else found)]
-        self._turn = itertools.cycle(self._wires)
-        self._model, self._system, self._params = model, system, dict(params or {})
-        self._options = {"in_flight": in_flight, "window": window, "timeout": timeout, "deadline": deadline}
-        self._attempts = attempts
-        self._draw = random.Random(seed)
-        self._stack = contextlib.AsyncExitStack()
+    def __init__(self, gone: int = _GONE) -> None:
+        self._gone = gone
+        self._answered = self.suspicious = False
+        self._alike = 0  # faults in a row of one kind
+        self._kind: str | None = None
+        self._since = 0.0
 
-    async def __aenter__(self) -> "Client":
-        for wire in self._wires:
-            await self._stack.enter_async_context(wire)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._stack.aclose()
-
-    async def ask(self, prompt: Prompt, *, timeout: float | None = _DEFAULT) -> Reply | Fault:
-        """One request's outcome. `timeout` in seconds instead of the client's; None: no bound."""
-        flow = self._flow([self._body(prompt)], True, **({} if timeout is _DEFAULT else {"timeout": timeout}))
-        async with flow:
-            outcome = await anext(flow)
-        return _reply(outcome) if isinstance(outcome, Done) else _named(outcome)
-
-    async def gather(self, prompts: Iterable[Prompt] | AsyncIterable[Prompt]) -> list[Reply | Fault]:
-        """All outcomes, in the prompts' order. Raises RunError as `Outcomes` does."""
-        async with self.ordered(prompts) as outcomes:
-            return [outcome async for outcome in outcomes]
-
-    def as_completed(self, prompts: Iterable[Prompt] | AsyncIterable[Prompt]) -> Outcomes:
-        """Outcomes as they come: ``async with client.as_completed(prompts) as outcomes: async for ... in outcomes``."""
-        return Outcomes(self._flow(_mapped(self._body, prompts), False))
-
-    def ordered(self, prompts: Iterable[Prompt] | AsyncIterable[Prompt]) -> Outcomes:
-        """Outcomes in the prompts' order, each as soon as its turn has come."""
-        return Outcomes(self._flow(_mapped(self._body, prompts), True))
-
-    async def race(self, prompts: Prompt | Iterable[Prompt], *, models: Sequence[str] | None = None) -> Reply | Fault:
-        """The first reply to any of several prompts, or to one prompt from any of several `models`.
-
-        The losers are cancelled and awaited. If all fail: a Fault of kind ``race`` with all of theirs in `faults`.
-        """
-        if models is not None:
-            bodies = [{**self._body(prompts), "model": model} for model in models]
-        elif isinstance(prompts, str | Mapping):
-            raise RequestError("a race needs several prompts, or one prompt and several models")
-        else:
-            bodies = [self._body(prompt) for prompt in prompts]
-        if not bodies:
-            raise RequestError("a race needs somebody to run it")
-        outcome = await race(self._attempt, bodies, **self._with(in_flight=len(bodies)))
-        return _reply(outcome) if isinstance(outcome, Done) else _named(outcome)
-
-    def _flow(self, bodies: Any, in_order: bool, **options: Any) -> Flow[dict[str, Any], Answer]:
-        return Flow(self._attempt, bodies, in_order=in_order, **self._with(**options))
-
-    def _with(self, **options: Any) -> dict[str, Any]:
-        """The options of a `Flow`: the client's, and `options` in their place."""
-
-        def delay(error: Exception, attempts: int) -> float | None:
-            return wait_before_retry(error, attempts, self._attempts, self._draw)
-
-        return {**self._options, "delay": delay, **options}
-
-    async def _attempt(self, body: dict[str, Any]) -> Answer:
-        return await next(self._turn).send(body, CHAT)
-
-    def _body(self, prompt: Any) -> dict[str, Any]:
-        """The request's body. Raises RequestError for what is no prompt."""
-        body: dict[str, Any] = {"model": self._model, **self._params}
-        if isinstance(prompt, Mapping):
-            given = dict(prompt)
-            text = given.pop("prompt", None)
-            messages = given.pop("messages", None)
-            body |= given
-            if messages is None and isinstance(text, str):
-                messages = [{"role": "user", "content": text}]
-        elif isinstance(prompt, str):
-            messages = [{"role": "user", "content": prompt}]
-        else:
-            messages = prompt
-        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-            raise RequestError(f"no prompt: {prompt!r:.80}; give a text, messages, or a mapping with one of the two")
-        if not body["model"]:
-            raise RequestError("no model given: name one with model=")
-        system = [{"role": "system", "content": self._system}] if self._system else []
-        return {**body, "messages": [*system, *messages]}
+    def reason(self, outcome: Done[Any] | Fault, now: float) -> str | None:
+        """Why to stop, after this outcome at `now` (s); None: go on."""
+        if isinstance(outcome, Done):
+            if not self._answered or now - outcome.seconds > self._since:
+                self._answered, self.suspicious, self._kind = True, False, None
+            return None
+        fault = named(outcome)
+        if isinstance(fault.error, WireError) and fault.error.fatal:
+            return f"{_sentence(fault)} Stopped: every other request would end the same way"
+        suspicious = fault.kind == "connection" or (not self._answered and fault.kind in _SHARED)
+        if fault.kind != self._kind or not self.suspicious:
+            self._alike, self._kind, self._since = 0, fault.kind, now
+        self._alike += 1
+        self.suspicious = suspicious
+        if suspicious and not self._answered and self._alike >= 2:
+            return f"{_sentence(fault)} Stopped: the first requests all ended this way"
+        if suspicious and self._alike >= self._gone:
+            return f"{_sentence(fault)} Stopped: {self._alike} requests in a row could not be sent"
+        return None
 
 
-def ask(prompts: Prompt | Iterable[Prompt], base_url: str | Sequence[str] | None = None, **options: Any) -> Any:
+def ask(prompts: Prompt | Iterable[Prompt], base_url: Any = None, **options: Any) -> Any:
     """Ask from synchronous code, a notebook with a running loop included.
 
     One prompt gives its outcome, several give a list in their order; `options` are those of `Client`.
@@ -198,38 +353,87 @@ def ask(prompts: Prompt | Iterable[Prompt], base_url: str | Sequence[str] | None
     return run(main())
 
 
-def _mapped(function: Any, items: Iterable[Any] | AsyncIterable[Any]) -> Any:
-    """`map` for either kind of iterable, which closes its source with itself."""
-    if isinstance(items, AsyncIterable):
-
-        async def mapped() -> AsyncIterator[Any]:
-            async for item in items:
-                yield function(item)
-
-        return mapped()
-    return (function(item) for item in items)
-
-
-def _reply(done: "Done[Answer]") -> Reply:
-    answer = done.value
-    return Reply(
-        done.index,
-        answer.text,
-        done.seconds,
-        done.attempts,
-        answer.model,
-        answer.usage,
-        answer.finish_reason,
-        answer.server,
-        answer.body,
-    )
-
-
-def _named(fault: Fault) -> Fault:
+def named(fault: Fault) -> Fault:
     """A fault in the server's own words, without the exception's class in front."""
     if fault.faults:
-        faults = tuple(map(_named, fault.faults))
+        faults = tuple(map(named, fault.faults))
         return replace(fault, message=f"all {len(faults)} failed, the last with {faults[-1].message}", faults=faults)
     if not isinstance(fault.error, WireError):
         return fault
     return replace(fault, kind=fault.error.kind, message=str(fault.error))
+
+
+def _sentence(fault: Fault) -> str:
+    return fault.message if fault.message.endswith((".", "?", "!")) else f"{fault.message}."
+
+
+def _public(outcome: Done[Answer] | Fault) -> Reply | Fault:
+    if isinstance(outcome, Fault):
+        return named(outcome)
+    answer = outcome.value
+    return Reply(
+        outcome.index,
+        answer.text,
+        outcome.seconds,
+        outcome.attempts,
+        answer.model,
+        answer.usage,
+        answer.finish_reason,
+        answer.server,
+        answer.raw,
+    )
+
+
+def _whole(timeout: float | None) -> dict[str, Any]:
+    """A timeout given with a call bounds its requests as a whole, retries included."""
+    return {} if timeout is _DEFAULT else {"timeout": None, "deadline": timeout}
+
+
+def _wire(place: Any, key: str | None) -> Any:
+    """A wire to a base URL, or one that goes through an `openai.AsyncOpenAI`."""
+    if isinstance(place, str):
+        return Wire(place, key)
+    from millstream.llm.sdk import SdkWire
+
+    return SdkWire(place)
+
+
+def _count(total: Counter[str], usage: Mapping[str, Any]) -> None:
+    for name in ("prompt_tokens", "completion_tokens"):
+        total[name] += usage.get(name) or 0
+
+
+def _overloaded(error: BaseException) -> bool:
+    return isinstance(error, WireError) and error.status in _OVERLOADED and error.kind != "quota"
+
+
+def _work(answer: Answer) -> float:
+    return float(answer.usage.get("completion_tokens") or 1)
+
+
+def _ids_of(answer: Answer) -> float | None:
+    total = answer.usage.get("total_tokens")
+    return float(total) if isinstance(total, int) else None
+
+
+def _mapped(function: Any, items: Iterable[Any] | AsyncIterable[Any]) -> Any:
+    """`map` for either kind of iterable, which closes its source with itself."""
+    return _mapped_async(function, items) if isinstance(items, AsyncIterable) else _mapped_sync(function, items)
+
+
+def _mapped_sync(function: Any, items: Iterable[Any]) -> Iterator[Any]:
+    try:
+        for item in items:
+            yield function(item)
+    finally:
+        if isinstance(items, Generator):
+            items.close()
+
+
+async def _mapped_async(function: Any, items: AsyncIterable[Any]) -> AsyncIterator[Any]:
+    try:
+        async for item in items:
+            yield function(item)
+    finally:
+        if isinstance(items, AsyncGenerator):
+            await items.aclose()

@@ -51,7 +51,10 @@ class Report:
 
 
 class AskProgress(NamedTuple):
-    """How far an ask run is; `asked` counts what went to a server this time."""
+    """How far an ask run is; `asked` counts what went to a server this time, `total` all prompts if that is known.
+
+    `cost` is in the money of the prices (None: there are none); `waits_for` is what limits it now, in a few words.
+    """
 
     done: int
     faults: int
@@ -59,19 +62,37 @@ class AskProgress(NamedTuple):
     in_flight: int
     seconds: float
     ids_out: int
+    total: int | None
+    cost: float | None
+    waits_for: str
 
 
 @dataclass(frozen=True)
 class AskReport:
-    """How an ask run ended. `again` are outcomes taken from the journal of an earlier run."""
+    """How an ask run ended.
+
+    `again` are outcomes taken from the journal of an earlier run; ids are those of this one, as the servers count them,
+    `ids_wasted` of replies that could not be used. `spent` is where the time went, in seconds over all requests (see
+    `millstream.aio.flow.Spent`); `limits` are the (second, attempts in flight) of an adaptive run. `stopped` says why
+    it ended before its prompts did: "interrupted" or "too dear".
+    """
 
     out: str
     requests: int
     replies: int
     faults: dict[str, int]
+    examples: dict[str, str]
     again: int
-    attempts: int
     ids_in: int
     ids_out: int
+    ids_wasted: int
+    cost: float | None
     seconds: float
-    stopped: bool
+    spent: dict[str, float]
+    in_flight: int
+    limits: list[tuple[float, int]]
+    stopped: str | None
+
+    @property
+    def attempts(self) -> int:
+        return int(self.spent["attempts"])

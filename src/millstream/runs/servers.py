@@ -1,0 +1,49 @@
+"""Several servers behind one client: each attempt goes to the next in turn that is not known to be away."""
+
+from typing import Any
+
+from millstream.errors import RequestError
+from millstream.llm.wire import Answer, Wire, WireError
+
+_AWAY = 3  # connections in a row that fail until a server is left alone
+_REST = 5.0  # seconds for which it is, at first; twice as long each time, up to a minute
+_LONGEST_REST = 60.0
+
+
+class Servers:
+    """Wires in turn. One that cannot be reached rests, as long as there is another; a retry goes elsewhere."""
+
+    def __init__(self, wires: list[Any]) -> None:
+        if not wires:
+            raise RequestError("no server given: name it with --base-url (base_url= in Python), or set OPENAI_BASE_URL")
+        self.wires: list[Wire] = wires
+        self._turn = -1
+        self._failures = [0] * len(wires)  # connections in a row
+        self._rests_until = [0.0] * len(wires)
+
+    def pick(self, last: int, now: float) -> int:
+        """The number of the server for an attempt whose last one went to `last` (-1: there was none)."""
+        count = len(self.wires)
+        if count == 1:
+            return 0
+        for step in range(1, count + 1):
+            index = (self._turn + step) % count
+            if index != last and self._rests_until[index] <= now:
+                self._turn = index
+                return index
+        # All others rest: the one that came first is as good as any.
+        return last if last >= 0 and self._rests_until[last] <= now else self._rests_until.index(min(self._rests_until))
+
+    async def send(self, index: int, data: bytes, path: str, clock: Any) -> Answer:
+        """One attempt at server number `index`; `clock` tells the time."""
+        try:
+            answer = await self.wires[index].send(data, path)
+        except WireError as error:
+            if error.kind == "connection":
+                self._failures[index] += 1
+                if self._failures[index] >= _AWAY:
+                    rest = min(_LONGEST_REST, _REST * 2.0 ** (self._failures[index] - _AWAY))
+                    self._rests_until[index] = clock() + rest
+            raise
+        self._failures[index] = 0
+        return answer

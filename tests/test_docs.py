@@ -1,7 +1,9 @@
 """Every example in the documentation runs, and prints what the page says it prints."""
 
+import asyncio
 import doctest
 import re
+import selectors
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ PAGES = [
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     if page.exists() and ">>>" in page.read_text(encoding="utf-8")
 ]
+SPEED = 50  # how much faster than real time an idle loop's clock goes
 
 
 class FenceParser(doctest.DocTestParser):
@@ -26,9 +29,39 @@ class FenceParser(doctest.DocTestParser):
         return super().parse(re.sub(r"(?m)^[ \t]*```.*$", "", string), name)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_page(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # a page may write files
+class _Hurried:
+    """A selector for whom a wait is over after a fraction of its time, unless something happens before."""
+
+    def __init__(self, loop):
+        self._loop, self._real = loop, selectors.DefaultSelector()
+
+    def select(self, timeout):
+        if timeout is None or timeout <= 0:
+            return self._real.select(timeout)
+        events = self._real.select(timeout / SPEED)
+        if not events:
+            self._loop.now += timeout
+        return events
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+
+class QuickLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock stands still while it or its sockets are busy, and hurries while all of them wait.
+
+    So a page may speak of seconds, its servers and clients may use real sockets, and a slow machine changes nothing.
+    """
+
+    def __init__(self):
+        self.now = 0.0
+        super().__init__(_Hurried(self))
+
+    def time(self):
+        return self.now
+
+
+def run_page(page):
     result = doctest.testfile(
         str(page),
         module_relative=False,
@@ -38,3 +71,16 @@ def test_page(page, tmp_path, monkeypatch):
     )
     assert result.attempted > 0
     assert result.failed == 0, "the examples that failed are in the captured output"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_page(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a page may write files
+    monkeypatch.setattr(asyncio.events, "new_event_loop", QuickLoop)
+    run_page(page)
+
+
+@pytest.mark.slow
+def test_the_async_page_in_real_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page(ROOT / "docs" / "async.md")

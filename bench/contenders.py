@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -71,13 +72,14 @@ class Cost:
         return self.ids / self.cpu
 
 
+C = TypeVar("C")
 Contender = Callable[[], Cost]
 Costs = dict[str, list[Cost] | Failed]
 
 
-def alternate(contenders: dict[str, Contender], repeats: int) -> Costs:
+def alternate(contenders: dict[str, Callable[[], C]], repeats: int) -> dict[str, list[C] | Failed]:
     """Run each contender once a round, every other round in reverse; one that fails is out from then on."""
-    costs: Costs = {name: [] for name in contenders}
+    costs: dict[str, list[C] | Failed] = {name: [] for name in contenders}
     for number in range(repeats):
         for name in list(contenders)[:: -1 if number % 2 else 1]:
             done = costs[name]

@@ -51,12 +51,12 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def orphans_cpu(patience: float = 10.0) -> float:
-    """CPU seconds of what a command left behind; waits until the last of it has ended."""
+def orphans_cpu(group: int, patience: float = 10.0) -> float:
+    """CPU seconds of what a command left behind in its process group; waits until the last of it has ended."""
     seconds, deadline = 0.0, time.monotonic() + patience
     while time.monotonic() < deadline:
         try:
-            pid, _, usage = os.wait4(-1, os.WNOHANG)
+            pid, _, usage = os.wait4(-group, os.WNOHANG)
         except ChildProcessError:
             return seconds
         if pid:
@@ -90,8 +90,17 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
-def run(command: Command, *, core: int | None = None, env: dict[str, str] | None = None) -> Run:
-    """Run the command to its end, bound to one core if asked, and count the CPU of the whole process tree."""
+def run(
+    command: Command,
+    *,
+    core: int | None = None,
+    env: dict[str, str] | None = None,
+    accept: Sequence[int] = (0,),
+) -> Run:
+    """Run the command to its end, bound to one core if asked, and count the CPU of the whole process tree.
+
+    Raises Failed if it ends with another exit code than those of `accept`.
+    """
     adopt_orphans()
     pin = None if core is None else partial(os.sched_setaffinity, 0, {core})
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -109,8 +118,8 @@ def run(command: Command, *, core: int | None = None, env: dict[str, str] | None
             _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
-        cpu = usage.ru_utime + usage.ru_stime + orphans_cpu()
-        if process.returncode:
+        cpu = usage.ru_utime + usage.ru_stime + orphans_cpu(process.pid)
+        if process.returncode not in accept:
             raise Failed(f"exit {process.returncode}: {last_words(err)}")
         out.seek(0)
         return Run(cpu, wall, out.read().decode())
@@ -152,6 +161,16 @@ def pss(rollup: str) -> int:
     """
     found = re.search(r"^Pss:\s+(\d+) kB$", rollup, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
+
+
+def high_water(pid: int) -> int:
+    """The most memory a process had so far, in bytes (Linux: VmHWM); 0 if it is gone."""
+    if not LINUX:
+        return tree_rss(pid)
+    with suppress(OSError):
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        return int(found[1]) * 1024 if found else 0
+    return 0
 
 
 def tree_rss(pid: int) -> int:

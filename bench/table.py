@@ -8,7 +8,6 @@ from pathlib import Path
 
 from bench.rows import Row
 
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 HEADINGS = ("What", "Target", "Measured", "Met")
 WIDTHS = (34, 22, 44, 3)
 NEW_PAGE = "# Performance\n\nMeasured by `python -m bench --write`, which rewrites what is between the markers.\n"
@@ -64,18 +63,19 @@ def cores() -> str:
     return f"{count} cores" if real >= count else f"{count} hardware threads on {real} cores"
 
 
-def replace_section(page: str, section: str) -> str:
-    """The page with what is between the markers replaced; they are added at its end if they are missing.
+def replace_section(page: str, name: str, section: str) -> str:
+    """The page with what is between the markers of that name replaced; they are added at its end if they are missing.
 
-    >>> replace_section("a <!-- bench:start -->old<!-- bench:end --> b", "new")
-    'a <!-- bench:start -->\\nnew\\n<!-- bench:end --> b'
+    >>> replace_section("a <!-- bench:pack:start -->old<!-- bench:pack:end --> b", "pack", "new")
+    'a <!-- bench:pack:start -->\\nnew\\n<!-- bench:pack:end --> b'
     """
-    block = f"{START}\n{section}\n{END}"
-    if START in page and END in page:
-        return page[: page.index(START)] + block + page[page.index(END) + len(END) :]
+    start, end = f"<!-- bench:{name}:start -->", f"<!-- bench:{name}:end -->"
+    block = f"{start}\n{section}\n{end}"
+    if start in page and end in page:
+        return page[: page.index(start)] + block + page[page.index(end) + len(end) :]
     return f"{page.rstrip()}\n\n{block}\n"
 
 
-def write(page: Path, section: str) -> None:
+def write(page: Path, name: str, section: str) -> None:
     page.parent.mkdir(exist_ok=True)
-    page.write_text(replace_section(page.read_text() if page.exists() else NEW_PAGE, section))
+    page.write_text(replace_section(page.read_text() if page.exists() else NEW_PAGE, name, section))

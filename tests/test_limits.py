@@ -202,18 +202,22 @@ def test_slow_start_overshoots_by_a_few():
     assert server.refused < 20
 
 
-@pytest.mark.parametrize("queues", [False, True])
-def test_a_server_that_shrinks_and_grows(queues):
-    server, limit = (
-        Server(lambda time: 50 if 60 <= time < 180 else 100, lognormal(1.0), queues=queues, seed=7),
-        adaptive(),
-    )
-    run = drive(limit, server, 20_000)
+def test_a_server_that_shrinks_and_grows():
+    server = Server(lambda time: 50 if 60 <= time < 180 else 100, lognormal(1.0), seed=7)
+    run = drive(adaptive(), server, 20_000)
+    assert max(run.limits(60 + 3, 180)) <= 56  # within the time that what runs takes to end
+    assert max(run.limits(180, 180 + 60)) >= 90  # again within a minute
+    assert min(run.limits(180 + 60)) >= 75
     assert run.refused < 0.02
-    assert max(run.limits(180 + 60)) >= 90  # again within a minute
-    if not queues:
-        assert max(run.limits(60 + 3, 180)) <= 56  # within the time that what runs takes to end
-        assert min(run.limits(180 + 60)) >= 75
+
+
+def test_a_server_that_queues_and_grows():
+    server = Server(lambda time: 20 if time < 100 else 200, lognormal(1.0), queues=True, seed=7)
+    run = drive(adaptive(), server, 30_000)
+    early, late = run.limits(50, 100), run.limits(100 + 120)
+    assert sum(early) / len(early) <= 5 * 20
+    assert min(late) >= 0.75 * 200
+    assert max(late) <= 5 * 200
 
 
 @pytest.mark.parametrize("start", [40.0, 0.0])

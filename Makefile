@@ -27,10 +27,10 @@ define environment
 	rm -rf $(1) && "$$python" -m venv $(1); }
 endef
 
-.PHONY: help install demo demo-real test test-slow test-real check format bench bench-env lock clean
+.PHONY: help install demo demo-real test test-slow test-real test-readers check format bench bench-env lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 install: .venv/.installed  ## make .venv with the locked packages and millstream itself
 
@@ -68,6 +68,19 @@ test-real: .venv-real/.installed  ## the tests with a small real model, and with
 	echo "Could not install what the real model needs: its packages come over the network, once" >&2; exit 1; }
 	@touch $@
 
+test-readers: .venv/.installed .venv-readers/.installed .venv-streaming/.installed  ## the exports, read by the projects they are for
+	$(BIN)/python -m pytest tests/readers
+
+# PyTorch first and by itself, as its own dependencies differ from machine to machine.
+.venv-readers/.installed: tests/readers/requirements.txt
+.venv-streaming/.installed: tests/readers/requirements-streaming.txt
+.venv-readers/.installed .venv-streaming/.installed:
+	$(call environment,$(@D))
+	@echo "Installing PyTorch and what $< names"
+	@{ $(call install,$(@D)) torch==2.13.0 && $(call install,$(@D)) --no-deps torch==2.13.0 -r $<; } || { \
+	echo "Could not install the readers: their packages come over the network, once" >&2; exit 1; }
+	@touch $@
+
 check: .venv/.installed  ## formatting, lint and types; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -97,5 +110,5 @@ lock:  ## renew requirements.lock after a change of dependencies (ARGS=--upgrade
 	if grep -n '://' requirements.lock; then echo "requirements.lock names a host" >&2; exit 1; fi
 
 clean:  ## remove everything that make made
-	rm -rf .venv .venv-bench .venv-real demo-run build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-real .venv-readers .venv-streaming demo-run build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

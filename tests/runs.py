@@ -128,7 +128,8 @@ def sha256(path):
 
 def digests(folder):
     """SHA-256 of every file of a run, the journal aside."""
-    return {path.name: sha256(path) for path in sorted(Path(folder).iterdir()) if path.name != JOURNAL}
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != JOURNAL)
+    return {str(path.relative_to(folder)): sha256(path) for path in files}
 
 
 def is_complete(folder):

@@ -511,7 +511,7 @@ def test_an_empty_parquet_file_and_an_empty_pipe(tmp_path):
         ({"tokenizer": "gpt5"}, "unknown tokenizer 'gpt5': give gpt2"),
         ({"strategy": "best"}, "--strategy best.*concat or split"),
         ({"remainder": "burn"}, "--remainder burn.*keep or drop or pad"),
-        ({"format": "csv"}, "--format csv.*npy or parquet"),
+        ({"format": "csv"}, "--format csv.*npy, parquet"),
         ({"on_error": "cry"}, "--on-error cry.*stop or skip"),
         ({"engine": "warp"}, "--engine warp"),
         ({"pad_side": "top"}, "--pad-side top"),

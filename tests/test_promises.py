@@ -7,6 +7,7 @@ import json
 import operator
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from hypothesis import strategies as st
 
 import millstream
 from millstream.errors import LedgerError
-from millstream.records import SEGMENT, TokenBatch
+from millstream.records import TokenBatch
 from millstream.runs.ledger import check_ledger
 from millstream.runs.packing import pack_to
-from millstream.stream.pack import Concat, Packer, Split
+from millstream.stream.line import STRATEGIES, Line, Strategy
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -136,6 +137,7 @@ def batches(documents: list[list[int]], cuts: list[int]) -> list[TokenBatch]:
             shown = max(shown, d)
         if high == len(flat):
             rows += [(d, 0, 0) for d in sorted(empty) if d > shown]
+            shown = len(documents)
         is_open = bool(rows) and rows[-1][1] + rows[-1][2] < len(documents[rows[-1][0]])
         ordinal, start, length = (np.array([row[k] for row in rows], np.int64) for k in range(3))
         ids = np.array([value for *_, value in part], np.uint32)
@@ -144,40 +146,55 @@ def batches(documents: list[list[int]], cuts: list[int]) -> list[TokenBatch]:
     return made
 
 
-@QUICK
-@given(corpora(), st.lists(st.integers(0, 10**6), max_size=5), st.sampled_from(["concat", "split"]))
-def test_packers_do_not_depend_on_batches_even_inside_documents(corpus, cuts, strategy):
+@settings(QUICK, max_examples=100)
+@given(
+    corpora(),
+    st.lists(st.integers(0, 10**6), max_size=5),
+    st.sampled_from(STRATEGIES),
+    st.sampled_from([None, 0, 7]),
+    st.sampled_from([1, 100, 300, 1000]),
+    st.sampled_from([1, 300, 1000]),
+)
+def test_packers_do_not_depend_on_batches_even_inside_documents(corpus, cuts, name, shuffle, window, shuffle_window):
     n, documents = corpus
+    strategy = Strategy(name, n, 99, window=window, shuffle=shuffle, shuffle_window=shuffle_window)
 
-    def run(cuts: list[int]) -> tuple[list[list[int]], list[tuple[int, ...]], dict[int, tuple[int, bool]]]:
-        packer: Packer = Concat(n, np.dtype(np.uint32))
-        if strategy == "split":
-            packer = Split(n, np.dtype(np.uint32), pad_id=99)
-        samples: list[list[int]] = []
-        segments = np.empty(0, SEGMENT)
-        documents_: dict[int, tuple[int, bool]] = {}
-        for batch in batches(documents, cuts):
-            packed = packer.feed(batch)
+    def run(cuts: list[int]) -> tuple[list[Any], list[Any], list[Any]]:
+        line = Line(strategy, np.dtype(np.uint32))
+        samples, segments, ended = [], [], []
+        some = [packed for batch in batches(documents, cuts) for packed in line.feed(batch)]
+        for packed in [*some, *line.flush()]:
+            assert packed.first == len(samples)
+            segments += [(s["document"], s["start"], s["length"], packed.first + s["sample"]) for s in packed.segments]
             samples += packed.ids.tolist()
-            segments = np.concatenate([segments, packed.segments])
-            for row in range(len(batch) - batch.open):
-                if batch.start[row] + batch.length[row]:
-                    documents_[int(batch.ordinal[row])] = (int(packed.last_sample[row]), bool(packed.split[row]))
-        rest = packer.finish()
-        return [*samples, rest.ids.tolist()], [*segments.tolist(), *rest.segments.tolist()], documents_
+            columns = (packed.ended.ordinal, packed.ended.length, packed.ended.last_sample, packed.ended.split)
+            ended += zip(*(column.tolist() for column in columns), strict=True)
+        rest = line.finish()
+        return [*samples, rest.ids.tolist()], [*segments, *rest.segments.tolist()], ended
 
     assert run(cuts) == run([])
 
 
-@pytest.mark.parametrize("seq_len", [1, 7, 128])
-def test_same_bytes_for_any_number_of_workers(tmp_path, seq_len):
+@pytest.mark.parametrize(
+    ("seq_len", "order"),
+    [
+        (1, {}),
+        (7, {}),
+        (128, {}),
+        (128, {"strategy": "best-fit", "window": 30_000}),
+        (64, {"strategy": "best-fit", "window": 30_000, "shuffle": 1, "shuffle_window": 5_000, "max_segments": 4}),
+        (7, {"shuffle": 2, "shuffle_window": 20_000}),
+    ],
+    ids=str,
+)
+def test_same_bytes_for_any_number_of_workers(tmp_path, seq_len, order):
     lines = [json.dumps({"id": n, "text": f"document {n} " * (n % 97)}) for n in range(3000)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
     seen = []
     for workers in (1, 2, 5):
         out = tmp_path / f"out{workers}"
         options = {"seq_len": seq_len, "shard_size": 64 << 10, "eos": True, "validation": 0.1, "memory": 4 << 30}
-        pack_to(out, tmp_path / "corpus.jsonl", workers=workers, block=64 << 10, **options)
+        pack_to(out, tmp_path / "corpus.jsonl", workers=workers, block=64 << 10, **options, **order)
         seen.append(hashes(out))
     assert len(seen[0]) > 9
     assert seen[0] == seen[1] == seen[2]

@@ -74,6 +74,7 @@ ZSTD = one(runs.write_zstd, "corpus.jsonl.zst")
 PARQUET = one(runs.write_parquet, "corpus.parquet")
 TEXTS = one(runs.write_texts, "corpus")
 SKIP = ("--on-error", "skip")
+BEST_FIT = ("--strategy", "best-fit", "--window")
 
 CASES = [
     Case("plain", PLAIN),
@@ -91,6 +92,16 @@ CASES = [
     Case("faulty-piped", _piped, (*SKIP, "--format", "parquet"), 0.05, workers=2),
     Case("faulty-parquet", PARQUET, (*SKIP, "--validation", "0.3", "--strategy", "split"), 0.05, workers=2),
     Case("mixed", _mixed, (*SKIP, "--limit", "9000", "--eos"), 0.02, workers=2),
+    Case("best-fit", PLAIN, (*BEST_FIT, "150k", "--eos")),
+    Case("best-fit-piped", _piped, (*BEST_FIT, "20k", "--shuffle", "3", "--shuffle-window", "30k"), workers=2),
+    Case("best-fit-validation", GZIP, (*BEST_FIT, "100k", "--validation", "0.3", "--max-segments", "3"), workers=2),
+    Case("best-fit-faulty", PARQUET, (*SKIP, *BEST_FIT, "60k", "--format", "parquet"), 0.05, workers=2),
+    Case("best-fit-texts", TEXTS, (*BEST_FIT, "50k", "--pad-side", "left"), workers=2),
+    Case("shuffled", PLAIN, ("--shuffle", "1", "--shuffle-window", "50k"), workers=2),
+    Case("shuffled-texts", TEXTS, ("--shuffle", "2", "--shuffle-window", "400k", "--strategy", "split")),
+    Case("shuffled-mixed", _mixed, (*SKIP, "--shuffle", "4", "--shuffle-window", "5k", "--validation", "0.2"), 0.02),
+    Case("exports", PLAIN, ("--eos", "--validation", "0.2", "--format", "npy,megatron,mds,llm.c"), workers=2),
+    Case("exports-best-fit", ZSTD, (*BEST_FIT, "60k", "--format", "parquet,datatrove,litdata,npy"), workers=2),
 ]
 
 
@@ -138,7 +149,7 @@ def kill_again_and_again(case, folder, kills, size):
 
 
 @runs.needs_proc
-@pytest.mark.parametrize("case", [CASES[0], CASES[10]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CASES[0], CASES[10], CASES[16]], ids=lambda case: case.name)
 def test_a_few_kills(tmp_path, case):
     kill_again_and_again(case, tmp_path, 2, 5_500_000)
 
@@ -155,6 +166,19 @@ def test_many_kills(tmp_path, case):
 _CRASHES = {
     "concat": {"seq_len": 32, "remainder": "keep"},
     "validation-parquet-skip": {"seq_len": 16, "validation": 0.4, "format": "parquet", "on_error": "skip"},
+    "best-fit": {
+        "seq_len": 32,
+        "strategy": "best-fit",
+        "pad_id": 0,
+        "window": 900,
+        "shuffle": 1,
+        "shuffle_window": 700,
+    },
+    "exports": {
+        "seq_len": 16,
+        "validation": 0.4,
+        "format": "npy,mds,megatron",
+    },
     "split-tokenizer": {"seq_len": 32, "strategy": "split", "pad_id": 0, "tokenizer": "tokenizer.json"},
 }
 
@@ -191,11 +215,22 @@ class _Interrupted(BaseException):
     pass
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 3),
     kind=st.sampled_from(["plain", "gzip", "zstd", "parquet", "texts"]),
-    options=st.sampled_from([{}, {"strategy": "split", "eos": True}, {"validation": 0.4, "bos": True}]),
+    options=st.sampled_from(
+        [
+            {},
+            {"strategy": "split", "eos": True},
+            {"validation": 0.4, "bos": True},
+            {"strategy": "best-fit", "window": 700, "eos": True},
+            {"strategy": "best-fit", "window": 3000, "validation": 0.4},
+            {"strategy": "best-fit", "window": 1500, "shuffle": 2, "shuffle_window": 2000, "max_segments": 2},
+            {"shuffle": 1, "shuffle_window": 1000},
+            {"shuffle": 3, "shuffle_window": 3000, "strategy": "split", "validation": 0.3},
+        ]
+    ),
     blocks=st.tuples(st.integers(64, 4000), st.integers(64, 4000)),
     stops=st.lists(st.integers(1, 5), min_size=1, max_size=3),
 )
@@ -236,12 +271,21 @@ def write_kind(folder, kind, rows):
 # --- the same bytes whatever does not decide them ---------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 5),
     kind=st.sampled_from(["plain", "gzip", "zstd", "parquet", "texts"]),
     options=st.sampled_from(
-        [{}, {"strategy": "split"}, {"format": "parquet", "eos": True}, {"validation": 0.3}, {"limit": 37}]
+        [
+            {},
+            {"strategy": "split"},
+            {"format": "parquet", "eos": True},
+            {"validation": 0.3},
+            {"limit": 37},
+            {"strategy": "best-fit", "window": 1000, "format": "parquet"},
+            {"strategy": "best-fit", "window": 2500, "shuffle": 1, "shuffle_window": 1500, "validation": 0.3},
+            {"shuffle": 5, "shuffle_window": 2000, "limit": 37},
+        ]
     ),
     block=st.one_of(st.integers(64, 300), st.integers(64, 40_000)),
 )
@@ -258,7 +302,10 @@ def test_the_same_bytes_for_any_block(tmp_path_factory, seed, kind, options, blo
 
 @pytest.mark.parametrize(
     "case",
-    [CASES[13], *(pytest.param(case, marks=pytest.mark.slow) for case in (CASES[2], CASES[5], CASES[7]))],
+    [
+        *(CASES[number] for number in (13, 17, 20)),
+        *(pytest.param(CASES[number], marks=pytest.mark.slow) for number in (2, 5, 7, 18, 19, 22)),
+    ],
     ids=lambda case: case.name,
 )
 def test_the_same_bytes_for_any_number_of_workers(tmp_path, case):
@@ -335,11 +382,16 @@ CHANGES = {
     "--eos": {"eos": True},
     "--bos": {"bos": True},
     "--strategy": {"strategy": "split"},
+    "--window": {"strategy": "best-fit", "window": 1000},
+    "--max-segments": {"strategy": "best-fit", "max_segments": 3},
+    "--shuffle": {"shuffle": 0},
+    "--shuffle-window": {"shuffle": 0, "shuffle_window": 1000},
     "--remainder": {"remainder": "drop"},
     "--text-field": {"text_field": "body"},
     "--id-field": {"id_field": "name"},
     "--validation": {"validation": 0.1},
     "--format": {"format": "parquet"},
+    "--format was not given": {"format": "npy,mds"},
     "--shard-size": {"shard_size": 2048},
     "--limit": {"limit": 1000},
     "--max-document": {"max_document": 1 << 20},
@@ -392,7 +444,17 @@ def test_settings_that_do_not_change_the_bytes_may_change(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["plain", "gzip", "zstd", "parquet"])
-@pytest.mark.parametrize("options", [{}, {"validation": 0.3}, {"strategy": "split"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"validation": 0.3},
+        {"strategy": "split"},
+        {"strategy": "best-fit", "window": 2000},
+        {"shuffle": 1, "shuffle_window": 1500},
+    ],
+    ids=str,
+)
 def test_a_mended_document_is_packed(tmp_path, kind, options):
     rows = rows_with_a_bad_one()
     source = write_kind(tmp_path, kind, rows)

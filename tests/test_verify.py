@@ -14,7 +14,7 @@ from millstream.errors import MillstreamError
 from millstream.formats.manifest import JOURNAL, MANIFEST, read_manifest, write_manifest
 
 VOCABULARY = 50257
-FORMATS = ("npy", "parquet")
+FORMATS = ("npy", "parquet", "npy,mds,megatron")
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -53,7 +53,7 @@ def found(folder):
 
 
 def files(folder):
-    return sorted(path for path in folder.iterdir() if path.name != JOURNAL)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != JOURNAL)
 
 
 @settings(deadline=None, max_examples=100)
@@ -106,6 +106,21 @@ def test_a_truncated_or_longer_file_is_found(whole):
     assert millstream.verify(whole).ok
 
 
+def test_foreign_files_among_exports_are_found(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    folders = [path for path in run.rglob("*") if path.is_dir()] + [run]
+    for folder in folders:
+        (folder / "notes.txt").write_text("mine")
+        (folder / "more").mkdir()
+        problems = found(run).splitlines()
+        assert [str((folder / name).relative_to(run)) for name in ("more", "notes.txt")] == [
+            problem.partition(":")[0] for problem in problems
+        ]
+        (folder / "notes.txt").unlink()
+        (folder / "more").rmdir()
+    assert millstream.verify(run).ok
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "samples-00099.npy", "samples-00000.npy.tmp", ".hidden"])
 def test_a_foreign_file_is_found(run, name):
     (run / name).write_bytes(b"")
@@ -129,6 +144,7 @@ def craft(folder, change):
         file for subset in manifest["subsets"].values() for s in subset["shards"] for file in s["files"].values()
     ]
     entries += [subset["remainder"] for subset in manifest["subsets"].values() if "name" in subset["remainder"]]
+    entries += [file for export in manifest["exports"] for file in export["files"]]
     for entry in [*entries, manifest["faults"]]:
         path = folder / entry["name"]
         entry |= {"bytes": path.stat().st_size, "sha256": runs.sha256(path)}

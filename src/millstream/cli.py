@@ -24,18 +24,29 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
     """A number of bytes: 300000, 64MiB (powers of 1,024) or 64MB (powers of 1,000)."""
 
     name = "size"
+    wanted = "size; give one such as 256MiB"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         if isinstance(value, int):
             return value
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower())
         if not found:
-            self.fail(f"{value!r} is no size; give one such as 256MiB", param, ctx)
+            self.fail(f"{value!r} is no {self.wanted}", param, ctx)
         number, unit, binary = found.groups()
         return int(float(number) * (_BINARY if binary else _UNITS)[unit])
 
 
 SIZE = Size()
+
+
+class Ids(Size):
+    """A number of ids: 1000000, 1M or 1Mi (powers of 1,024)."""
+
+    name = "ids"
+    wanted = "number of ids; give one such as 32Mi"
+
+
+IDS = Ids()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -66,8 +77,15 @@ def cli() -> None:
     "--strategy",
     default="concat",
     show_default=True,
-    type=click.Choice(["concat", "split"]),
-    help="concat: join documents, cut every N ids. split: no two documents in a sample, padded.",
+    type=click.Choice(["concat", "best-fit", "split"]),
+    help="concat: join documents, cut every N ids. best-fit: cut only longer ones than N, place the rest so that "
+    "hardly anything is padded. split: no two documents in a sample, padded.",
+)
+@click.option("--window", type=IDS, metavar="IDS", help="Ids within which best-fit places documents [default: 32Mi].")
+@click.option("--max-segments", type=int, metavar="M", help="Documents in a sample of best-fit at most.")
+@click.option("--shuffle", type=int, metavar="SEED", help="Shuffle documents, within a window.")
+@click.option(
+    "--shuffle-window", type=IDS, metavar="IDS", help="Ids within which documents are shuffled [default: --window]."
 )
 @click.option("--bos", is_flag=True, help="Put a BOS token before each document.")
 @click.option("--eos", is_flag=True, help="Put an EOS token after each document.")
@@ -92,7 +110,14 @@ def cli() -> None:
     metavar="FRACTION",
     help="Put this fraction of the documents, chosen by their id, into a validation subset.",
 )
-@click.option("--format", "format_", default="npy", show_default=True, type=click.Choice(["npy", "parquet"]))
+@click.option(
+    "--format",
+    "format_",
+    default="npy",
+    show_default=True,
+    metavar="A,B,...",
+    help="npy or parquet; with commas also megatron, mds, datatrove, litdata, nanogpt, llm.c.",
+)
 @click.option("--workers", type=int, metavar="N", help="Processes [default: what cores and --memory allow].")
 @click.option("--memory", default="1GiB", show_default=True, type=SIZE, help="Most memory of all processes together.")
 @click.option(
@@ -157,6 +182,30 @@ def verify(folder: str, as_json: bool) -> None:
         click.echo(f"{folder}: {problem}", err=True)
     if not verdict.ok:
         raise MillstreamError(f"{folder} is not whole: take out what is foreign, pack the rest again with --overwrite")
+
+
+@cli.command(short_help="Write a finished run in the formats that trainers read.")
+@click.argument("folder", metavar="DIR")
+@click.option(
+    "--format",
+    "formats",
+    required=True,
+    metavar="A,B,...",
+    help="Of npy, parquet, megatron, mds, datatrove, litdata, nanogpt, llm.c.",
+)
+@click.option("--out", required=True, type=click.Path(), help="Folder that gets a folder for each format.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in --out.")
+@click.option("--json", "as_json", is_flag=True, help="Print the closing report as JSON.")
+def convert(folder: str, formats: str, out: str, overwrite: bool, as_json: bool) -> None:
+    """Write the samples of the finished run folder DIR in one or more formats, every id accounted for.
+
+    A format's folder appears when it is complete. The same command again keeps what is finished and gives the same
+    bytes. Formats with samples of N ids leave the kept remainder out, and say so.
+    """
+    from millstream.runs.convert import convert_to
+
+    report = convert_to(out, folder, [name.strip() for name in formats.split(",")], overwrite=overwrite)
+    click.echo(json.dumps(report.as_json(), indent=1) if as_json else report.in_words())
 
 
 @cli.command(short_help="Show a sample decoded, with its documents.", context_settings={"ignore_unknown_options": True})

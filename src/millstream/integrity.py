@@ -50,7 +50,7 @@ def verify(folder: str | os.PathLike[str], on_file: Callable[[str], None] = lamb
         if problem:
             problems.append(f"{entry['name']}: {problem}")
     known = {entry["name"] for entry in files} | {MANIFEST, JOURNAL}
-    problems += [f"{name}: not part of this run" for name in sorted(set(os.listdir(folder)) - known)]
+    problems += [f"{name}: not part of this run" for name in _foreign(folder, known)]
     if not problems:  # counts of damaged files would only say the same again
         for name, subset in manifest["subsets"].items():
             on_file(f"{name} counts")
@@ -66,9 +66,24 @@ def _files(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from shard["files"].values()
         if "name" in subset["remainder"]:
             yield subset["remainder"]
+    for export in manifest.get("exports", ()):
+        yield from export["files"]
     for single in (manifest["faults"], manifest["tokenizer_file"]):
         if single:
             yield single
+
+
+def _foreign(folder: str, known: set[str]) -> Iterator[str]:
+    """What is in the folder beside the files `known` and the folders that they are in."""
+    homes = {os.path.dirname(name) for name in known}
+    homes |= {os.path.dirname(name) for name in homes}
+    for name in sorted(os.listdir(folder)):
+        if name not in homes and name not in known:
+            yield name
+    for home in sorted(homes - {""}):
+        if os.path.isdir(os.path.join(folder, home)):
+            inside = {f"{home}/{name}" for name in os.listdir(os.path.join(folder, home))}
+            yield from sorted(inside - known - homes)
 
 
 def _file_problem(folder: str, entry: dict[str, Any]) -> str | None:
@@ -121,6 +136,8 @@ def _subset_problems(folder: str, manifest: dict[str, Any], subset: dict[str, An
             if count != shard[key]:
                 yield f"{names['documents']}: {count} {key} instead of {shard[key]}"
         documents += int(lengths.sum())
+        if settings["strategy"] == "best-fit":
+            yield from _best_fit_problems(names, segments, lengths, table["split"].to_numpy(), settings)
     dropped = subset["remainder"]["ids"] if subset["remainder"]["policy"] == "drop" else 0
     if spans + dropped != documents:
         yield f"{spans} ids in segments and {dropped} dropped, {documents} in documents"
@@ -130,6 +147,19 @@ def _subset_problems(folder: str, manifest: dict[str, Any], subset: dict[str, An
             yield f"{subset['remainder']['name']}: {len(rest)} ids instead of {subset['remainder']['ids']}"
         if len(rest) and int(rest.max()) >= limit:
             yield f"{subset['remainder']['name']}: id {int(rest.max())}, the vocabulary ends at {limit - 1}"
+
+
+def _best_fit_problems(
+    names: dict[str, str], segments: Ids, lengths: Ids, split: Ids, settings: dict[str, Any]
+) -> Iterator[str]:
+    """What best-fit does not do: cut a document that fits into a sample, or put too many into one."""
+    n, most = settings["seq_len"], settings["max_segments"]
+    if (segments["start"] % n).any():
+        yield f"{names['segments']}: a document is cut elsewhere than every {n} ids"
+    if most and len(segments) and int(np.bincount(segments["sample"]).max()) > most:
+        yield f"{names['segments']}: a sample has more documents than {most}"
+    if (split != (lengths > n)).any():
+        yield f"{names['documents']}: not just the documents of more than {n} ids are split"
 
 
 def _sample_rows(path: str, settings: dict[str, Any]) -> Iterator[Ids]:
@@ -165,6 +195,11 @@ def _ledger_problems(folder: str, manifest: dict[str, Any]) -> list[str]:
         for name, count in counts.items()
         if ledger[kind][name] != count
     ]
+    every = ids["in_samples"] + ids["padding"] + ids["remainder"]
+    for export in manifest.get("exports", ()):
+        if not every == export["ids"] == export["written"] + export["left_out"]:
+            wrong = f"{export['written']} ids and {export['left_out']} left out, not {every}"
+            problems.append(f"{export['format']}: {wrong}")
     if ledger["faults"] != dict(faults):
         problems.append(f"ledger: faults are {ledger['faults']}, the files have {dict(faults)}")
     return problems

@@ -195,6 +195,9 @@ def pack_summary(report: Report) -> str:
         lines.append(f"  padding    {ids['padding']:,} ids, {ids['padding'] / max(1, all_ids):.2%} of the samples")
     for reason, count in report.ledger["faults"].items():
         lines.append(f"  faulty     {count:,} {reason.replace('_', ' ')} (in {report.out}/faults.jsonl)")
+    for done in report.exports:
+        left = f", the remainder's {done['left_out']:,} left out" if done["left_out"] else ""
+        lines.append(f"  exported   {done['written']:,} ids to {report.out}/{done['format']}{left}")
     if not report.already:
         rate = report.ids_this_time / max(report.seconds, 1e-9)
         again = ", going on with an earlier run" if report.resumed else ""

@@ -198,7 +198,11 @@ class Dataset(Sequence[Sample]):
 
         if number not in self._tables:
             path = os.path.join(self.folder, self._shards[number]["files"]["documents"]["name"])
-            self._tables[number] = pq.read_table(path)
+            table = pq.read_table(path)
+            # Best-fit and shuffled documents end in another order than they began.
+            if (np.diff(table["ordinal"].to_numpy().astype(np.int64)) < 0).any():
+                table = table.sort_by("ordinal")
+            self._tables[number] = table
             while len(self._tables) > _KEPT:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(number)

@@ -7,6 +7,8 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
+from millstream.formats.exports.parquet import batch, schema
+from millstream.formats.exports.samples import runs_of
 from millstream.formats.manifest import TEMPORARY, commit_file, remainder_name, shard_names
 from millstream.records import SEGMENT, Ids
 
@@ -100,54 +102,35 @@ class _NpySamples:
 
 
 class _ParquetSamples:
-    """Columns for Hugging Face `datasets` and TRL: input_ids, seq_lengths (of the segments), documents (ordinals)."""
+    """Rows for Hugging Face `datasets` and TRL, in the columns of `exports.parquet.schema`."""
 
-    def __init__(self, path: str, seq_len: int, metadata: dict[str, str]) -> None:
-        import pyarrow as pa
-
-        schema = pa.schema(
-            [
-                ("input_ids", pa.list_(pa.int32())),
-                ("seq_lengths", pa.list_(pa.int32())),
-                ("documents", pa.list_(pa.int64())),
-            ],
-            metadata,
-        )
-        self._seq_len = seq_len
-        self._file = _Parquet(path, schema, SAMPLE_ROWS, "snappy")
+    def __init__(self, path: str, shape: "Shape") -> None:
+        self._shape = shape
+        self._schema = schema(shape.padded, shape.metadata)
+        self._file = _Parquet(path, self._schema, SAMPLE_ROWS, "snappy")
         self.finish, self.close = self._file.finish, self._file.close
 
     def write(self, ids: Ids, segments: Ids) -> None:
-        import pyarrow as pa
-
-        rows = len(ids)
-        if not rows:
-            return
-        even = np.arange(0, (rows + 1) * self._seq_len, self._seq_len, dtype=np.int32)
-        first = segments["sample"][0] if len(segments) else 0
-        bounds = np.searchsorted(segments["sample"], np.arange(first, first + rows + 1)).astype(np.int32)
-
-        def lists(offsets: Ids, values: Ids) -> Any:
-            return pa.ListArray.from_arrays(offsets, values)
-
-        self._file.write(
-            [
-                lists(even, ids.reshape(-1).astype(np.int32)),
-                lists(bounds, segments["length"].astype(np.int32)),
-                lists(bounds, segments["document"].astype(np.int64)),
-            ]
-        )
+        if len(ids):
+            first = int(segments["sample"][0])
+            runs = runs_of(segments, len(ids), self._shape.seq_len, first, self._shape.pad_left)
+            self._file.write(batch(self._schema, ids, runs).columns)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the form of the output shards: `per_shard` samples of `seq_len` ids each, in `format`."""
+    """What decides the form of the output shards: `per_shard` samples of `seq_len` ids each, in `format`.
+
+    `padded`: whether there can be padding, and `pad_left`, on which side.
+    """
 
     seq_len: int
     dtype: "np.dtype[Any]"
     per_shard: int
     format: str = "npy"
     metadata: dict[str, str] = field(default_factory=dict)
+    padded: bool = False
+    pad_left: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,7 +170,7 @@ class ShardWriter:
         paths = {kind: os.path.join(folder, name + TEMPORARY) for kind, name in self._names.items()}
         self._samples: _Samples
         if shape.format == "parquet":
-            self._samples = _ParquetSamples(paths["samples"], shape.seq_len, shape.metadata)
+            self._samples = _ParquetSamples(paths["samples"], shape)
         else:
             self._samples = _NpySamples(paths["samples"], shape.dtype, shape.seq_len)
         self._segments = _Npy(paths["segments"], SEGMENT)

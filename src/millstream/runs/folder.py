@@ -5,6 +5,8 @@ import os
 from typing import Any
 
 from millstream.errors import RequestError, ResumeRefused, RunError
+from millstream.formats.exports import FORMATS
+from millstream.formats.exports.out import delete_all
 from millstream.formats.manifest import (
     FAULTS,
     JOURNAL,
@@ -68,6 +70,7 @@ def found_run(out: str) -> dict[str, Any] | None:
 
 def clear(out: str, found: dict[str, Any] | None) -> None:
     """Delete what an interrupted run left unsealed."""
+    delete_all(out, FORMATS)
     known = {MANIFEST, JOURNAL, FAULTS, TOKENIZER, *_sealed(found or {"subsets": {}})}
     for name in os.listdir(out):
         if name not in known and (name.endswith(TEMPORARY) or _is_shard(name)):
@@ -76,6 +79,7 @@ def clear(out: str, found: dict[str, Any] | None) -> None:
 
 def delete_run(out: str) -> None:
     """Delete all of a run but its journal; the manifest last, so that what is left of it is still ours."""
+    delete_all(out, FORMATS)
     names = [name for name in os.listdir(out) if name.endswith(TEMPORARY) or _is_shard(name)]
     for name in (*names, FAULTS, TOKENIZER, MANIFEST):
         with contextlib.suppress(FileNotFoundError):
@@ -178,7 +182,8 @@ def refuse_if_different(out: str, found: dict[str, Any], identity: dict[str, Any
 
 
 def _flag(key: str) -> str:
-    return "--" + key.removesuffix("_id").replace("_", "-") if key != "pad_id" else "--pad-id"
+    named = {"pad_id": "--pad-id", "exports": "--format"}
+    return named.get(key) or "--" + key.removesuffix("_id").replace("_", "-")
 
 
 def _shown(value: Any) -> str:
@@ -186,4 +191,6 @@ def _shown(value: Any) -> str:
         return f"{value['name']} ({value['sha256'][:12]})"
     if isinstance(value, dict) and "bytes" in value:
         return f"{value['bytes']:,} bytes"
+    if isinstance(value, list):
+        return ",".join(value)
     return "not given" if value is None else str(value)

@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ import numpy as np
 from millstream.engines.local import map_ordered
 from millstream.errors import DataError, RunError
 from millstream.formats.documents import Fields
+from millstream.formats.exports import export, largest_id
+from millstream.formats.exports.samples import can_pad, samples_of
 from millstream.formats.manifest import (
     FAULTS,
     FORMAT,
@@ -32,9 +34,17 @@ from millstream.runs.encode import CHECK_FIRST, Encode, Encoded
 from millstream.runs.folder import Inputs, claim, clear, delete_run, first_mark, found_run, refuse_if_different
 from millstream.runs.ledger import make_ledger
 from millstream.runs.progress import Progress, Report
-from millstream.runs.settings import MIB, Settings, check_settings, choose_workers, identity
+from millstream.runs.settings import (
+    MIB,
+    Settings,
+    check_settings,
+    choose_workers,
+    identity,
+    paces,
+    window_memory,
+)
 from millstream.runs.subset import Mark, Subset
-from millstream.stream.pack import Concat, Packer, Split
+from millstream.stream.line import Strategy
 from millstream.stream.tokenizers import load_tokenizer
 
 
@@ -87,7 +97,9 @@ class PackRun:
         self.identity = identity(settings, self.tokenizer)
         self.total_bytes, rough = _sizes(self.shards)
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else 0
-        self.workers, self.workers_why = choose_workers(settings, vocab_size, self.max_document, rough)
+        self.dtype = self.tokenizer.dtype if self.tokenizer else np.dtype(np.uint32)
+        held = window_memory(settings, self.dtype.itemsize, rough)
+        self.workers, self.workers_why = choose_workers(settings, vocab_size, self.max_document, rough, held)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.started = time.perf_counter()
         self.compared = 0
@@ -106,7 +118,7 @@ class PackRun:
                 return self._go(None, journal)
             refuse_if_different(self.out, found, self.identity, self.inputs)
             if found["complete"]:
-                return self._report(found["ledger"], found["subsets"], already=True)
+                return self._report(found["ledger"], found["subsets"], found.get("exports", []), already=True)
             return self._go(found, journal)
 
     def _write_tokenizer(self) -> None:
@@ -132,7 +144,7 @@ class PackRun:
             try:
                 used = Cursor(*found["read"]) if found else None
                 mark = self._stream(subsets, mark, used, faults, journal)
-                ledger = self._finish(subsets, mark, faults)
+                ledger, exports = self._finish(subsets, mark, faults)
             except BaseException as error:
                 with contextlib.suppress(OSError):  # on a full disk; the run has failed with its own error
                     journal.write("stop", reason=f"{type(error).__name__}: {error}")
@@ -140,31 +152,37 @@ class PackRun:
                         subset.close()
                 raise
         journal.write("done", seconds=round(time.perf_counter() - self.started, 3))
-        return self._report(
-            ledger, {k: v.entry(True) for k, v in subsets.items()}, resumed=bool(found), span=(first, mark)
-        )
+        entries = {k: v.entry(True) for k, v in subsets.items()}
+        return self._report(ledger, entries, exports, resumed=bool(found), span=(first, mark))
 
     def _subsets(self, found: dict[str, Any] | None) -> dict[str, Subset]:
-        settings = self.settings
-        dtype = self.tokenizer.dtype if self.tokenizer else np.dtype(np.uint32)
-        item = 4 if settings.format == "parquet" else dtype.itemsize
+        settings, known = self.settings, self.identity
+        item = 4 if known["format"] == "parquet" else self.dtype.itemsize
         whole = max(1, settings.shard_size // (settings.seq_len * item))
-        fraction = settings.validation
-        sizes = {"train": whole}
-        if fraction:
-            # Both subsets' shards fill at the same pace, so that neither keeps the other from going on late.
-            sizes["train"] = max(1, round(whole * min(1.0, (1 - fraction) / fraction)))
-            sizes["validation"] = max(1, round(whole * min(1.0, fraction / (1 - fraction))))
-        metadata = {"millstream": json.dumps(self.identity)}
+        metadata = {"millstream": json.dumps(known)}
         subsets = {}
-        for name, size in sizes.items():
-            packer: Packer
-            if settings.strategy == "split":
-                packer = Split(settings.seq_len, dtype, self.pad_id, settings.pad_side)
-            else:
-                packer = Concat(settings.seq_len, dtype)
-            shape = Shape(settings.seq_len, dtype, size, settings.format, metadata)
-            subsets[name] = Subset(name, self.out, shape, packer, found["subsets"][name] if found else None)
+        for name, pace in zip(("train", "validation"), paces(settings.validation), strict=True):
+            if pace:
+                shape = Shape(
+                    settings.seq_len,
+                    self.dtype,
+                    max(1, round(whole * pace)),
+                    known["format"],
+                    metadata,
+                    can_pad(known),
+                    settings.pad_side == "left",
+                )
+                strategy = Strategy(
+                    settings.strategy,
+                    settings.seq_len,
+                    self.pad_id,
+                    settings.pad_side,
+                    max(1, round((known["window"] or 0) * pace)),
+                    settings.max_segments,
+                    settings.shuffle,
+                    max(1, round((known["shuffle_window"] or 0) * pace)),
+                )
+                subsets[name] = Subset(name, self.out, shape, strategy, found["subsets"][name] if found else None)
         return subsets
 
     @property
@@ -240,7 +258,7 @@ class PackRun:
                 if self.on_progress and now - shown > 0.1:
                     shown = now
                     self.on_progress(self._progress(mark, start))
-                if self.settings.limit is not None and mark.ordinal >= self.settings.limit:
+                if self.settings.limit is not None and mark.ordinal >= self.settings.limit and not batch.open:
                     break
         if self.on_progress:
             self.on_progress(self._progress(mark, start))
@@ -253,7 +271,7 @@ class PackRun:
                 settings.text_field,
                 settings.id_field,
                 settings.ids_field,
-                tokenizer.vocab_size - 1 if tokenizer else 0xFFFFFFFF,
+                tokenizer.vocab_size - 1 if tokenizer else largest_id(self._formats),
             ),
             settings.tokenizer_name,
             tokenizer.sha256 if tokenizer else None,
@@ -263,6 +281,10 @@ class PackRun:
             settings.validation,
             settings.engine,
         )
+
+    @property
+    def _formats(self) -> list[str]:
+        return [self.identity["format"], *(self.identity["exports"] or ())]
 
     def _window(self) -> int:
         return min(256 * MIB, max(self.max_document, 4 * MIB * self.workers))
@@ -376,7 +398,10 @@ class PackRun:
     def _head(self, complete: bool) -> dict[str, Any]:
         return {"format": FORMAT, "complete": complete, "settings": self.identity}
 
-    def _finish(self, subsets: dict[str, Subset], mark: Mark, faults: Any) -> dict[str, Any]:
+    def _finish(
+        self, subsets: dict[str, Subset], mark: Mark, faults: Any
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Seal and export what is left, and complete the manifest: its ledger and its exports."""
         start = time.perf_counter()
         settings = self.settings
         for subset in subsets.values():
@@ -390,7 +415,7 @@ class PackRun:
         if not faulty:
             os.unlink(path)
         kept = os.path.join(self.out, TOKENIZER)
-        manifest = {
+        manifest: dict[str, Any] = {
             **self._head(True),
             "tokenizer_file": {"name": TOKENIZER, "bytes": os.path.getsize(kept), "sha256": file_hash(kept)}
             if os.path.exists(kept)
@@ -400,9 +425,20 @@ class PackRun:
             "faults": entry,
             "ledger": ledger,
         }
-        write_manifest(self.out, manifest)
         self.seconds["pack and write"] += time.perf_counter() - start
-        return ledger
+        manifest["exports"] = self._export(manifest)
+        write_manifest(self.out, manifest)
+        return ledger, manifest["exports"]
+
+    def _export(self, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+        """Write the sealed samples in the other formats asked for; their manifest entries."""
+        start, made = time.perf_counter(), []
+        for name in self.identity["exports"] or ():
+            done, out = export(name, samples_of(self.out, manifest), self.out)
+            out.publish()
+            made.append(asdict(done))
+        self.seconds["export"] += time.perf_counter() - start
+        return made
 
     def _progress(self, mark: Mark, start: Mark) -> Progress:
         ids = mark.text_ids + mark.special_ids
@@ -424,6 +460,7 @@ class PackRun:
         self,
         ledger: dict[str, Any],
         subsets: dict[str, Any],
+        exports: list[dict[str, Any]],
         *,
         already: bool = False,
         resumed: bool = False,
@@ -445,7 +482,7 @@ class PackRun:
         ):
             hints.append(
                 "neither BOS nor EOS separates documents: a model cannot see where one ends; --eos adds one"
-                if settings["strategy"] == "concat"
+                if settings["strategy"] != "split"
                 else "no EOS ends a document: a model never learns to stop; --eos adds one"
             )
         validation = None
@@ -470,6 +507,7 @@ class PackRun:
             hints=hints,
             tokenizer=self.tokenizer.name if self.tokenizer else None,
             validation=validation,
+            exports=exports,
         )
 
 

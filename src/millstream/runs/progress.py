@@ -1,6 +1,6 @@
 """What a run tells: how far it is, and how it ended."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 
@@ -41,6 +41,7 @@ class Report:
     hints: list[str]
     tokenizer: str | None
     validation: dict[str, Any] | None = None
+    exports: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def faults(self) -> int:

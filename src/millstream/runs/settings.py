@@ -6,6 +6,10 @@ from importlib.metadata import version
 from typing import Any
 
 from millstream.errors import RequestError
+from millstream.formats.exports import FORMATS, check_formats
+from millstream.stream.bestfit import WINDOW
+from millstream.stream.line import STRATEGIES
+from millstream.stream.pack import LEAST
 from millstream.stream.tokenizers import Tokenizer
 
 MIB = 1 << 20
@@ -19,6 +23,7 @@ WORKER_MEMORY = 270 * MIB
 ID_MEMORY = 640
 GPT2_IDS = 50_257
 DOCUMENT_COPIES = 10
+HELD_DOCUMENT = 320  # what is kept of each document in a window besides its ids, until the window is handed out
 WORTH_A_WORKER = 24 * MIB
 """Bytes of input below which starting another process takes longer than it saves."""
 
@@ -27,12 +32,18 @@ WORTH_A_WORKER = 24 * MIB
 class Settings:
     """What a run is asked for. The first group decides the bytes and may not change on resume.
 
-    `tokenizer` None is gpt2, or none at all if `ids_field` says that the text is tokenized already.
+    `tokenizer` None is gpt2, or none at all if `ids_field` says that the text is tokenized already. Windows are in ids:
+    `window` is best-fit's; `shuffle_window`, by default as large, is for `shuffle`, which is a seed. `format` is npy or
+    parquet, and with commas any other in which samples are written as well.
     """
 
     tokenizer: str | None = None
     seq_len: int = 2048
     strategy: str = "concat"
+    window: int | None = None
+    max_segments: int | None = None
+    shuffle: int | None = None
+    shuffle_window: int | None = None
     bos: bool = False
     eos: bool = False
     bos_token: str | None = None
@@ -63,6 +74,7 @@ class Settings:
 
 def check_settings(settings: Settings) -> None:
     """Raises RequestError that says what to give instead."""
+    formats(settings)
 
     def wrong(flag: str, found: object, want: str) -> RequestError:
         return RequestError(f"{flag} {found} does not work: {want}")
@@ -72,15 +84,26 @@ def check_settings(settings: Settings) -> None:
     if settings.seq_len * 32 > settings.memory:
         raise wrong("--seq-len", settings.seq_len, f"such samples do not fit into --memory {settings.memory:,}")
     for flag, value, known in (
-        ("--strategy", settings.strategy, ("concat", "split")),
+        ("--strategy", settings.strategy, STRATEGIES),
         ("--remainder", settings.remainder, ("keep", "drop", "pad")),
         ("--pad-side", settings.pad_side, ("right", "left")),
-        ("--format", settings.format, ("npy", "parquet")),
         ("--on-error", settings.on_error, ("stop", "skip")),
         ("--engine", settings.engine, ("fast", "reference")),
     ):
         if value not in known:
             raise wrong(flag, value, f"give {' or '.join(known)}")
+    best_fit, shuffled = settings.strategy == "best-fit", settings.shuffle is not None
+    for flag, number, useful, what in (
+        ("--window", settings.window, best_fit, "--strategy best-fit"),
+        ("--max-segments", settings.max_segments, best_fit, "--strategy best-fit"),
+        ("--shuffle-window", settings.shuffle_window, shuffled, "--shuffle"),
+    ):
+        if number is not None and not useful:
+            raise wrong(flag, number, f"it belongs to {what}")
+        if number is not None and number < 1:
+            raise wrong(flag, number, "give at least 1")
+    if settings.shuffle is not None and not 0 <= settings.shuffle < 1 << 64:
+        raise wrong("--shuffle", settings.shuffle, "give a seed from 0 to 2^64 - 1")
     if not 0 <= settings.validation < 1:
         raise wrong("--validation", settings.validation, "give a fraction from 0 to below 1, such as 0.01")
     if settings.limit is not None and settings.limit < 0:
@@ -110,13 +133,16 @@ def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
     eos = special(settings.eos, "eos", settings.eos_token, tokenizer.eos_token if tokenizer else None)
     bos = special(settings.bos, "bos", settings.bos_token, tokenizer.bos_token if tokenizer else None)
     pad = settings.pad_id
-    if pad is None and (settings.strategy == "split" or settings.remainder == "pad"):
+    if pad is None and (settings.strategy != "concat" or settings.remainder == "pad"):
         if tokenizer is None or (tokenizer.eos_token is None and eos is None):
             raise RequestError("samples have to be padded, and no EOS token is known to do it; give --pad-id")
         pad = eos if eos is not None else tokenizer.special_id(tokenizer.eos_token, "eos")
     largest = tokenizer.vocab_size - 1 if tokenizer else 0xFFFFFFFF
     if pad is not None and not 0 <= pad <= largest:
         raise RequestError(f"--pad-id {pad} is no id of the vocabulary: give one from 0 to {largest:,}")
+    window, shuffle_window = windows(settings)
+    base, exports = formats(settings)
+    check_formats([base, *exports], tokenizer.vocab_size if tokenizer else None)
     explicit = settings.max_document is not None
     engine = tokenizer and f"{tokenizer.engine_name} {version(tokenizer.engine_name)}"
     return {
@@ -125,6 +151,10 @@ def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
         "engine": engine,
         "seq_len": settings.seq_len,
         "strategy": settings.strategy,
+        "window": window,
+        "max_segments": settings.max_segments,
+        "shuffle": settings.shuffle,
+        "shuffle_window": shuffle_window,
         "bos_id": bos,
         "eos_id": eos,
         "remainder": settings.remainder,
@@ -135,7 +165,8 @@ def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
         "ids_field": settings.ids_field,
         "limit": settings.limit,
         "validation": settings.validation,
-        "format": settings.format,
+        "format": base,
+        "exports": exports or None,
         "shard_size": settings.shard_size,
         "max_document": {
             "bytes": settings.max_document or DEFAULT_MAX_DOCUMENT,
@@ -144,17 +175,68 @@ def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
     }
 
 
-def choose_workers(settings: Settings, vocab_size: int, max_document: int, total_bytes: int | None) -> tuple[int, str]:
-    """(number of processes, why). Raises RequestError if `memory` is less than they were measured to need."""
+def formats(settings: Settings) -> tuple[str, list[str]]:
+    """(what the run's own shards are, what is written besides) of its `format`, one or several with commas.
+
+    >>> formats(Settings(format="mds,parquet,npy,litdata"))
+    ('parquet', ['npy', 'mds', 'litdata'])
+    """
+    named = [name.strip() for name in settings.format.split(",")]
+    for name in named:
+        if name not in FORMATS:
+            raise RequestError(f"--format {name} does not work: give one or more of {', '.join(FORMATS)}")
+    base = next((name for name in named if name in ("npy", "parquet")), "npy")
+    return base, [name for name in FORMATS if name in named and name != base]
+
+
+def windows(settings: Settings) -> tuple[int | None, int | None]:
+    """(ids in best-fit's window, ids in the shuffle's window), None where there is none.
+
+    >>> windows(Settings(strategy="best-fit", window=1000, shuffle=7))
+    (1000, 1000)
+    """
+    window = settings.window or WINDOW
+    best_fit = window if settings.strategy == "best-fit" else None
+    shuffled = (settings.shuffle_window or window) if settings.shuffle is not None else None
+    return best_fit, shuffled
+
+
+def paces(fraction: float) -> tuple[float, float]:
+    """(train, validation): how large a subset's shards and windows are, so that those of both fill at the same pace.
+
+    Neither then keeps the other from going on late after a stop.
+
+    >>> paces(0.2)
+    (1.0, 0.25)
+    """
+    return min(1.0, (1 - fraction) / fraction) if fraction else 1.0, min(1.0, fraction / (1 - fraction))
+
+
+def window_memory(settings: Settings, itemsize: int, total_bytes: int | None) -> int:
+    """Bytes that windows need at most, for ids of `itemsize` bytes; `total_bytes` of input, None if that is unknown."""
+    ids = sum(window for window in windows(settings) if window)
+    if total_bytes is not None:  # roughly, and no text has more ids than bytes
+        ids = min(ids, 2 * total_bytes)
+    return int(ids * (itemsize + HELD_DOCUMENT / LEAST) * sum(paces(settings.validation)))
+
+
+def choose_workers(
+    settings: Settings, vocab_size: int, max_document: int, total_bytes: int | None, held: int = 0
+) -> tuple[int, str]:
+    """(number of processes, why); `held` bytes are in windows.
+
+    Raises RequestError if `memory` is less than they were measured to need.
+    """
     vocabulary = ID_MEMORY * max(0, vocab_size - GPT2_IDS)
-    documents = DOCUMENT_COPIES * max_document
+    documents = DOCUMENT_COPIES * max_document + held
     alone = PARENT_MEMORY + ENGINE_MEMORY + vocabulary
     if settings.memory < alone + documents:
-        fits = max(0, settings.memory - alone) // DOCUMENT_COPIES
+        fits = max(0, settings.memory - alone - held) // DOCUMENT_COPIES
         lower = f", or --max-document {fits // MIB}MiB" if fits >= MIB else ""
+        window = f" and a window of {held / MIB:.3g} MiB" if held else ""
         raise RequestError(
-            f"--memory {settings.memory // MIB}MiB is too little: documents of up to {max_document / MIB:.3g} MiB need "
-            f"{-(-(alone + documents) // MIB)}MiB. Give that{lower}"
+            f"--memory {settings.memory // MIB}MiB is too little: documents of up to {max_document / MIB:.3g} MiB"
+            f"{window} need {-(-(alone + documents) // MIB)}MiB. Give that{lower}"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     worker = WORKER_MEMORY + vocabulary
@@ -168,7 +250,7 @@ def choose_workers(settings: Settings, vocab_size: int, max_document: int, total
             )
         return settings.workers, "as asked"
     worth = cores if total_bytes is None else max(1, total_bytes // WORTH_A_WORKER)
-    if worth < min(room, cores):
+    if worth < cores and worth <= room:
         return worth, "the input is small"
     if room < cores:
         return room, f"as many as fit into {settings.memory // MIB}MiB; there are {cores} cores"

@@ -9,6 +9,7 @@ import os
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -18,12 +19,13 @@ from millstream.formats.documents import Fields, decode
 from millstream.formats.slices import Limits, slices, units
 from millstream.formats.sources import expand
 from millstream.records import Cursor, Document, Ids, Sample, Segment, TokenBatch
-from millstream.stream.pack import Concat, Packer, Split
+from millstream.stream.bestfit import WINDOW
+from millstream.stream.line import STRATEGIES, Line, Strategy
+from millstream.stream.pack import Packed, State
 from millstream.stream.tokenize import surround
 from millstream.stream.tokenizers import load_tokenizer
 
 T = TypeVar("T")
-State = dict[str, Any]
 _BATCH_BYTES = 4 << 20
 _MAX_DOCUMENT = 32 << 20
 
@@ -276,7 +278,7 @@ def split(ids: Iterable[Any], seq_len: int, *, state: State | None = None) -> St
     >>> [piece.tolist() for piece in split([[1, 2, 3], [], [4, 5]], 2)]
     [[1, 2], [3], [4, 5]]
     """
-    samples = _packed(ids, seq_len, lambda dtype: Split(seq_len, dtype), "drop", 0, "right")
+    samples = _packed(ids, Strategy("split", seq_len), "drop")
 
     def items(batches: Iterator[_Tokens], state: State | None) -> Iterator[tuple[Ids, Callable[[], State]]]:
         for sample, where in samples(batches, state):
@@ -289,9 +291,14 @@ def pack(
     ids: Iterable[Any],
     seq_len: int,
     *,
+    strategy: str = "concat",
     remainder: str = "keep",
     pad_id: int | None = None,
     pad_side: str = "right",
+    window: int = WINDOW,
+    max_segments: int | None = None,
+    shuffle: int | None = None,
+    shuffle_window: int | None = None,
     state: State | None = None,
 ) -> Stream[Sample]:
     """Samples of exactly `seq_len` ids: documents joined in order and cut every `seq_len` ids.
@@ -299,75 +306,72 @@ def pack(
     `ids`: a `tokenize` stream or any iterable of lists or arrays of ids. The ids left over at the end are handed out
     last as a shorter sample (``remainder="keep"``, its `complete` is False), padded with `pad_id`, or dropped.
 
+    ``strategy="best-fit"`` cuts no document that fits into a sample. It reads `window` ids ahead, places documents so
+    that little has to be padded (with `pad_id`), at most `max_segments` in a sample, and leaves nothing over.
+    ``strategy="split"`` puts no two documents into one sample. `shuffle` is a seed: documents come in another order,
+    shuffled within `shuffle_window` ids (by default `window`).
+
     >>> [s.token_ids.tolist() for s in pack([[1, 2, 3], [], [4, 5]], 2)]
     [[1, 2], [3, 4], [5]]
     >>> [s.token_ids.tolist() for s in pack([[1, 2, 3], [], [4, 5]], 2, remainder="pad", pad_id=0)]
     [[1, 2], [3, 4], [5, 0]]
+    >>> [s.token_ids.tolist() for s in pack([[1, 2, 3], [4, 5, 6], [7], [8]], 4, strategy="best-fit", pad_id=0)]
+    [[1, 2, 3, 7], [4, 5, 6, 8]]
     """
+    if strategy not in STRATEGIES:
+        raise RequestError(f"strategy {strategy!r} does not work: give {' or '.join(map(repr, STRATEGIES))}")
     if remainder not in ("keep", "pad", "drop"):
         raise RequestError(f"remainder {remainder!r} does not work: give 'keep', 'pad' or 'drop'")
-    if remainder == "pad" and pad_id is None:
-        raise RequestError("remainder='pad' needs a pad_id")
-    items = _packed(ids, seq_len, lambda dtype: Concat(seq_len, dtype), remainder, pad_id or 0, pad_side)
-    return Stream(lambda state: _id_batches(ids, state), items, state, columns=False)
+    if pad_id is None and (remainder == "pad" or strategy != "concat"):
+        what = f"strategy={strategy!r}" if strategy != "concat" else "remainder='pad'"
+        raise RequestError(f"{what} needs a pad_id")
+    numbers = {"window": window, "max_segments": max_segments, "shuffle_window": shuffle_window}
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise RequestError(f"{name} {number} does not work: give at least 1")
+    if shuffle is not None and not 0 <= shuffle < 1 << 64:
+        raise RequestError(f"shuffle {shuffle} does not work: give a seed from 0 to 2^64 - 1")
+    how = Strategy(strategy, seq_len, pad_id or 0, pad_side, window, max_segments, shuffle, shuffle_window or window)
+    return Stream(lambda state: _id_batches(ids, state), _packed(ids, how, remainder), state, columns=False)
 
 
 def _packed(
-    ids: Iterable[Any],
-    seq_len: int,
-    make: "Callable[[np.dtype[Any]], Packer]",
-    remainder: str,
-    pad_id: int,
-    pad_side: str,
+    ids: Iterable[Any], how: Strategy, remainder: str
 ) -> Callable[[Iterator[_Tokens], State | None], Iterator[tuple[Sample, Callable[[], State]]]]:
-    if seq_len < 1:
-        raise RequestError(f"seq_len {seq_len} does not work: a sample needs at least one id")
+    n = how.seq_len
+    if n < 1:
+        raise RequestError(f"seq_len {n} does not work: a sample needs at least one id")
+
+    def samples(some: Iterator[Packed]) -> Iterator[tuple[Sample, Callable[[], State]]]:
+        for packed in some:
+            bounds = np.searchsorted(packed.segments["sample"], np.arange(len(packed.ids) + 1))
+            for row, sample_ids in enumerate(packed.ids):
+                segments = _segments(packed.segments[bounds[row] : bounds[row + 1]])
+                left = n - sum(segment.length for segment in segments) if how.pad_side == "left" else 0
+                yield Sample(sample_ids, segments, pad_left=left), partial(packed.state, packed.first + row + 1)
 
     def items(batches: Iterator[_Tokens], state: State | None) -> Iterator[tuple[Sample, Callable[[], State]]]:
         if state and state.get("end"):
             return
-        number: int = state["item"] if state else 0  # the document that holds the next id
-        used: int = state["used"] if state else 0  # ids of it handed out before
-        handed: int = state["sample"] if state else 0
-        packer: Packer | None = None
+        line: Line | None = None
         for tokens in batches:
-            batch = tokens.batch.after(number, used)
-            packer = packer or make(batch.ids.dtype)
-            packed = packer.feed(batch)
-            every = np.arange(packer.samples - len(packed.ids), packer.samples + 1)
-            bounds = np.searchsorted(packed.segments["sample"], every)
-            for row, sample_ids in enumerate(packed.ids):
-                handed += 1
-                sample = Sample(sample_ids, _segments(packed.segments[bounds[row] : bounds[row + 1]]))
-                yield sample, _after(sample, handed, tokens)
-        if packer is None:
+            line = line or Line(how, tokens.batch.ids.dtype, state)
+            yield from samples(line.feed(tokens.batch, tokens.states))
+        if line is None:
             return
-        rest = packer.finish()
+        yield from samples(line.flush())
+        rest = line.finish()
         if len(rest.ids) and remainder != "drop":
             segments = _segments(rest.segments)
             sample = Sample(rest.ids, segments, complete=False)
             if remainder == "pad":
-                padding = seq_len - len(rest.ids)
-                left = padding if pad_side == "left" else 0
-                full = np.full(seq_len, pad_id, rest.ids.dtype)
+                left = n - len(rest.ids) if how.pad_side == "left" else 0
+                full = np.full(n, how.pad_id, rest.ids.dtype)
                 full[left : left + len(rest.ids)] = rest.ids
                 sample = Sample(full, segments, pad_left=left)
             yield sample, lambda: {"end": True}
 
     return items
-
-
-def _after(sample: Sample, handed: int, tokens: _Tokens) -> Callable[[], State]:
-    """The state after a sample that became complete with `tokens`: its last document is one of them."""
-
-    def state() -> State:
-        end, batch = sample.segments[-1], tokens.batch
-        row, used = end.document - int(batch.ordinal[0]), end.start + end.length
-        if used < int(batch.start[row] + batch.length[row]):
-            return {**tokens.states(row), "item": end.document, "used": used, "sample": handed}
-        return {**tokens.states(row + 1), "item": end.document + 1, "used": 0, "sample": handed}
-
-    return state
 
 
 def _segments(rows: Ids) -> tuple[Segment, ...]:

@@ -1,5 +1,6 @@
 """The samples of one subset of a corpus on their way into output shards, and where that can go on."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -7,7 +8,8 @@ import numpy as np
 
 from millstream.formats.shards import Rows, Shape, ShardWriter, write_remainder
 from millstream.records import Cursor, TokenBatch
-from millstream.stream.pack import Packed, Packer
+from millstream.stream.line import Line, Strategy
+from millstream.stream.pack import Ended, Packed, State
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,22 @@ class Mark:
 
 
 class Subset:
-    """The samples of one subset (train, validation): its packer, its shards, and where it can go on.
+    """The samples of one subset (train, validation): its packers, its shards, and where it can go on.
 
-    `resume` = (ordinal, used): the first document not wholly in a sealed shard and how many of its ids are in one.
-    `mark` is the reading side's state before that document.
+    `state` is that of the line before the first sample that is in no sealed shard: `mark`, the reading side's state
+    before a unit; `ordinal`, the first document from there on that has to be fed again; and what the line itself needs.
     """
 
-    def __init__(self, name: str, folder: str, shape: Shape, packer: Packer, found: dict[str, Any] | None) -> None:
-        self.name, self.folder, self.shape, self.packer = name, folder, shape, packer
+    def __init__(
+        self, name: str, folder: str, shape: Shape, strategy: Strategy, found: dict[str, Any] | None = None
+    ) -> None:
+        self.name, self.folder, self.shape = name, folder, shape
         self.shards: list[dict[str, Any]] = found["shards"] if found else []
-        self.resume: tuple[int, int] = (0, 0)
-        self.mark = Mark()
+        self.state: State = {"mark": Mark(), "ordinal": 0}
         if found:
-            self.resume = (found["resume"]["ordinal"], found["resume"]["used"])
-            self.mark = Mark.load(found["resume"]["mark"])
-        self.trim = self.resume
-        self.base = len(self.shards) * shape.per_shard  # samples sealed before this run
+            self.state = {**found["resume"], "mark": Mark.load(found["resume"]["mark"])}
+        self._begin: int = self.state["ordinal"]
+        self.line = Line(strategy, shape.dtype, self.state)
         self.writer: ShardWriter | None = None
         self.remainder: dict[str, Any] | None = None
 
@@ -58,61 +60,48 @@ class Subset:
         Its documents are read from the mark `begin` on, those of the next batch from `end` on; `ordinal` is the next
         document's.
         """
-        batch = batch.after(*self.trim)
+        batch = batch.after(self._begin, 0)
         if not len(batch):
             return False
-        packed = self.packer.feed(batch)
-        ended = len(batch) - batch.open
-        per_shard, sealed = self.shape.per_shard, False
-        samples = self.packer.samples - len(packed.ids)  # samples and rows written so far
-        rows = 0
-        while True:
-            number = len(self.shards)
-            bound = (number + 1) * per_shard - self.base
-            upto = min(bound, self.packer.samples)
-            self._write_samples(packed, samples, upto, number * per_shard - self.base)
-            samples = upto
-            last = int(np.searchsorted(packed.last_sample[:ended], bound))
-            self._write_rows(batch, packed, rows, last)
-            rows = last
-            if self.packer.samples < bound:
-                return sealed
-            self._seal()
-            sealed = True
-            done = rows == len(batch)
-            self.resume = (ordinal, 0) if done else self._resume_at(int(batch.ordinal[rows]), packed, bound)
-            self.mark = end if done else begin
 
-    @staticmethod
-    def _resume_at(ordinal: int, packed: Packed, bound: int) -> tuple[int, int]:
-        """Where to go on with document `ordinal`, of which samples before `bound` hold some ids or none."""
-        segments = packed.segments
-        here = segments[(segments["document"] == ordinal) & (segments["sample"] < bound)]
-        return ordinal, int(here[-1]["start"] + here[-1]["length"]) if len(here) else 0
+        def where(row: int) -> State:
+            if row == len(batch):
+                return {"mark": end, "ordinal": ordinal}
+            return {"mark": begin, "ordinal": int(batch.ordinal[row])}
+
+        return self._write(self.line.feed(batch, where))
+
+    def _write(self, some: Iterable[Packed]) -> bool:
+        """Write samples and documents, sealing shards as they fill; whether one was sealed."""
+        before = len(self.shards)
+        for packed in some:
+            left = packed
+            while left.stop >= (bound := self._first + self.shape.per_shard):
+                self._write_part(left.between(left.first, bound))
+                self._seal()
+                self.state = packed.state(bound)
+                left = left.between(bound, packed.stop + 1)
+            self._write_part(left)
+        return len(self.shards) > before
+
+    @property
+    def _first(self) -> int:
+        """The number of the first sample in the shard that is written."""
+        return len(self.shards) * self.shape.per_shard
 
     def _open(self) -> ShardWriter:
         if self.writer is None:
             self.writer = ShardWriter(self.folder, self.name, len(self.shards), self.shape)
         return self.writer
 
-    def _write_samples(self, packed: Packed, low: int, high: int, first: int) -> None:
-        if high <= low:
-            return
-        offset = self.packer.samples - len(packed.ids)
-        bounds = np.searchsorted(packed.segments["sample"], [low, high])
-        segments = packed.segments[bounds[0] : bounds[1]].copy()
-        segments["sample"] = segments["sample"].astype(np.int64) - first
-        rows = packed.ids[low - offset : high - offset]
-        padding = rows.size - int(segments["length"].sum())
-        self._open().write(rows, segments, padding)
-
-    def _write_rows(self, batch: TokenBatch, packed: Packed, low: int, high: int) -> None:
-        if high > low:
-            part = slice(low, high)
-            length = (batch.start + batch.length)[part]
-            split = packed.split[part] & (length > 0)
-            rows = (batch.ordinal[part], batch.doc_ids[part], batch.source[part], batch.offset[part])
-            self._open().write_documents(Rows(*rows, length, split))
+    def _write_part(self, packed: Packed) -> None:
+        if len(packed.ids):
+            segments = packed.segments.copy()
+            segments["sample"] += np.uint32(packed.first - self._first)
+            padding = packed.ids.size - int(segments["length"].sum())
+            self._open().write(packed.ids, segments, padding)
+        if len(packed.ended.ordinal):
+            self._open().write_documents(_rows(packed.ended))
 
     def _seal(self) -> None:
         assert self.writer
@@ -121,13 +110,13 @@ class Subset:
 
     def finish(self, remainder: str, pad_id: int, pad_side: str) -> None:
         """Seal what is left; the ids that fill no sample are kept, padded or dropped."""
-        rest = self.packer.finish()
+        self._write(self.line.flush())
+        rest = self.line.finish()
         n = self.shape.seq_len
         self.remainder = {"policy": remainder, "ids": len(rest.ids)}
         if len(rest.ids):
             segments = rest.segments.copy()
-            local = self.packer.samples - (len(self.shards) * self.shape.per_shard - self.base)
-            segments["sample"] = local
+            segments["sample"] = self.line.packer.samples - self._first
             if remainder == "pad":
                 row = np.full((1, n), pad_id, rest.ids.dtype)
                 left = n - len(rest.ids) if pad_side == "left" else 0
@@ -147,5 +136,9 @@ class Subset:
         found: dict[str, Any] = {"shards": self.shards}
         if complete:
             return {**found, "remainder": self.remainder}
-        mark = {**asdict(self.mark), "cursor": list(self.mark.cursor)}
-        return {**found, "resume": {"ordinal": self.resume[0], "used": self.resume[1], "mark": mark}}
+        mark = {**asdict(self.state["mark"]), "cursor": list(self.state["mark"].cursor)}
+        return {**found, "resume": {**self.state, "mark": mark}}
+
+
+def _rows(ended: Ended) -> Rows:
+    return Rows(ended.ordinal, ended.doc_ids, ended.source, ended.offset, ended.length, ended.split)

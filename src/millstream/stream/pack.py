@@ -1,12 +1,13 @@
 """Packers: batches of token ids in, samples of exactly `seq_len` ids out, with at most one remainder.
 
-Packing is all the state there is: fewer than `seq_len` ids and the segments they belong to. The strategies differ in
-what happens to a document:
+The strategies differ in what happens to a document:
 
 * `Concat` joins all documents and cuts every `seq_len` ids: the order is kept, nothing is padded, documents are cut.
 * `Split` cuts each document every `seq_len` ids and pads the last piece: the baseline packing is compared with.
+* `BestFit` (in `bestfit`) cuts only what is longer than a sample, and places the rest so that little is padded.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,22 +15,94 @@ import numpy as np
 
 from millstream.records import SEGMENT, Ids, TokenBatch
 
+State = dict[str, Any]
+Where = Callable[[int], State]
+"""`where(row)`: what whoever feeds a batch needs to read on from its row number `row`, or behind its last one."""
+
+CHUNK = 1 << 18
+"""Ids that are copied out of a window at once."""
+LEAST = 128
+"""A shorter document counts as so many ids in a window: what is kept of a document besides its ids costs memory too."""
+
+
+def nowhere(row: int) -> State:
+    return {}
+
+
+def weight(length: Ids) -> Ids:
+    """What documents of so many ids count for in a window.
+
+    >>> weight(np.array([0, 127, 128, 5000])).tolist()
+    [128, 128, 128, 5000]
+    """
+    return np.maximum(length, LEAST)
+
+
+def continued(where: State, used: int, samples: int, number: int) -> State:
+    """The state from which sample `number` comes next: read on from `where` without the first `used` ids, pack with
+    `samples` samples before that, and drop those before `number`."""
+    return {**where, "used": used, "samples": samples, "drop": number - samples}
+
+
+@dataclass(slots=True)
+class Ended:
+    """Documents that have ended, in columns.
+
+    `length` in ids; `last_sample`: the number of the sample with the document's last id (with the next id for an empty
+    document); `split`: whether its ids are in more than one sample.
+    """
+
+    ordinal: Ids
+    doc_ids: list[str]
+    source: Ids
+    offset: Ids
+    length: Ids
+    last_sample: Ids
+    split: Ids
+
+    def where(self, mask: Ids) -> "Ended":
+        """The rows that a mask, or a list of row numbers, chooses."""
+        numbers = (self.source, self.offset, self.length, self.last_sample, self.split)
+        return Ended(self.ordinal[mask], take_names(self.doc_ids, mask), *(column[mask] for column in numbers))
+
+
+def take_names(names: list[str], chosen: Ids) -> list[str]:
+    """`names[chosen]`, as numpy would index it."""
+    found: list[str] = np.array(names, object)[chosen].tolist()
+    return found
+
 
 @dataclass(slots=True)
 class Packed:
-    """Samples that became complete, in order.
+    """Samples that became complete, in order, and the documents of which no sample will hold any more.
 
-    `ids` (samples, seq_len); `segments` (of `SEGMENT`, in order of sample, `sample` counting from the packer's first);
-    for each row of the batch that was fed, `last_sample`: the sample of the row's last id (of the next id for an empty
-    document), and `split`: whether the document reaches into more than one sample; neither counts for a last row that
-    is open. `padding`: ids that are none.
+    `ids` (samples, seq_len), of which the first is sample number `first`; `segments` (of `SEGMENT`, in order of
+    `sample`, which counts from `first`). `state(number)`, for first < number <= stop, is the state of the stream before
+    sample `number`.
     """
 
+    first: int
     ids: Ids
     segments: Ids
-    last_sample: Ids
-    split: Ids
-    padding: int = 0
+    ended: Ended
+    state: Callable[[int], State]
+
+    @property
+    def stop(self) -> int:
+        """The number of the sample after the last."""
+        return self.first + len(self.ids)
+
+    def between(self, low: int, high: int) -> "Packed":
+        """The samples with numbers from `low` to before `high`, and the documents whose last one is among these."""
+        begin, end = (min(max(number - self.first, 0), len(self.ids)) for number in (low, high))
+        last = self.ended.last_sample
+        inside = (last >= low) & (last < high)
+        if begin == 0 and end == len(self.ids) and inside.all():
+            return self
+        bounds = np.searchsorted(self.segments["sample"], [begin, end])
+        segments = self.segments[bounds[0] : bounds[1]].copy()
+        segments["sample"] -= np.uint32(begin)
+        return Packed(self.first + begin, self.ids[begin:end], segments, self.ended.where(inside), self.state)
 
 
 @dataclass(slots=True)
@@ -41,10 +114,14 @@ class Remainder:
 
 
 class Packer(Protocol):
+    """`feed` every batch, `flush` what was held back, `finish` with the remainder; `samples` have come out so far."""
+
     seq_len: int
     samples: int
 
-    def feed(self, batch: TokenBatch) -> Packed: ...
+    def feed(self, batch: TokenBatch, where: Where = nowhere) -> Iterator[Packed]: ...
+
+    def flush(self) -> Iterator[Packed]: ...
 
     def finish(self) -> Remainder: ...
 
@@ -52,36 +129,40 @@ class Packer(Protocol):
 class Concat:
     """Join documents, cut every `seq_len` ids.
 
+    All the state there is: fewer than `seq_len` ids and the segments they belong to.
+
     >>> import numpy as np
     >>> packer, row = Concat(2, np.dtype(np.uint32)), np.arange(3)
     >>> ids, lengths = np.array([1, 2, 3, 4, 5]), np.array([3, 0, 2])
-    >>> packer.feed(TokenBatch(ids, lengths, row, row * 0, ["a", "b", "c"], row, row)).ids.tolist()
-    [[1, 2], [3, 4]]
+    >>> batch = TokenBatch(ids, lengths, row, row * 0, ["a", "b", "c"], row, row)
+    >>> [packed.ids.tolist() for packed in packer.feed(batch)]
+    [[[1, 2], [3, 4]]]
     >>> packer.finish().ids.tolist()
     [5]
     """
 
-    def __init__(self, seq_len: int, dtype: "np.dtype[Any]") -> None:
+    def __init__(self, seq_len: int, dtype: "np.dtype[Any]", samples: int = 0) -> None:
         self.seq_len = seq_len
-        self.samples = 0
+        self.samples = samples
         self._ids = np.empty(seq_len, dtype)
         self._filled = 0
         self._segments = np.empty(0, SEGMENT)
         self._open_first = -1  # the sample in which the document that goes on began; -1: one handed out before
 
-    def feed(self, batch: TokenBatch) -> Packed:
+    def feed(self, batch: TokenBatch, where: Where = nowhere) -> Iterator[Packed]:
         n = self.seq_len
-        stops = np.cumsum(batch.length) + (self.samples * n + self._filled)
+        stops = np.cumsum(batch.length) + self._filled
         starts = stops - batch.length
         first, last = starts // n, np.maximum(stops - 1, starts) // n
         segments = self._with_held(_cut(batch, starts, stops, first, n))
         complete = (self._filled + len(batch.ids)) // n
-        done = segments["sample"] < self.samples + complete
-        split = self._split(batch, first, last)
-        packed = Packed(self._copy(batch.ids, complete), segments[done], last, split)
+        done = segments["sample"] < complete
+        ended = _ended(batch, last + self.samples, self._split(batch, first + self.samples, last + self.samples))
+        ids, number = self._copy(batch.ids, complete), self.samples
         self._segments = segments[~done]
+        self._segments["sample"] = 0
         self.samples += complete
-        return packed
+        yield Packed(number, ids, segments[done], ended, _states(batch, where, starts, last, number, n))
 
     def _split(self, batch: TokenBatch, first: Ids, last: Ids) -> Ids:
         if not len(batch):
@@ -112,11 +193,14 @@ class Concat:
         if not len(held) or not len(segments):
             return segments if len(segments) else held
         end, begin = held[-1], segments[0]
-        if end["document"] == begin["document"] and end["sample"] == begin["sample"]:
+        if end["document"] == begin["document"] and begin["sample"] == 0:
             begin["start"] = end["start"]
             begin["length"] += end["length"]
             held = held[:-1]
         return np.concatenate([held, segments])
+
+    def flush(self) -> Iterator[Packed]:
+        return iter(())
 
     def finish(self) -> Remainder:
         return Remainder(self._ids[: self._filled].copy(), self._segments)
@@ -128,50 +212,93 @@ class Split:
     >>> import numpy as np
     >>> packer, row = Split(2, np.dtype(np.uint32), pad_id=9), np.arange(3)
     >>> ids, lengths = np.array([1, 2, 3, 4, 5]), np.array([3, 0, 2])
-    >>> packer.feed(TokenBatch(ids, lengths, row, row * 0, ["a", "b", "c"], row, row)).ids.tolist()
-    [[1, 2], [3, 9], [4, 5]]
+    >>> batch = TokenBatch(ids, lengths, row, row * 0, ["a", "b", "c"], row, row)
+    >>> [packed.ids.tolist() for packed in packer.feed(batch)]
+    [[[1, 2], [3, 9], [4, 5]]]
     """
 
-    def __init__(self, seq_len: int, dtype: "np.dtype[Any]", pad_id: int = 0, pad_side: str = "right") -> None:
+    def __init__(
+        self, seq_len: int, dtype: "np.dtype[Any]", pad_id: int = 0, pad_side: str = "right", samples: int = 0
+    ) -> None:
         self.seq_len = seq_len
-        self.samples = 0
-        self._pad = pad_id
-        self._left = pad_side == "left"
+        self.samples = samples
+        self._pad, self._side = pad_id, pad_side
         self._dtype = dtype
         self._held = np.empty(0, dtype)  # the unfinished piece of a document that goes on
 
-    def feed(self, batch: TokenBatch) -> Packed:
-        n = self.seq_len
+    def feed(self, batch: TokenBatch, where: Where = nowhere) -> Iterator[Packed]:
         if not len(batch):
-            nothing = np.empty((0, n), self._dtype)
-            return Packed(nothing, np.empty(0, SEGMENT), np.zeros(0, np.int64), np.zeros(0, bool))
-        held = len(self._held)
-        ids, lengths, offsets = batch.ids, batch.length.copy(), batch.start.copy()
-        if held:
-            ids = np.concatenate([self._held, ids])
-            lengths[0] += held
-            offsets[0] -= held
-        keep = int(lengths[-1]) % n if batch.open else 0
-        self._held = ids[len(ids) - keep :].astype(self._dtype)
-        lengths[-1] -= keep
-        pieces = -(-lengths // n)
+            return
+        n = self.seq_len
+        flat = joined(self._held, batch)
+        keep = int(flat.length[-1]) % n if batch.open else 0
+        kept = len(flat.ids) - keep
+        self._held = flat.ids[kept:].astype(self._dtype)
+        flat.length[-1] -= keep
+        pieces = -(-flat.length // n)
         # A virtual position in which every document begins with a new sample makes this the case of `Concat`.
-        starts = (np.cumsum(pieces) - pieces + self.samples) * n
-        flat = TokenBatch(ids, lengths, batch.ordinal, offsets, batch.doc_ids, batch.source, batch.offset, batch.open)
-        segments = _cut(flat, starts, starts + lengths, starts // n, n)
-        total = int(pieces.sum())
-        out = np.full((total, n), self._pad, self._dtype)
-        column = np.arange(n)
-        size = segments["length"].astype(np.int64)[:, None]
-        out[column >= n - size if self._left else column < size] = ids[: len(ids) - keep]
-        last = np.maximum(starts + lengths - 1, starts) // n
-        split = (offsets > 0) | (pieces > 1)
-        packed = Packed(out, segments, last, split, total * n - (len(ids) - keep))
-        self.samples += total
-        return packed
+        starts = (np.cumsum(pieces) - pieces) * n
+        stops = starts + flat.length
+        segments = _cut(flat, starts, stops, starts // n, n)
+        last = np.maximum(stops - 1, starts) // n
+        ids = padded(flat.ids[:kept], segments["length"], n, self._pad, self._side)
+        ended = _ended(batch, last + self.samples, (flat.start > 0) | (pieces > 1))
+        number = self.samples
+        self.samples += len(ids)
+        yield Packed(number, ids, segments, ended, _states(flat, where, starts, last, number, n))
+
+    def flush(self) -> Iterator[Packed]:
+        return iter(())
 
     def finish(self) -> Remainder:
         return Remainder(self._held, np.empty(0, SEGMENT))
+
+
+def joined(held: Ids, batch: TokenBatch) -> TokenBatch:
+    """`batch` with the ids `held` back from the document that goes on put before its first row; columns are copies."""
+    ids, length, start = batch.ids, batch.length.copy(), batch.start.copy()
+    if len(held):
+        ids = np.concatenate([held, ids])
+        length[0] += len(held)
+        start[0] -= len(held)
+    return TokenBatch(ids, length, batch.ordinal, start, batch.doc_ids, batch.source, batch.offset, batch.open)
+
+
+def padded(ids: Ids, used: Ids, n: int, pad_id: int, pad_side: str) -> Ids:
+    """Samples of n ids, of which number k holds the next `used[k]` of `ids`; the rest is padding.
+
+    >>> padded(np.array([1, 2, 3]), np.array([2, 1]), 2, 0, "left").tolist()
+    [[1, 2], [0, 3]]
+    """
+    if len(ids) == len(used) * n:
+        return ids.reshape(-1, n).copy()
+    out = np.full((len(used), n), pad_id, ids.dtype)
+    column, size = np.arange(n), used.astype(np.int64)[:, None]
+    out[column >= n - size if pad_side == "left" else column < size] = ids
+    return out
+
+
+def _ended(batch: TokenBatch, last_sample: Ids, split: Ids) -> Ended:
+    """The documents that end in a batch, which are all but an open one."""
+    end = len(batch) - batch.open
+    names = batch.doc_ids[:end] if batch.open else batch.doc_ids
+    length = (batch.start + batch.length)[:end]
+    columns = (batch.ordinal[:end], names, batch.source[:end], batch.offset[:end])
+    return Ended(*columns, length, last_sample[:end], split[:end])
+
+
+def _states(batch: TokenBatch, where: Where, starts: Ids, last: Ids, first: int, n: int) -> Callable[[int], State]:
+    """`Packed.state` where nothing is held back: the rows of `batch` begin at `starts`, from sample `first` on, and end
+    in the samples `last`."""
+
+    def state(number: int) -> State:
+        row = int(np.searchsorted(last[: len(batch) - batch.open], number - first))
+        used = 0
+        if row < len(batch):
+            used = int(batch.start[row]) + max(0, (number - first) * n - int(starts[row]))
+        return continued(where(row), used, number, number)
+
+    return state
 
 
 def _cut(batch: TokenBatch, starts: Ids, stops: Ids, first: Ids, n: int) -> Ids:
@@ -187,3 +314,28 @@ def _cut(batch: TokenBatch, starts: Ids, stops: Ids, first: Ids, n: int) -> Ids:
     segments["length"] = end - begin
     segments["sample"] = sample
     return segments
+
+
+class Runs:
+    """Runs of ids that lie one behind the other, to be copied out in another order: the k-th is
+    ids[bounds[k]:bounds[k + 1]].
+
+    >>> Runs(np.array([1, 2, 3, 4], np.uint16), np.array([0, 2, 3, 4])).take(np.array([2, 0])).tolist()
+    [4, 1, 2]
+    """
+
+    def __init__(self, ids: Ids, bounds: Ids) -> None:
+        import pyarrow as pa
+
+        self._dtype = ids.dtype
+        # Binary values are copied whole, several times faster than numpy gathers single ids.
+        buffers = [None, pa.py_buffer(bounds.astype(np.int64) * ids.itemsize), pa.py_buffer(np.ascontiguousarray(ids))]
+        self._values = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(bounds) - 1, buffers)
+
+    def take(self, chosen: Ids) -> Ids:
+        """The ids of the chosen runs, joined; read only."""
+        if not len(chosen):
+            return np.empty(0, self._dtype)
+        _, bounds, data = self._values.take(chosen).buffers()
+        size = int(np.frombuffer(bounds, np.int64)[len(chosen)])
+        return np.frombuffer(data, self._dtype, size // self._dtype.itemsize)

@@ -1,0 +1,59 @@
+"""Parquet for Hugging Face `datasets` and TRL: one row a sample."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from millstream.formats.exports.out import Out
+from millstream.formats.exports.samples import Runs, Samples, narrow
+from millstream.records import Ids
+
+IGNORED = -100
+"""The label of padding, which PyTorch's loss leaves out."""
+
+
+def write(samples: Samples, out: Out) -> int:
+    """samples-00000.parquet with the columns of `schema`."""
+    import pyarrow.parquet as pq
+
+    columns = schema(samples.padded, {"millstream": json.dumps(samples.settings)})
+    written = 0
+    for shard in samples.shards:
+        if not len(shard):
+            continue
+        with (
+            out.create(f"{samples.subset}/samples-{shard.number:05d}.parquet") as file,
+            pq.ParquetWriter(file, columns, compression="snappy", use_dictionary=False) as writer,
+        ):
+            for first, block in shard.blocks():
+                writer.write_batch(batch(columns, block, shard.runs(first, len(block))), len(block))
+                written += block.size
+    return written
+
+
+def schema(padded: bool, metadata: dict[str, str]) -> Any:
+    """`input_ids`; `labels` if there is padding; `seq_lengths` and `documents` of the runs in each sample.
+
+    Padding is a run of its own, of document -1, so that `seq_lengths` add up to N as TRL wants it.
+    """
+    import pyarrow as pa
+
+    labels = [("labels", pa.list_(pa.int32()))] if padded else []
+    names = [("seq_lengths", pa.list_(pa.int32())), ("documents", pa.list_(pa.int64()))]
+    return pa.schema([("input_ids", pa.list_(pa.int32())), *labels, *names], metadata)
+
+
+def batch(columns: Any, ids: Ids, runs: Runs) -> Any:
+    """A record batch of `columns`: samples (rows, N) and their runs."""
+    import pyarrow as pa
+
+    rows, seq_len = ids.shape
+    flat = narrow(ids.reshape(-1), "<i4")
+    even = np.arange(0, (rows + 1) * seq_len, seq_len, dtype=np.int32)
+    bounds = runs.bounds.astype(np.int32)
+    made = {"input_ids": (even, flat), "seq_lengths": (bounds, runs.length), "documents": (bounds, runs.document)}
+    if "labels" in columns.names:
+        made["labels"] = (even, np.where(np.repeat(runs.document < 0, runs.length), np.int32(IGNORED), flat))
+    lists = [pa.ListArray.from_arrays(*made[name]) for name in columns.names]
+    return pa.record_batch(lists, columns)

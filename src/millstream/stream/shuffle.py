@@ -1,0 +1,144 @@
+"""Documents in another order: shuffled by a seed, within windows of ids."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from millstream.records import Ids, TokenBatch
+from millstream.stream.pack import CHUNK, Runs, State, Where, nowhere, take_names, weight
+
+_PURPOSES = {"bins": 0, "documents": 1}
+
+
+def permutation(count: int, seed: int, ordinal: int, purpose: str) -> Ids:
+    """The numbers below `count` in an order that depends on the seed, a document's ordinal and the purpose alone.
+
+    It is made from a bit generator's raw output, which is the same on every machine and in every version of numpy.
+
+    >>> permutation(5, 0, 0, "documents").tolist()
+    [4, 2, 0, 1, 3]
+    """
+    key = np.array([seed, ordinal], np.uint64)
+    counter = np.array([0, 0, 0, _PURPOSES[purpose]], np.uint64)
+    raw = np.random.Philox(key=key, counter=counter).random_raw(count)
+    order: Ids = np.argsort(raw, kind="stable")
+    return order
+
+
+class Shuffle:
+    """Shuffle documents within windows: each holds as many as fit into `window` ids, by `weight`.
+
+    A longer document is a window by itself and goes through as it comes. `feed` and `flush` give batches with their
+    `where`, which has how many of the window's documents came before as `rows`.
+
+    >>> import numpy as np
+    >>> shuffle, row = Shuffle(0, 1000, np.dtype(np.uint32)), np.arange(5)
+    >>> batch = TokenBatch(np.arange(5), row * 0 + 1, row, row * 0, [*"abcde"], row, row)
+    >>> list(shuffle.feed(batch))
+    []
+    >>> [(batch.doc_ids, batch.ids.tolist()) for batch, where in shuffle.flush()]
+    [(['e', 'c', 'a', 'b', 'd'], [4, 2, 0, 1, 3])]
+    """
+
+    def __init__(self, seed: int, window: int, dtype: "np.dtype[Any]") -> None:
+        self._seed, self._window = seed, window
+        self._ids = np.empty(window, dtype)  # memory that is not written to is not used
+        self._first: State = {}  # where the window begins
+        self._parts: list[TokenBatch] = []  # of a document that goes on
+        self._long = False  # it is longer than the window
+        self._begin()
+
+    def _begin(self) -> None:
+        self._rows: list[TokenBatch] = []  # their ids are in `_ids`
+        self._weight = self._filled = 0
+
+    def feed(self, batch: TokenBatch, where: Where = nowhere) -> Iterator[tuple[TokenBatch, Where]]:
+        low, high = 0, len(batch) - batch.open
+        if len(batch) and (self._parts or self._long):
+            yield from self._go_on(batch.rows(0, 1), where)
+            low = 1
+        if low < high:
+            yield from self._take(batch.rows(low, high), lambda row: where(low + row))
+        if batch.open and low <= high:
+            yield from self._go_on(batch.rows(high, high + 1), lambda row: where(high + row))
+
+    def _go_on(self, part: TokenBatch, where: Where) -> Iterator[tuple[TokenBatch, Where]]:
+        """Take a part of a document that is handed over in several batches."""
+        if self._long:
+            self._long = part.open
+            yield part, _alone(where)
+            return
+        self._parts.append(part)
+        if not part.open:
+            document, self._parts = _whole(self._parts), []
+            yield from self._take(document, where)
+        elif sum(len(one.ids) for one in self._parts) > self._window:
+            yield from self._close(where(0))
+            for one in self._parts:
+                yield one, _alone(where)
+            self._parts, self._long = [], True
+
+    def _take(self, batch: TokenBatch, where: Where) -> Iterator[tuple[TokenBatch, Where]]:
+        weights = np.cumsum(weight(batch.length))
+        low = counted = 0
+        while low < len(batch):
+            high = int(np.searchsorted(weights, self._window - self._weight + counted, side="right"))
+            if high == low and self._rows:
+                yield from self._close(where(low))
+                continue
+            if high > low:
+                self._add(batch.rows(low, high), where(low), int(weights[high - 1]) - counted)
+            else:
+                high = low + 1
+                yield batch.rows(low, high), _alone(lambda row, low=low: where(low + row))  # type: ignore[misc]
+            low, counted = high, int(weights[high - 1])
+
+    def _add(self, batch: TokenBatch, where: State, weight: int) -> None:
+        if not self._rows:
+            self._first = where
+        self._ids[self._filled : self._filled + len(batch.ids)] = batch.ids
+        self._filled += len(batch.ids)
+        self._weight += weight
+        self._rows.append(replace(batch, ids=batch.ids[:0].copy()))
+
+    def _close(self, behind: State | None = None) -> Iterator[tuple[TokenBatch, Where]]:
+        """Hand out the window's documents, a chunk at a time; `behind` is where the next one begins."""
+        if not self._rows:
+            return
+        length, ordinal, start, source, offset = (
+            np.concatenate([getattr(rows, name) for rows in self._rows])
+            for name in ("length", "ordinal", "start", "source", "offset")
+        )
+        names = [name for rows in self._rows for name in rows.doc_ids]
+        order = permutation(len(length), self._seed, int(ordinal[0]), "documents")
+        runs = Runs(self._ids[: self._filled], np.concatenate([[0], np.cumsum(length)]))
+        chunk = np.cumsum(length[order]) // CHUNK
+        first = self._first
+
+        def where(row: int) -> State:
+            if behind is not None and row == len(order):
+                return {**behind, "rows": 0}
+            return {**first, "rows": row}
+
+        for low, high in pairwise([0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(order)]):
+            some = order[low:high]
+            columns = (length[some], ordinal[some], start[some], take_names(names, some), source[some], offset[some])
+            yield TokenBatch(runs.take(some), *columns), lambda row, low=low: where(low + row)  # type: ignore[misc]
+        self._begin()
+
+    def flush(self) -> Iterator[tuple[TokenBatch, Where]]:
+        """The documents of the last window, which the end of the input closes."""
+        yield from self._close()
+
+
+def _alone(where: Where) -> Where:
+    return lambda row: {**where(row), "rows": 0}
+
+
+def _whole(parts: list[TokenBatch]) -> TokenBatch:
+    """A document that came in several batches, as one row."""
+    ids = np.concatenate([part.ids for part in parts])
+    return replace(parts[0], ids=ids, length=np.array([len(ids)]), open=False)

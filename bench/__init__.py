@@ -1,5 +1,6 @@
-"""The benchmark: millstream beside its bare engine and the pipelines people use today, measured in one run.
+"""The benchmark: millstream beside bare engines and clients and what people use today, measured in one run.
 
-`python -m bench --quick` is over in minutes and judges nothing; `python -m bench --write` measures every row
-and puts the table into docs/performance.md. `make bench-env` installs the rivals.
+`python -m bench --quick` is over in minutes and judges nothing; `python -m bench --write` measures every row and puts
+the tables into docs/performance.md; `--only pack` and `--only ask` are about one of them. `make bench-env` installs the
+rivals.
 """

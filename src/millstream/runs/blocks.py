@@ -1,0 +1,375 @@
+"""Blocks of a corpus, spread over all of it, read and tokenized to learn how long its documents are.
+
+A document belongs to the block that it begins in and is read to its end, so that long ones are neither more nor less
+often among those that are read. What cannot be sought is read from the front.
+"""
+
+import contextlib
+import io
+import itertools
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from millstream.errors import RequestError
+from millstream.formats.slices import LONG_TEXT, Limits, slices, units
+from millstream.formats.sources import READ, InputShard, Truncated, _gunzip, _unzstd
+from millstream.records import Cursor, Fault, Ids, Slice
+from millstream.runs.encode import Encode
+
+BLOCKS = 256
+"""Blocks that are read of every kind of input, if there are so many."""
+ENOUGH = 16
+"""Input shards or row groups, read from the front, that are enough to tell how far they differ."""
+SMALLEST = 1 << 12
+_EXPANDS = 4  # times: what packed text and Parquet become, roughly
+_SIP = 1 << 14
+
+
+@dataclass(slots=True)
+class Block:
+    """What was read of a stretch of the corpus.
+
+    `length` (documents,) in ids, `faulty` documents besides; `size` in the measure of its part, of which it stands for
+    `weight` times as much. Blocks of one `cluster` are neighbours.
+    """
+
+    length: Ids
+    faulty: int
+    size: float
+    weight: float = 1.0
+    cluster: int = 0
+
+
+@dataclass(slots=True)
+class Part:
+    """Input shards of one kind: their size in all, in bytes as they are measured, and the blocks that were read.
+
+    `whole`: everything was read. `documents`: how many there are, where that is known beforehand.
+    """
+
+    total: float
+    blocks: list[Block]
+    whole: bool
+    documents: int | None = None
+
+    @property
+    def scale(self) -> float:
+        """How often the blocks, by their weights, fit into the part."""
+        return 1.0 if self.whole else self.total / sum(block.weight * block.size for block in self.blocks)
+
+
+class BlockReader:
+    """Reads blocks of about `budget` bytes in all; `parts` does it, and the rest says what was met.
+
+    `bytes` of input read, `ids` and `seconds` it took to read and tokenize them, `faults` by reason with an example of
+    each, and `notes`: what a person has to know of how it was read.
+    """
+
+    def __init__(self, encode: Encode, limits: Limits, budget: int, seed: int) -> None:
+        self.bytes = self.ids = 0
+        self.seconds = 0.0
+        self.faults: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.cut = False  # what was left out cannot even be estimated
+        self._encode, self._limits, self._budget = encode, limits, budget
+        self._columns = (encode.fields.content, encode.fields.id)
+        self._random = np.random.default_rng([seed, 1])
+
+    def parts(self, shards: list[InputShard]) -> list[Part]:
+        """The whole corpus in one part, if it is no larger than the budget, else blocks of every kind of input.
+
+        Raises RequestError if no document begins in the blocks of some kind.
+        """
+        if sum(map(rough_size, shards)) <= self._budget:
+            return [self._all(shards)]
+        kinds: dict[tuple[str, str | None, bool], list[InputShard]] = {}
+        for shard in shards:
+            broken = shard.uri != "-" and not os.access(shard.uri, os.R_OK)
+            key = ("broken", None, False) if broken else (shard.kind, shard.packed, shard.uri == "-")
+            kinds.setdefault(key, []).append(shard)
+        rough = {key: sum(map(rough_size, some)) + (self._budget if key[2] else 0) for key, some in kinds.items()}
+        found = []
+        for key, some in kinds.items():
+            budget = max(BLOCKS * SMALLEST // 16, self._budget * rough[key] // max(1, sum(rough.values())))
+            found += list(self._way(*key)(some, budget))
+        return found
+
+    def _way(self, kind: str, packed: str | None, piped: bool) -> Callable[[list[InputShard], int], Iterator[Part]]:
+        if kind == "broken" or piped:
+            return self._as_they_are
+        if kind == "parquet":
+            return self._groups
+        if kind == "jsonl":
+            return self._fronts if packed else self._lines
+        return self._texts
+
+    def _all(self, shards: list[InputShard]) -> Part:
+        pieces = itertools.chain.from_iterable(self._to_budget(shard, self._budget) for shard in shards)
+        block = self._block(pieces)
+        return Part(block.size, [block], True)
+
+    def _as_they_are(self, shards: list[InputShard], budget: int) -> Iterator[Part]:
+        """Standard input up to the budget, and shards that are one fault."""
+        blocks = [self._block(self._to_budget(shard, budget)) for shard in shards]
+        yield Part(sum(block.size for block in blocks), blocks, True)
+
+    def _to_budget(self, shard: InputShard, budget: int) -> Iterator[Slice]:
+        if shard.uri != "-":
+            yield from self._slices(shard)
+            return
+        end = 0
+        for piece in _within(self._slices(shard), budget):
+            yield piece
+            end = piece.stop
+        if end >= budget:
+            self.cut = True
+            self.notes.append(
+                f"standard input was read to {end / (1 << 20):.3g} MiB and goes on: the numbers are of that part"
+            )
+
+    def _slices(self, shard: InputShard, start: int = 0) -> Iterator[Slice]:
+        return slices([shard], Cursor(0, start), self._limits, self._columns)
+
+    def _chosen(self, count: int, wanted: int) -> list[tuple[int, int]]:
+        """(number, how many it stands for): one by chance of every `wanted`-th part of the numbers below `count`."""
+        wanted = min(wanted, count)
+        bounds = [number * count // wanted for number in range(wanted + 1)] if wanted else [0]
+        return [(int(self._random.integers(low, high)), high - low) for low, high in itertools.pairwise(bounds)]
+
+    def _lines(self, shards: list[InputShard], budget: int) -> Iterator[Part]:
+        """JSON lines: blocks of bytes, numbered through all shards."""
+        stops = np.cumsum([os.path.getsize(shard.uri) for shard in shards]).tolist()
+        starts, total = [0, *stops[:-1]], stops[-1]
+        size = min(max(budget // BLOCKS, SMALLEST), READ)
+        count = -(-total // size)
+        chosen = self._chosen(count, budget // size)
+        blocks = []
+        for number, times in chosen:
+            low, high = number * size, (number + 1) * size
+            ranges = []
+            for index in range(int(np.searchsorted(stops, low, side="right")), len(shards)):
+                if starts[index] >= high:
+                    break
+                ranges.append(self._range(shards[index], max(0, low - starts[index]), high - starts[index]))
+            blocks.append(replace(self._block(itertools.chain.from_iterable(ranges)), weight=times))
+        yield self._found(Part(total, blocks, len(chosen) == count))
+
+    def _range(self, shard: InputShard, low: int, high: int) -> Iterator[Slice]:
+        """The lines that begin at bytes from `low` to before `high`."""
+        start = first_line(shard.uri, low)
+        if start is not None and start < high:
+            yield from _within(self._slices(shard, start), high)
+
+    def _texts(self, shards: list[InputShard], budget: int) -> Iterator[Part]:
+        """Plain text: whole files, each as likely as any other; very long ones from the front."""
+        sizes = [os.path.getsize(shard.uri) for shard in shards]
+        longest = max(LONG_TEXT, budget // 16)
+        cost = sum(
+            rough_size(shard) if shard.packed else min(size, longest) for shard, size in zip(shards, sizes, strict=True)
+        )
+        chosen = self._chosen(len(shards), max(ENOUGH, len(shards) * budget // max(1, cost)))
+        blocks, long = [], 0
+        for number, times in chosen:
+            shard, size = shards[number], sizes[number]
+            if shard.packed or size <= longest:
+                block = self._block(self._slices(shard))
+            else:
+                block = self._block(_within(self._slices(shard), longest))
+                if block.size < size and len(block.length):
+                    long += 1
+                    block.length = np.maximum(1, block.length * size // int(block.size))
+            blocks.append(replace(block, size=size, weight=times))
+        if long:
+            self.notes.append(
+                f"{long:,} texts of over {longest >> 20} MiB were tokenized in part: their lengths are estimated"
+            )
+        yield Part(sum(sizes), blocks, len(chosen) == len(shards) and not long, len(shards))
+
+    def _fronts(self, shards: list[InputShard], budget: int) -> Iterator[Part]:
+        """Packed JSON lines: the same fraction of many shards, from the front, measured in packed bytes."""
+        sizes = [os.path.getsize(shard.uri) for shard in shards]
+        chosen = self._chosen(len(shards), BLOCKS)
+        fraction = min(1.0, budget / max(1, sum(rough_size(shards[number]) for number, _ in chosen)))
+        blocks, whole = [], len(chosen) == len(shards)
+        for cluster, (number, times) in enumerate(chosen):
+            shard, size = shards[number], sizes[number]
+            wanted = max(1, int(rough_size(shard) * fraction))
+            mine = [self._block([piece]) for piece in _within(self._slices(shard), wanted)]
+            unpacked = sum(block.size for block in mine)
+            read = size if unpacked < wanted else min(size, packed_bytes(shard, int(unpacked)))
+            whole &= read == size
+            for block in mine:
+                block.size *= read / unpacked if unpacked else 0.0
+                block.weight, block.cluster = times * size / max(1, read), cluster
+            blocks += mine
+        if not whole:
+            self.notes.append("packed files can only be read from the front: the estimate rests on their beginnings")
+        yield self._found(Part(sum(sizes), blocks, whole))
+
+    def _groups(self, shards: list[InputShard], budget: int) -> Iterator[Part]:
+        """Parquet: row groups, large ones from the front, measured in bytes of the column with the text."""
+        broken, groups = [], []
+        for shard in shards:
+            found = row_groups(shard, self._columns[0])
+            if found is None:
+                broken.append(shard)
+            else:
+                groups += [(shard, *group) for group in found]
+        if broken:
+            yield next(self._as_they_are(broken, budget))
+        total = sum(size for *_, size in groups)
+        wanted = max(BLOCKS // 4, len(groups) * budget // max(1, total))
+        chosen = self._chosen(len(groups), wanted)
+        fraction = min(1.0, budget / max(1, sum(groups[number][3] for number, _ in chosen)))
+        blocks = []
+        for cluster, (number, times) in enumerate(chosen):
+            shard, group, rows, size = groups[number]
+            for piece in self._rows(shard, group, rows, size, fraction):
+                block = self._block([piece])
+                block.size *= size / rows
+                block.weight, block.cluster = times * rows / math.ceil(rows * fraction), cluster
+                blocks.append(block)
+        if fraction < 1:
+            self.notes.append("row groups were read from the front: the estimate rests on their beginnings")
+        if groups:
+            whole = fraction == 1 and len(chosen) == len(groups)
+            yield self._found(Part(total, blocks, whole, sum(rows for _, _, rows, _ in groups)))
+
+    def _rows(self, shard: InputShard, group: int, rows: int, size: int, fraction: float) -> Iterator[Slice]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        row, wanted = 0, math.ceil(rows * fraction)
+        try:
+            with pq.ParquetFile(shard.uri, pre_buffer=False, buffer_size=READ) as file:
+                step = min(wanted, max(1, READ * rows // max(1, size)))
+                for batch in file.iter_batches(step, row_groups=[group], columns=[self._columns[0]]):
+                    batch = batch.slice(0, wanted - row)
+                    sink = pa.BufferOutputStream()
+                    with pa.ipc.new_stream(sink, batch.schema) as writer:
+                        writer.write_batch(batch)
+                    start, row = row, row + batch.num_rows
+                    yield Slice(0, shard.uri, shard.name, "rows", start, row, sink.getvalue().to_pybytes())
+                    if row >= wanted:
+                        return
+        except pa.ArrowException as error:
+            fault = ("corrupt", f"row group {group} cannot be read: {error}")
+            yield Slice(0, shard.uri, shard.name, "rows", row, rows, b"", fault=fault)
+
+    @staticmethod
+    def _found(part: Part) -> Part:
+        if not part.whole and not any(block.size for block in part.blocks):
+            raise RequestError("no document begins in the blocks that were read; give a larger --sample")
+        return part
+
+    def _block(self, pieces: Iterable[Slice]) -> Block:
+        """Tokenize the documents of slices that follow one another."""
+        lengths: list[Ids] = []
+        faulty = size = 0
+        started = time.perf_counter()
+        for unit in units(pieces):
+            encoded = self._encode((unit, False))
+            length = encoded.length
+            if encoded.opened and lengths and len(length):
+                lengths[-1][-1] += length[0]  # a long text goes on
+                length = length[1:]
+            if len(length):
+                lengths.append(length)
+            self._note(encoded.faults)
+            faulty += len(encoded.faults)
+            size += sum(piece.stop - piece.start for piece in unit)
+            self.bytes += encoded.size
+            self.ids += len(encoded.ids)
+            started += encoded.seconds["compare"]  # loads the other engine
+        self.seconds += time.perf_counter() - started
+        return Block(np.concatenate(lengths) if lengths else np.zeros(0, np.int64), faulty, size)
+
+    def _note(self, faults: list[Fault]) -> None:
+        for fault in faults:
+            self.faults[fault.reason] += 1
+            self.examples.setdefault(fault.reason, f"{fault.source} at {fault.offset:,}: {fault.message}")
+
+
+def rough_size(shard: InputShard) -> int:
+    """Bytes of text in an input shard, roughly; 0 where it cannot be told."""
+    if shard.uri == "-":
+        return 0
+    try:
+        return os.path.getsize(shard.uri) * (_EXPANDS if shard.packed or shard.kind == "parquet" else 1)
+    except OSError:
+        return 0
+
+
+def first_line(path: str, at: int) -> int | None:
+    """The first byte from `at` on with which a line begins; None if there is none. Raises OSError."""
+    if at == 0:
+        return 0
+    with open(path, "rb") as file:
+        place = file.seek(at - 1)
+        while piece := file.read(1 << 16):
+            end = piece.find(b"\n") + 1
+            if end:
+                return place + end
+            place += len(piece)
+    return None
+
+
+def _within(pieces: Iterator[Slice], stop: int) -> Iterator[Slice]:
+    """The slices of documents that begin before byte `stop` of their shard; lines are cut off behind the last one."""
+    for piece in pieces:
+        if piece.start >= stop:
+            return
+        if piece.kind == "jsonl" and piece.stop > stop and piece.data:
+            end = piece.data.find(b"\n", stop - 1 - piece.start) + 1 or len(piece.data)
+            yield replace(piece, data=piece.data[:end], stop=piece.start + end)
+            return
+        yield piece
+
+
+class _Sips(io.BufferedReader):
+    """Reads little at once, so that `tell` says how much was needed."""
+
+    def read1(self, size: int = -1, /) -> bytes:
+        return super().read1(_SIP)
+
+
+def packed_bytes(shard: InputShard, size: int) -> int:
+    """How many bytes of a packed shard hold its first `size` bytes, to 16 KiB. Raises OSError."""
+    unpacked = 0
+    with contextlib.suppress(Truncated), _Sips(io.FileIO(shard.uri)) as file:
+        for piece in (_gunzip if shard.packed == "gzip" else _unzstd)(file):
+            unpacked += len(piece)
+            if unpacked >= size:
+                return file.tell()
+    return os.path.getsize(shard.uri)
+
+
+def row_groups(shard: InputShard, column: str) -> list[tuple[int, int, int]] | None:
+    """(number, rows, bytes in `column`) of the row groups of a Parquet file; None if it has no such column or cannot
+    be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(shard.uri) as file:
+            if column not in file.schema_arrow.names:
+                return None
+            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    except (OSError, pa.ArrowException):
+        return None
+    return [(n, group.num_rows, _column_size(group, column)) for n, group in enumerate(groups) if group.num_rows]
+
+
+def _column_size(group: Any, column: str) -> int:
+    columns = [group.column(number) for number in range(group.num_columns)]
+    return max(
+        1, sum(int(c.total_uncompressed_size) for c in columns if f"{c.path_in_schema}.".startswith(f"{column}."))
+    )

@@ -7,8 +7,8 @@ import json
 import sys
 
 from millstream.formats.sources import expand
-from millstream.runs.answers import AnswerJournal
-from millstream.runs.prompts import Recipe, batches
+from millstream.runs.ask.answers import AnswerJournal
+from millstream.runs.ask.prompts import Recipe, batches
 
 TAIL = json.dumps({
     "text": "The capital of France is Paris. " * 4,

@@ -342,7 +342,7 @@ def crash_everywhere(job):
     (operation, what was wrong) and the number of operations. Each run is a fork of this process, which starts no
     threads, so that hundreds of them are cheap.
     """
-    for module in ("pyarrow.parquet", "millstream.runs.packing"):
+    for module in ("pyarrow.parquet", "millstream.runs.pack.packing"):
         importlib.import_module(module)  # so that no fork has to import it
     root = Path(job["folder"])
     wanted = root / "wanted"

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millstream.errors import RequestError, RunError
-from millstream.runs import answers
-from millstream.runs.answers import AnswerJournal
+from millstream.runs.ask import answers
+from millstream.runs.ask.answers import AnswerJournal
 
 KEYS = [bytes(8) + bytes([number]) + bytes(7) for number in range(6)]  # some with the same first half
 KEYS += [bytes([number]) * 16 for number in range(1, 7)]
@@ -202,7 +202,7 @@ def test_a_journal_that_is_cut_while_it_is_open_is_an_error(tmp_path):
 def test_a_line_survives_the_process_that_wrote_it(tmp_path):
     script = (
         "import os, sys, signal\n"
-        "from millstream.runs.answers import AnswerJournal\n"
+        "from millstream.runs.ask.answers import AnswerJournal\n"
         """AnswerJournal(sys.argv[1]).append(bytes(16), b'{"id":null,"index":0,"text":"yes"}')\n"""
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

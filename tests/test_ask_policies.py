@@ -15,8 +15,8 @@ from test_asking import command, journalled, prompts_file, rows_of, serving, set
 from millstream.errors import RequestError, RunError
 from millstream.formats.batch import read_outcome
 from millstream.llm.simulator import Behaviour, parse_fault, parse_latency
-from millstream.runs.asking import ask_to
-from millstream.runs.client import Client
+from millstream.runs.ask.asking import ask_to
+from millstream.runs.ask.client import Client
 
 
 @pytest.mark.parametrize("fault", ["400:1", "html:1", "500:1", "garbage:1"])

@@ -16,7 +16,7 @@ import pytest
 
 from millstream.errors import RequestError, RunError
 from millstream.llm.simulator import Behaviour, parse_fault, parse_latency, running
-from millstream.runs.asking import AskSettings, ask_to
+from millstream.runs.ask.asking import AskSettings, ask_to
 
 
 @contextmanager

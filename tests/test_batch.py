@@ -29,7 +29,7 @@ from millstream.formats.batch import (
     request_row,
 )
 from millstream.formats.sources import InputShard
-from millstream.runs.batching import CustomIds, merge, retry_failed, split
+from millstream.runs.ask.batching import CustomIds, merge, retry_failed, split
 
 quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
 

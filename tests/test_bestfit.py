@@ -16,7 +16,7 @@ import millstream
 from millstream.errors import RequestError
 from millstream.formats.manifest import read_manifest, write_manifest
 from millstream.records import TokenBatch
-from millstream.runs.settings import MIB, Settings, choose_workers, window_memory
+from millstream.runs.pack.settings import MIB, Settings, choose_workers, window_memory
 from millstream.stream.bestfit import assign, plan
 from millstream.stream.line import STRATEGIES, Line, Strategy
 from millstream.stream.shuffle import permutation

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 import millstream
 from millstream.errors import LedgerError, RequestError, RunError
 from millstream.formats.exports import FORMATS, Format, check_formats, samples
-from millstream.runs import convert
-from millstream.runs.convert import convert_to
+from millstream.runs.pack import convert
+from millstream.runs.pack.convert import convert_to
 
 QUICK = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 quick = pytest.fixture(autouse=True, scope="module")(helpers.without_fsync)

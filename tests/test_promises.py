@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 import millstream
 from millstream.errors import LedgerError
 from millstream.records import TokenBatch
-from millstream.runs.ledger import check_ledger
-from millstream.runs.packing import pack_to
+from millstream.runs.pack.ledger import check_ledger
+from millstream.runs.pack.packing import pack_to
 from millstream.stream.line import STRATEGIES, Line, Strategy
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

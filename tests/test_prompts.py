@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 
 from millstream.errors import RequestError, RunError
 from millstream.formats.sources import InputShard, expand
-from millstream.runs import prompts
-from millstream.runs.prompts import Recipe, batches
+from millstream.runs.ask import prompts
+from millstream.runs.ask.prompts import Recipe, batches
 
 RECIPE = Recipe("m")
 TEXTS = st.text(max_size=20) | st.sampled_from(['"', "\\", "{text}", "é\u2028🙂", "\0", "\ufeff", "</script>\x7f"])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import millstream
 from millstream.errors import DataError, ResumeRefused
 from millstream.formats import sources
-from millstream.runs import packing
+from millstream.runs.pack import packing
 
 SMALL = ("--seq-len", "128", "--shard-size", "64KiB")
 

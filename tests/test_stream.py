@@ -15,8 +15,8 @@ from millstream.aio import Fault
 from millstream.llm.replies import Peer, Stream
 from millstream.llm.simulator import KINDS, Behaviour, parse_latency, running
 from millstream.llm.wire import Wire, WireError
-from millstream.runs.client import Reply
-from millstream.runs.pieces import Pieces
+from millstream.runs.ask.client import Reply
+from millstream.runs.ask.pieces import Pieces
 
 STORY = body("Tell me a story of a mill.")
 SAID = "reply to: Tell me a story of a mill."

@@ -226,7 +226,7 @@ class Wrong:
 @pytest.mark.parametrize("which", [0, 3, len(TEXTS) - 1])
 def test_a_run_stops_at_a_document_the_engines_disagree_on(tmp_path, monkeypatch, which):
     corpus = write_jsonl(tmp_path / "a.jsonl", rows(TEXTS))
-    monkeypatch.setattr("millstream.runs.encode._reference", lambda name: Wrong(TEXTS[which]))
+    monkeypatch.setattr("millstream.runs.pack.encode._reference", lambda name: Wrong(TEXTS[which]))
     with pytest.raises(EngineMismatch, match=f"document 'd{which}'.*fastokens.*wrong.*gpt2.*--engine reference"):
         pack(tmp_path / "out", corpus, seq_len=8)
     monkeypatch.undo()

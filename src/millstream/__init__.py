@@ -18,30 +18,30 @@ if TYPE_CHECKING:
     from millstream.formats.dataset import Dataset, open
     from millstream.integrity import verify
     from millstream.records import Document, Sample
-    from millstream.runs.asking import AskSettings, ask_to
-    from millstream.runs.client import Client, Reply, ask
-    from millstream.runs.packing import pack_to
-    from millstream.runs.streams import Stream, pack, read, split, tokenize
+    from millstream.runs.ask.asking import AskSettings, ask_to
+    from millstream.runs.ask.client import Client, Reply, ask
+    from millstream.runs.pack.packing import pack_to
+    from millstream.runs.pack.streams import Stream, pack, read, split, tokenize
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AskSettings": "runs.asking",
-    "Client": "runs.client",
+    "AskSettings": "runs.ask.asking",
+    "Client": "runs.ask.client",
     "Dataset": "formats.dataset",
     "Document": "records",
     "Fault": "aio.outcomes",
-    "Reply": "runs.client",
+    "Reply": "runs.ask.client",
     "Sample": "records",
-    "Stream": "runs.streams",
-    "ask": "runs.client",
-    "ask_to": "runs.asking",
+    "Stream": "runs.pack.streams",
+    "ask": "runs.ask.client",
+    "ask_to": "runs.ask.asking",
     "open": "formats.dataset",
-    "pack": "runs.streams",
-    "pack_to": "runs.packing",
-    "read": "runs.streams",
-    "split": "runs.streams",
-    "tokenize": "runs.streams",
+    "pack": "runs.pack.streams",
+    "pack_to": "runs.pack.packing",
+    "read": "runs.pack.streams",
+    "split": "runs.pack.streams",
+    "tokenize": "runs.pack.streams",
     "verify": "integrity",
 }
 

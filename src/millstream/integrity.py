@@ -11,7 +11,7 @@ import numpy as np
 
 from millstream.formats.manifest import JOURNAL, MANIFEST, file_hash
 from millstream.records import Ids
-from millstream.runs.ledger import written
+from millstream.runs.pack.ledger import written
 
 _ROWS = 4096
 

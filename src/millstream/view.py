@@ -13,7 +13,7 @@ from millstream.errors import RequestError
 from millstream.formats.dataset import Dataset
 from millstream.formats.dataset import open as open_run
 from millstream.formats.manifest import TOKENIZER
-from millstream.runs.plan import Estimate, Plan
+from millstream.runs.pack.plan import Estimate, Plan
 from millstream.stream.tokenizers import Tokenizer, from_definition, load_tokenizer
 
 _COLOURS = ("green", "cyan", "yellow", "magenta", "bright_blue", "bright_red")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import millstream
-from millstream.runs.convert import convert_to
+from millstream.runs.pack.convert import convert_to
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

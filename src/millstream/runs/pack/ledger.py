@@ -3,7 +3,7 @@
 from typing import Any
 
 from millstream.errors import LedgerError
-from millstream.runs.subset import Mark
+from millstream.runs.pack.subset import Mark
 
 
 def make_ledger(mark: Mark, subsets: dict[str, Any], seq_len: int) -> dict[str, Any]:

@@ -30,11 +30,10 @@ from millstream.formats.shards import Shape
 from millstream.formats.slices import Limits, slices, units
 from millstream.formats.sources import InputShard, expand
 from millstream.records import Cursor, Fault, Slice, TokenBatch
-from millstream.runs.encode import CHECK_FIRST, Encode, Encoded
-from millstream.runs.folder import Inputs, claim, clear, delete_run, first_mark, found_run, refuse_if_different
-from millstream.runs.ledger import make_ledger
-from millstream.runs.progress import Progress, Report
-from millstream.runs.settings import (
+from millstream.runs.pack.encode import CHECK_FIRST, Encode, Encoded
+from millstream.runs.pack.folder import Inputs, claim, clear, delete_run, first_mark, found_run, refuse_if_different
+from millstream.runs.pack.ledger import make_ledger
+from millstream.runs.pack.settings import (
     MIB,
     Settings,
     check_settings,
@@ -43,7 +42,8 @@ from millstream.runs.settings import (
     paces,
     window_memory,
 )
-from millstream.runs.subset import Mark, Subset
+from millstream.runs.pack.subset import Mark, Subset
+from millstream.runs.progress import Progress, Report
 from millstream.stream.line import Strategy
 from millstream.stream.tokenizers import load_tokenizer
 

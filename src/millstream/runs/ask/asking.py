@@ -22,10 +22,10 @@ from millstream.errors import RequestError, RunError
 from millstream.formats.batch import output_row
 from millstream.formats.sources import InputShard, chunks, expand
 from millstream.llm.wire import Answer, WireError
-from millstream.runs.answers import AnswerJournal
-from millstream.runs.client import Client, Tripwire, named
+from millstream.runs.ask.answers import AnswerJournal
+from millstream.runs.ask.client import Client, Tripwire, named
+from millstream.runs.ask.prompts import Recipe, Request, batches
 from millstream.runs.progress import AskProgress, AskReport
-from millstream.runs.prompts import Recipe, Request, batches
 
 INTERRUPTED = "interrupted"
 TOO_DEAR = "too dear"

@@ -10,7 +10,7 @@ from millstream.llm.replies import Stream
 from millstream.llm.wire import WireError, wait_before_retry
 
 if TYPE_CHECKING:
-    from millstream.runs.client import Reply
+    from millstream.runs.ask.client import Reply
 
 
 class Pieces(AsyncIterator[str]):
@@ -104,7 +104,7 @@ class Pieces(AsyncIterator[str]):
             await stream.__aexit__()
 
     def _succeed(self) -> None:
-        from millstream.runs.client import Reply
+        from millstream.runs.ask.client import Reply
 
         assert self._stream is not None
         answer = self._stream.answer

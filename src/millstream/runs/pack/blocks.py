@@ -21,7 +21,7 @@ from millstream.errors import RequestError
 from millstream.formats.slices import LONG_TEXT, Limits, slices, units
 from millstream.formats.sources import READ, InputShard, Truncated, _gunzip, _unzstd
 from millstream.records import Cursor, Fault, Ids, Slice
-from millstream.runs.encode import Encode
+from millstream.runs.pack.encode import Encode
 
 BLOCKS = 256
 """Blocks that are read of every kind of input, if there are so many."""

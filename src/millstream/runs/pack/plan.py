@@ -12,9 +12,9 @@ from millstream.formats.documents import Fields
 from millstream.formats.slices import Limits
 from millstream.formats.sources import InputShard, expand
 from millstream.records import SEGMENT, Ids
-from millstream.runs.blocks import ENOUGH, BlockReader, Part, rough_size
-from millstream.runs.encode import Encode, engine_of
-from millstream.runs.settings import (
+from millstream.runs.pack.blocks import ENOUGH, BlockReader, Part, rough_size
+from millstream.runs.pack.encode import Encode, engine_of
+from millstream.runs.pack.settings import (
     DEFAULT_MAX_DOCUMENT,
     MIB,
     Settings,

@@ -20,7 +20,7 @@ from millstream.formats.manifest import (
 )
 from millstream.formats.sources import InputShard, fingerprint, prefix_hash
 from millstream.records import Cursor
-from millstream.runs.subset import Mark
+from millstream.runs.pack.subset import Mark
 
 
 def claim(out: str, overwrite: bool) -> None:

@@ -30,11 +30,11 @@ from millstream.aio.rates import All, Rate, RetryBudget, per_minute
 from millstream.bridge import run
 from millstream.errors import RequestError, RunError
 from millstream.llm.wire import Answer, Wire, WireError, wait_before_retry
-from millstream.runs.prompts import Request
-from millstream.runs.servers import Servers
+from millstream.runs.ask.prompts import Request
+from millstream.runs.ask.servers import Servers
 
 if TYPE_CHECKING:
-    from millstream.runs.pieces import Pieces
+    from millstream.runs.ask.pieces import Pieces
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A text (what the user says), a list of messages, or a mapping with "prompt" or "messages" and other parameters."""
@@ -211,7 +211,7 @@ class Client:
 
         Then `pieces.outcome` is the Reply or the Fault. `timeout` bounds all of it, in seconds.
         """
-        from millstream.runs.pieces import Pieces
+        from millstream.runs.ask.pieces import Pieces
 
         wire = self.servers.wires[self.servers.pick(-1, self._clock())]
         whole = self._flows["deadline"] or self._flows["timeout"] if timeout is _DEFAULT else timeout

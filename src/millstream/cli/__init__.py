@@ -1,0 +1,60 @@
+"""The command line: arguments in, exit codes out. Everything else is the Python API."""
+
+import os
+import sys
+
+import click
+
+from millstream import __version__
+from millstream.cli import asking, batch, folders, packing, simulate
+from millstream.cli.types import INTERRUPTED
+from millstream.errors import MillstreamError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="millstream", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Text in, training samples of exactly N token ids out: in bounded memory, with nothing lost.
+
+    \b
+    millstream pack corpus/*.jsonl --out packed --eos
+    millstream verify packed
+    millstream show packed 0
+
+    Exit codes: 0 done, 1 the data or the machine failed (run it again to go on), 2 the request was wrong,
+    3 done with faulty documents left out, 130 interrupted (run it again to go on).
+    """
+
+
+for command in (
+    packing.pack,
+    packing.plan,
+    folders.verify,
+    folders.show,
+    folders.convert,
+    folders.tokenizers,
+    asking.ask,
+    simulate.simulate,
+    batch.batch,
+):
+    cli.add_command(command)
+
+
+def main() -> None:
+    try:
+        cli.main(prog_name="millstream", standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("\nmillstream: stopped", err=True)
+        sys.exit(INTERRUPTED)
+    except MillstreamError as error:
+        click.echo(f"millstream: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # Whoever read our output has gone, as `head` does; nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,142 @@
+"""`ask`: prompts in, one row for each out."""
+
+import json
+import math
+import sys
+from typing import Any
+
+import click
+
+from millstream.cli.types import INTERRUPTED, WITH_FAULTS, needs_ask_extra
+from millstream.errors import MillstreamError, RequestError
+
+
+@click.command(short_help="Ask an LLM server every prompt of a file.")
+@click.argument("prompts", metavar="PROMPTS")
+@click.option(
+    "--out", required=True, metavar="FILE", help="JSONL with one row a request; - for replies on standard output."
+)
+@click.option("--model", help="The model to ask.")
+@click.option(
+    "--base-url",
+    "base_urls",
+    multiple=True,
+    metavar="URL",
+    help="The server, mostly ending in /v1 [default: OPENAI_BASE_URL]; several share the load.",
+)
+@click.option("--system", metavar="TEXT", help="The system message of every request.")
+@click.option("--template", metavar="TEXT", help="The prompt, with the row's fields in braces: 'Summarise: {text}'.")
+@click.option(
+    "--in-flight", default="64", show_default=True, metavar="auto|N", help="Requests at once; auto finds out how many."
+)
+@click.option("--timeout", default=600.0, show_default=True, metavar="S", help="Seconds for one attempt.")
+@click.option("--deadline", type=float, metavar="S", help="Seconds for a request with all its retries.")
+@click.option("--attempts", default=5, show_default=True, type=click.IntRange(1), help="Attempts at a request.")
+@click.option("--rpm", type=click.FloatRange(0, min_open=True), metavar="N", help="Requests a minute at most.")
+@click.option("--tpm", type=click.FloatRange(0, min_open=True), metavar="N", help="Ids a minute at most.")
+@click.option("--ordered", is_flag=True, help="Write rows in the prompts' order, not as they are answered.")
+@click.option("--hedge", is_flag=True, help="Ask the slowest requests twice, at most 5 % of them.")
+@click.option("--limit", type=click.IntRange(0), metavar="N", help="Only the first N prompts.")
+@click.option("--price", metavar="IN,OUT", help="Of a million ids in prompts and in replies, to show what it costs.")
+@click.option("--max-cost", type=click.FloatRange(0), metavar="C", help="Stop before it costs more; needs --price.")
+@click.option("--schema", type=click.Path(), metavar="FILE", help="JSON schema that every reply must fit.")
+@click.option("--temperature", type=float)
+@click.option("--max-tokens", type=int)
+@click.option(
+    "--param",
+    "params",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Any other parameter of the request; can be given again.",
+)
+@click.option("--retry-faults", is_flag=True, help="Ask again what an earlier run could not get answered.")
+@click.option("--keep-input", is_flag=True, help="Put the prompt's own fields into its row, under input.")
+@click.option("--batch-format", is_flag=True, help="Write rows as OpenAI's Batch API does.")
+@click.option("--journal", type=click.Path(), metavar="DIR", help="Where to keep what is answered [default: FILE.run].")
+@click.option("--json", "as_json", is_flag=True, help="Print the closing report as JSON.")
+def ask(
+    prompts: str,
+    out: str,
+    as_json: bool,
+    journal: str | None,
+    params: tuple[str, ...],
+    temperature: float | None,
+    max_tokens: int | None,
+    in_flight: str,
+    price: str | None,
+    schema: str | None,
+    **options: Any,
+) -> None:
+    """Ask an OpenAI-compatible server every prompt of PROMPTS, many at once, and get exactly one row for each.
+
+    PROMPTS is JSONL (fields prompt or messages, or any with --template; custom_id or id names the row), OpenAI Batch
+    JSONL, text with a prompt a line, Parquet, or - for JSONL on standard input. The same command again asks only what
+    has no outcome yet. The key comes from OPENAI_API_KEY and is never printed or kept.
+    """
+    from dataclasses import asdict
+
+    from millstream.report import ask_summary, watch_ask
+
+    with needs_ask_extra():
+        from millstream.runs.ask.asking import AskSettings, ask_to
+    body = dict(_parameter(param) for param in params)
+    body |= {} if temperature is None else {"temperature": temperature}
+    body |= {} if max_tokens is None else {"max_tokens": max_tokens}
+    settings = AskSettings(
+        params=body, in_flight=_in_flight(in_flight), price=_price(price), schema=_schema(schema), **options
+    )
+    with watch_ask() as on_progress:
+        report = ask_to(out, prompts, settings, journal=journal, on_progress=on_progress)
+    click.echo(json.dumps(asdict(report), indent=1) if as_json else ask_summary(report), err=out == "-")
+    if report.stopped == "too dear":
+        raise MillstreamError("stopped before it would cost more than --max-cost. A higher one goes on from here")
+    if report.stopped:
+        click.echo("millstream: stopped. Nothing is lost: run the same command again to go on.", err=True)
+        sys.exit(INTERRUPTED)
+    if report.faults:
+        sys.exit(WITH_FAULTS)
+
+
+def _in_flight(text: str) -> Any:
+    if text != "auto" and not (text.isdecimal() and int(text) >= 1):
+        raise click.BadParameter(f"{text!r} is neither auto nor a number from 1", param_hint="--in-flight")
+    return text if text == "auto" else int(text)
+
+
+def _price(text: str | None) -> tuple[float, float] | None:
+    """IN,OUT as two numbers."""
+    if text is None:
+        return None
+    try:
+        given, told = (float(number) for number in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not IN,OUT, such as 0.15,0.6", param_hint="--price") from None
+    if not (0 <= given < math.inf and 0 <= told < math.inf):
+        raise click.BadParameter(f"{text!r}: a price is a number from 0", param_hint="--price")
+    return given, told
+
+
+def _schema(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            schema = json.load(file)
+    except OSError as error:
+        raise RequestError(f"cannot read the schema {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise RequestError(f"the schema {path} is no JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise RequestError(f"the schema {path} is no JSON object")
+    return schema
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as JSON if it is some, else as text."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise click.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--param")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

@@ -1,0 +1,79 @@
+"""Commands about a run folder: is it whole, what is in it, and in which other formats."""
+
+import json
+
+import click
+
+from millstream.errors import MillstreamError
+
+
+@click.command(short_help="Check a run folder: every byte, every count, every id.")
+@click.argument("folder", metavar="DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
+def verify(folder: str, as_json: bool) -> None:
+    """Check the finished run folder DIR against its manifest.
+
+    Finds missing, truncated, changed and foreign files, ids outside the vocabulary, counts that do not fit, and a
+    ledger that does not balance.
+    """
+    from dataclasses import asdict
+
+    from millstream.integrity import verify as check
+
+    verdict = check(folder)
+    if as_json:
+        click.echo(json.dumps({"ok": verdict.ok, **asdict(verdict)}, indent=1))
+    elif verdict.ok:
+        click.echo(f"{folder} is whole: {verdict.files} files, {verdict.bytes:,} bytes, {verdict.samples:,} samples.")
+    for problem in verdict.problems:
+        click.echo(f"{folder}: {problem}", err=True)
+    if not verdict.ok:
+        raise MillstreamError(f"{folder} is not whole: take out what is foreign, pack the rest again with --overwrite")
+
+
+@click.command(short_help="Write a finished run in the formats that trainers read.")
+@click.argument("folder", metavar="DIR")
+@click.option(
+    "--format",
+    "formats",
+    required=True,
+    metavar="A,B,...",
+    help="Of npy, parquet, megatron, mds, datatrove, litdata, nanogpt, llm.c.",
+)
+@click.option("--out", required=True, type=click.Path(), help="Folder that gets a folder for each format.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in --out.")
+@click.option("--json", "as_json", is_flag=True, help="Print the closing report as JSON.")
+def convert(folder: str, formats: str, out: str, overwrite: bool, as_json: bool) -> None:
+    """Write the samples of the finished run folder DIR in one or more formats, every id accounted for.
+
+    A format's folder appears when it is complete. The same command again keeps what is finished and gives the same
+    bytes. Formats with samples of N ids leave the kept remainder out, and say so.
+    """
+    from millstream.runs.pack.convert import convert_to
+
+    report = convert_to(out, folder, [name.strip() for name in formats.split(",")], overwrite=overwrite)
+    click.echo(json.dumps(report.as_json(), indent=1) if as_json else report.in_words())
+
+
+@click.command(
+    short_help="Show a sample decoded, with its documents.", context_settings={"ignore_unknown_options": True}
+)
+@click.argument("folder", metavar="DIR")
+@click.argument("index", type=int, default=0)
+@click.option("--subset", default="train", show_default=True, help="train or validation.")
+def show(folder: str, index: int, subset: str) -> None:
+    """Show sample INDEX (from 0; negative from the end) of the run folder DIR as text, each document in its colour."""
+    from millstream.view import show_sample
+
+    show_sample(folder, index, subset)
+
+
+@click.command(short_help="List the tokenizers there are.")
+def tokenizers() -> None:
+    """List the tokenizers known by name and where they are."""
+    from millstream.stream.tokenizers import available
+
+    for name, where in available():
+        click.echo(f"{name:24} {where}")
+    click.echo(f"{'PATH':24} any tokenizer.json, or a folder with one")
+    click.echo(f"{'ORG/NAME':24} any tokenizer on the Hugging Face hub, from its cache or the network")

@@ -1,0 +1,173 @@
+"""`pack` and `plan`: a corpus in, samples out, and what that would give."""
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from millstream.cli.types import IDS, INTERRUPTED, SIZE, WITH_FAULTS
+
+
+@click.command(short_help="Pack a corpus into samples of exactly N token ids.")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("--out", required=True, type=click.Path(), help="Folder of the run: new, or one to go on with.")
+@click.option(
+    "--tokenizer",
+    default=None,
+    help="gpt2 (default), cl100k_base, o200k_base, a tokenizer.json, a folder, a hub id.",
+)
+@click.option("--seq-len", default=2048, show_default=True, metavar="N", help="Token ids in a sample.")
+@click.option(
+    "--strategy",
+    default="concat",
+    show_default=True,
+    type=click.Choice(["concat", "best-fit", "split"]),
+    help="concat: join documents, cut every N ids. best-fit: cut only longer ones than N, place the rest so that "
+    "hardly anything is padded. split: no two documents in a sample, padded.",
+)
+@click.option("--window", type=IDS, metavar="IDS", help="Ids within which best-fit places documents [default: 32Mi].")
+@click.option("--max-segments", type=int, metavar="M", help="Documents in a sample of best-fit at most.")
+@click.option("--shuffle", type=int, metavar="SEED", help="Shuffle documents, within a window.")
+@click.option(
+    "--shuffle-window", type=IDS, metavar="IDS", help="Ids within which documents are shuffled [default: --window]."
+)
+@click.option("--bos", is_flag=True, help="Put a BOS token before each document.")
+@click.option("--eos", is_flag=True, help="Put an EOS token after each document.")
+@click.option("--bos-token", metavar="T", help="The BOS token's text, if the tokenizer names none; implies --bos.")
+@click.option("--eos-token", metavar="T", help="The EOS token's text, if the tokenizer names none; implies --eos.")
+@click.option(
+    "--remainder",
+    default="keep",
+    show_default=True,
+    type=click.Choice(["keep", "drop", "pad"]),
+    help="What becomes of the last ids, fewer than N.",
+)
+@click.option("--pad-id", type=int, help="Id that pads [default: EOS].")
+@click.option("--pad-side", default="right", show_default=True, type=click.Choice(["right", "left"]))
+@click.option("--text-field", default="text", show_default=True, help="Field or column with the text.")
+@click.option("--id-field", default="id", show_default=True, help="Field or column with the document's id.")
+@click.option("--ids-field", help="Field or column with token ids: the text is tokenized already.")
+@click.option("--limit", type=int, metavar="DOCUMENTS", help="Stop after this many documents.")
+@click.option(
+    "--validation",
+    default=0.0,
+    metavar="FRACTION",
+    help="Put this fraction of the documents, chosen by their id, into a validation subset.",
+)
+@click.option(
+    "--format",
+    "format_",
+    default="npy",
+    show_default=True,
+    metavar="A,B,...",
+    help="npy or parquet; with commas also megatron, mds, datatrove, litdata, nanogpt, llm.c.",
+)
+@click.option("--workers", type=int, metavar="N", help="Processes [default: what cores and --memory allow].")
+@click.option("--memory", default="1GiB", show_default=True, type=SIZE, help="Most memory of all processes together.")
+@click.option(
+    "--max-document", type=SIZE, help="Longer documents are faults [default: 32MiB; plain text has no limit]."
+)
+@click.option("--shard-size", default="256MiB", show_default=True, type=SIZE, help="Size of an output shard.")
+@click.option(
+    "--on-error",
+    default="stop",
+    show_default=True,
+    type=click.Choice(["stop", "skip"]),
+    help="At a document that cannot be used: stop, or write it to faults.jsonl.",
+)
+@click.option("--engine", default="fast", show_default=True, type=click.Choice(["fast", "reference"]))
+@click.option("--overwrite", is_flag=True, help="Delete an earlier run in --out and start anew.")
+@click.option("--json", "as_json", is_flag=True, help="Print the closing report as JSON.")
+def pack(sources: tuple[str, ...], out: str, as_json: bool, format_: str, **options: Any) -> None:
+    """Pack SOURCE... into samples of exactly N token ids.
+
+    A SOURCE is a JSONL or NDJSON file, a plain text file (one document), a Parquet file, the first two also as .gz or
+    .zst, a folder of those, a glob, - for JSONL on standard input, or stdlib: for Python's own source.
+
+    The same command again goes on where an interrupted one stopped, and gives the same bytes.
+    """
+    from millstream.engines.local import keep_freed_memory
+    from millstream.report import pack_summary, watch_pack
+    from millstream.runs.pack.packing import pack_to
+    from millstream.runs.pack.settings import Settings
+
+    settings = Settings(format=format_, **options)
+    keep_freed_memory()
+    try:
+        with watch_pack() as on_progress:
+            report = pack_to(out, sources, settings, on_progress=on_progress)
+    except KeyboardInterrupt:
+        click.echo("\nmillstream: stopped. Nothing is lost: run the same command again to go on.", err=True)
+        sys.exit(INTERRUPTED)
+    click.echo(json.dumps(report.as_json(), indent=1) if as_json else pack_summary(report))
+    if report.faults and not report.already:
+        sys.exit(WITH_FAULTS)
+
+
+@click.command(short_help="Say what packing would give, before it is done.")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("--tokenizer", default=None, help="As for pack [default: gpt2].")
+@click.option(
+    "--seq-len",
+    "seq_lens",
+    multiple=True,
+    default=["1024,2048,4096,8192"],
+    show_default=True,
+    metavar="N,...",
+    help="Token ids in a sample; several are compared.",
+)
+@click.option(
+    "--strategy",
+    "strategies",
+    multiple=True,
+    default=["concat,split,best-fit"],
+    show_default=True,
+    metavar="NAME,...",
+    help="Strategies to compare.",
+)
+@click.option("--sample", default="64MiB", show_default=True, type=SIZE, help="Read about so much of the corpus.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides what is read.")
+@click.option("--bos", is_flag=True, help="Put a BOS token before each document.")
+@click.option("--eos", is_flag=True, help="Put an EOS token after each document.")
+@click.option("--text-field", default="text", show_default=True, help="Field or column with the text.")
+@click.option("--ids-field", help="Field or column with token ids: the text is tokenized already.")
+@click.option("--workers", type=int, metavar="N", help="Processes the run would have [default: what it would take].")
+@click.option("--memory", default="1GiB", show_default=True, type=SIZE, help="Memory the run would have.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan(
+    sources: tuple[str, ...],
+    seq_lens: tuple[str, ...],
+    strategies: tuple[str, ...],
+    sample: int,
+    seed: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Say what packing SOURCE... would give: samples, padding, documents cut, size and time, for several settings.
+
+    A SOURCE is as for pack. Blocks from all over the corpus are read, and nothing is written; numbers come with the
+    interval that the true ones lie in with 95 % confidence. A corpus that is no larger than --sample is read whole:
+    then they are exact.
+    """
+    from millstream.engines.local import keep_freed_memory
+    from millstream.runs.pack.plan import make_plan
+    from millstream.runs.pack.settings import Settings
+
+    keep_freed_memory()
+    lengths = [_whole_number(text, "--seq-len") for text in ",".join(seq_lens).split(",")]
+    names = ",".join(strategies).split(",")
+    found = make_plan(sources, Settings(**options), lengths, names, sample=sample, seed=seed)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=1))
+        return
+    from millstream.view import show_plan
+
+    show_plan(found)
+
+
+def _whole_number(text: str, flag: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no whole number", param_hint=flag) from None

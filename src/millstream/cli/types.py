@@ -1,0 +1,53 @@
+"""What the command line takes as values, and what its commands share."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from millstream.errors import RequestError
+
+INTERRUPTED = 130
+WITH_FAULTS = 3
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_BINARY = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions
+    """A number of bytes: 300000, 64MiB (powers of 1,024) or 64MB (powers of 1,000)."""
+
+    name = "size"
+    wanted = "size; give one such as 256MiB"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower())
+        if not found:
+            self.fail(f"{value!r} is no {self.wanted}", param, ctx)
+        number, unit, binary = found.groups()
+        return int(float(number) * (_BINARY if binary else _UNITS)[unit])
+
+
+SIZE = Size()
+
+
+class Ids(Size):
+    """A number of ids: 1000000, 1M or 1Mi (powers of 1,024)."""
+
+    name = "ids"
+    wanted = "number of ids; give one such as 32Mi"
+
+
+IDS = Ids()
+
+
+@contextmanager
+def needs_ask_extra() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise RequestError(f"this command needs {error.name}: pip install 'millstream[ask]'") from error

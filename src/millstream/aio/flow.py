@@ -38,6 +38,9 @@ Delay = Callable[[Exception, int], float | None]
 """(what an attempt raised, attempts so far) -> seconds to wait before the next one, or None to give up."""
 
 
+_LONG = 0.05  # seconds that starting attempts may keep the loop busy
+
+
 def never(error: Exception, attempts: int) -> None:
     """The `Delay` of calls that are not repeated."""
 
@@ -142,7 +145,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._gate, self._budget, self._hedge = gate, budget, hedge
         self._canaries, self._head_start = canaries, head_start
         self._batched = batched
-        self._stock: deque[T] = deque()  # of a source in batches: what is pulled and not yet admitted
+        self._stock: deque[T] = deque()  # pulled, and not yet admitted
         self.spent = Spent()
         self.waits_for = "nothing"  # what keeps it from starting more, in a few words
         self._source: Iterator[T] | AsyncIterator[T] | None = None
@@ -185,10 +188,11 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         cancelled: asyncio.CancelledError | None = None
         while pending:
             try:
-                await asyncio.wait(pending)  # also for those that are done: their places are not given back yet
+                await asyncio.wait(pending)
             except asyncio.CancelledError as error:
                 cancelled = error  # whoever is cancelled while closing still leaves nothing behind
-            pending = [task for task in pending if not task.done()]
+            # One that is done may still be among the running: then its place is not given back yet.
+            pending = [task for task in pending if task in self._running or not task.done()]
         if isinstance(self._source, AsyncGenerator):
             await self._source.aclose()
         elif isinstance(self._source, Generator):
@@ -248,9 +252,13 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         """Start what may be started; be called again when something changes, or when time alone will change it."""
         if self._closed or self._broken is not None:
             return
+        if self._alarm is not None and self._alarm.when() <= self._loop.time():
+            return  # it rings within a turn of the loop, and until then a slow source lets others have theirs
         try:
             self._set_alarm(self._start_what_may())
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a callback would only have it logged
             self._break(error)
 
     def _break(self, error: BaseException) -> None:
@@ -261,6 +269,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
     def _start_what_may(self) -> float | None:
         """Returns when to look again, if nothing changes before."""
         wake: float | None = None
+        began = self._loop.time()
         while not self._places.full(self._pump):
             if self._slow:
                 self._hedge_it(*self._slow.popleft())
@@ -276,6 +285,9 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
             wait = self._gate.wait(job.item, now) if self._gate else 0.0
             if wait <= 0.0:
                 self._start(job, now)
+                if now - began > _LONG:
+                    self.waits_for = "the source"
+                    return now  # the source is slow, and nothing of what it gave has begun yet
             elif wait == math.inf and not self._running:
                 self._turn_away(job, now)  # nothing will ever open this gate
                 self.stop()
@@ -284,6 +296,8 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
                 self._mind_deadline(job)
                 return now + wait if wait != math.inf else None
         self.waits_for = "places in flight"
+        if self._handed == self._next and not self._stock and not self._exhausted:
+            self._pull_in()  # if nothing is left, the reader must not wait for a place to learn it
         return None
 
     def _set_alarm(self, when: float | None) -> None:
@@ -347,33 +361,38 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         if self._canaries and under_way >= self._canaries:  # whoever reads may want to stop
             self.waits_for = "the first reply"
             return None
-        try:
-            if self._stock:
-                item = self._stock.popleft()
-            elif isinstance(self._source, AsyncIterator):
-                if self._pulling is None:
-                    self._pulling = self._loop.create_task(_pull(self._source))
-                    self._pulling.add_done_callback(self._pulled)
-                if not self._pulling.done():
-                    self.waits_for = "the source"
-                    return None
-                pulled, self._pulling = self._pulling, None
-                item = pulled.result()
-                if self._batched:
-                    self._stock.extend(item)  # type: ignore[arg-type]
-                    return self._admit()
-            else:
-                assert self._source is not None
-                item = next(self._source)
-        except (StopIteration, _End):
-            self._end(None)
-            return None
-        except (Exception, asyncio.CancelledError) as error:
-            self._end(error)
+        if not self._stock:
+            self._pull_in()
+        if not self._stock:
             return None
         self._next += 1
         now = self._loop.time()
-        return _Job(self._next - 1, item, now, None if self._deadline is None else now + self._deadline)
+        until = None if self._deadline is None else now + self._deadline
+        return _Job(self._next - 1, self._stock.popleft(), now, until)
+
+    def _pull_in(self) -> None:
+        """The next item of the source, or its next batch, goes into the stock; if there is one, and at once."""
+        try:
+            if not isinstance(self._source, AsyncIterator):
+                assert self._source is not None
+                item = next(self._source)
+                if not self._stopped:  # by the source itself
+                    self._stock.append(item)
+                return
+            if self._pulling is None:
+                self._pulling = self._loop.create_task(_pull(self._source))
+                self._pulling.add_done_callback(self._pulled)
+            if not self._pulling.done():
+                self.waits_for = "the source"
+                return
+            pulled, self._pulling = self._pulling, None
+            self._stock.extend(pulled.result() if self._batched else [pulled.result()])  # type: ignore[arg-type]
+            if not self._stock:
+                self._pull_in()  # after an empty batch
+        except (StopIteration, _End):
+            self._end(None)
+        except (Exception, asyncio.CancelledError) as error:
+            self._end(error)
 
     def _pulled(self, task: "asyncio.Task[T]") -> None:
         if not task.cancelled():
@@ -464,10 +483,8 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
             job.forget_alarm()
         if error is not None and not isinstance(error, Exception):
             self._break(error)
-        elif self._closed:
-            pass  # nobody reads any more
-        elif job.settled:
-            self.spent.wasted += 1  # the loser of a hedge
+        elif job.settled or self._closed:
+            self.spent.wasted += 1  # the loser of a hedge, or nobody reads any more
         elif error is None and not task.cancelled():
             self._succeeded(attempt, value, now)  # type: ignore[arg-type]
         else:
@@ -493,11 +510,11 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
             return  # the other one of a hedged pair may still succeed
         late = job.until is not None and now >= job.until
         wait = None if late or error is None else self._delay(error, job.attempts)
-        if wait is not None and self._stopped:
-            self._turn_away(job, now)
-            return
         if wait is not None and (job.until is None or now + wait < job.until):
             job.since, job.due = now, now + wait
+            if self._stopped:
+                self._turn_away(job, now)
+                return
             heapq.heappush(self._retries, (job.due, job.index, job))
             self._mind_deadline(job)
             return
@@ -592,5 +609,13 @@ def _fault(job: _Job[Any], error: Exception, seconds: float, late: bool) -> Faul
         kind = "timeout"
         message = f"no answer within {seconds:.3g} s, in {job.attempts} attempt{'' if job.attempts == 1 else 's'}"
     else:
-        kind, message = kind if isinstance(kind, str) else "error", f"{type(error).__name__}: {error}"
+        kind, message = kind if isinstance(kind, str) else "error", _words(error)
     return Fault(job.index, kind, message, seconds, job.attempts, error)
+
+
+def _words(error: Exception) -> str:
+    name = type(error).__name__
+    try:
+        return f"{name}: {error}"
+    except Exception:  # of its `__str__`, which is no better than the rest of it
+        return name

@@ -13,13 +13,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from millstream.errors import RequestError
-from millstream.formats.slices import LONG_TEXT, Limits, slices, units
-from millstream.formats.sources import READ, InputShard, Truncated, _gunzip, _unzstd
+from millstream.formats.slices import Limits, safe_cut, slices, too_long, units
+from millstream.formats.sources import READ, InputShard, Truncated, _gunzip, _unzstd, chunks
 from millstream.records import Cursor, Fault, Ids, Slice
 from millstream.runs.pack.encode import Encode
 
@@ -30,18 +30,21 @@ ENOUGH = 16
 SMALLEST = 1 << 12
 _EXPANDS = 4  # times: what packed text and Parquet become, roughly
 _SIP = 1 << 14
+LOOK = 16
+"""Times as much as is tokenized of what is packed is unpacked to see how well it packs: beginnings pack worse."""
 
 
 @dataclass(slots=True)
 class Block:
     """What was read of a stretch of the corpus.
 
-    `length` (documents,) in ids, `faulty` documents besides; `size` in the measure of its part, of which it stands for
-    `weight` times as much. Blocks of one `cluster` are neighbours.
+    `length` (documents,) in ids, `faulty` documents besides; `seconds` it took; `size` in the measure of its part, of
+    which it stands for `weight` times as much. Blocks of one `cluster` are neighbours.
     """
 
     length: Ids
     faulty: int
+    seconds: float
     size: float
     weight: float = 1.0
     cluster: int = 0
@@ -72,15 +75,14 @@ class BlockReader:
     each, and `notes`: what a person has to know of how it was read.
     """
 
-    def __init__(self, encode: Encode, limits: Limits, budget: int, seed: int) -> None:
+    def __init__(self, encode: Encode, limits: Limits, columns: tuple[str, ...], budget: int, seed: int) -> None:
         self.bytes = self.ids = 0
         self.seconds = 0.0
         self.faults: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         self.notes: list[str] = []
         self.cut = False  # what was left out cannot even be estimated
-        self._encode, self._limits, self._budget = encode, limits, budget
-        self._columns = (encode.fields.content, encode.fields.id)
+        self._encode, self._limits, self._columns, self._budget = encode, limits, columns, budget
         self._random = np.random.default_rng([seed, 1])
 
     def parts(self, shards: list[InputShard]) -> list[Part]:
@@ -88,8 +90,10 @@ class BlockReader:
 
         Raises RequestError if no document begins in the blocks of some kind.
         """
-        if sum(map(rough_size, shards)) <= self._budget:
-            return [self._all(shards)]
+        if self._fits(shards):
+            pieces = itertools.chain.from_iterable(self._to_budget(shard, self._budget) for shard in shards)
+            block = self._block(pieces)
+            return [Part(block.size, [block], True)]
         kinds: dict[tuple[str, str | None, bool], list[InputShard]] = {}
         for shard in shards:
             broken = shard.uri != "-" and not os.access(shard.uri, os.R_OK)
@@ -111,10 +115,13 @@ class BlockReader:
             return self._fronts if packed else self._lines
         return self._texts
 
-    def _all(self, shards: list[InputShard]) -> Part:
-        pieces = itertools.chain.from_iterable(self._to_budget(shard, self._budget) for shard in shards)
-        block = self._block(pieces)
-        return Part(block.size, [block], True)
+    def _fits(self, shards: list[InputShard]) -> bool:
+        left = self._budget
+        for shard in shards:
+            left -= text_size(shard, self._columns[:-1], left)
+            if left < 0:
+                return False
+        return True
 
     def _as_they_are(self, shards: list[InputShard], budget: int) -> Iterator[Part]:
         """Standard input up to the budget, and shards that are one fault."""
@@ -158,57 +165,61 @@ class BlockReader:
             for index in range(int(np.searchsorted(stops, low, side="right")), len(shards)):
                 if starts[index] >= high:
                     break
-                ranges.append(self._range(shards[index], max(0, low - starts[index]), high - starts[index]))
+                span = max(0, low - starts[index]), high - starts[index]
+                ranges.append(lines_between(shards[index], *span, self._limits.document))
             blocks.append(replace(self._block(itertools.chain.from_iterable(ranges)), weight=times))
         yield self._found(Part(total, blocks, len(chosen) == count))
-
-    def _range(self, shard: InputShard, low: int, high: int) -> Iterator[Slice]:
-        """The lines that begin at bytes from `low` to before `high`."""
-        start = first_line(shard.uri, low)
-        if start is not None and start < high:
-            yield from _within(self._slices(shard, start), high)
 
     def _texts(self, shards: list[InputShard], budget: int) -> Iterator[Part]:
         """Plain text: whole files, each as likely as any other; very long ones from the front."""
         sizes = [os.path.getsize(shard.uri) for shard in shards]
-        longest = max(LONG_TEXT, budget // 16)
-        cost = sum(
-            rough_size(shard) if shard.packed else min(size, longest) for shard, size in zip(shards, sizes, strict=True)
-        )
+        longest = max(SMALLEST, budget // ENOUGH)
+        cost = sum(min(rough_size(shard), longest) for shard in shards)
         chosen = self._chosen(len(shards), max(ENOUGH, len(shards) * budget // max(1, cost)))
         blocks, long = [], 0
-        for number, times in chosen:
+        for place, (number, times) in enumerate(chosen):
             shard, size = shards[number], sizes[number]
-            if shard.packed or size <= longest:
+            if text_size(shard, (), longest) <= longest:
                 block = self._block(self._slices(shard))
             else:
-                block = self._block(_within(self._slices(shard), longest))
-                if block.size < size and len(block.length):
-                    long += 1
-                    block.length = np.maximum(1, block.length * size // int(block.size))
-            blocks.append(replace(block, size=size, weight=times))
+                block, long = self._front(shard, size, longest), long + 1
+            blocks.append(replace(block, size=size, weight=times, cluster=place * BLOCKS // len(chosen)))
         if long:
             self.notes.append(
-                f"{long:,} texts of over {longest >> 20} MiB were tokenized in part: their lengths are estimated"
+                f"{long:,} texts of over {longest >> 10:,} KiB were read in part: their lengths are estimated"
             )
         yield Part(sum(sizes), blocks, len(chosen) == len(shards) and not long, len(shards))
+
+    def _front(self, shard: InputShard, size: int, longest: int) -> Block:
+        """A text that is judged by its beginning."""
+        limit = self._limits.text if self._limits.cut and shard.kind == "text" else self._limits.document
+        piece = text_front(shard, longest)
+        if limit is not None and shard.packed is None and size > limit:
+            piece = replace(piece, fault=too_long(size, limit, "text"))
+        block = self._block([piece])
+        more = size / piece.stop * (expansion(shard, LOOK * longest) if shard.packed else 1)
+        block.length = np.maximum(block.length > 0, np.rint(block.length * more).astype(np.int64))
+        block.seconds *= more
+        return block
 
     def _fronts(self, shards: list[InputShard], budget: int) -> Iterator[Part]:
         """Packed JSON lines: the same fraction of many shards, from the front, measured in packed bytes."""
         sizes = [os.path.getsize(shard.uri) for shard in shards]
         chosen = self._chosen(len(shards), BLOCKS)
-        fraction = min(1.0, budget / max(1, sum(rough_size(shards[number]) for number, _ in chosen)))
+        fraction = budget / max(1, sum(rough_size(shards[number]) for number, _ in chosen))
         blocks, whole = [], len(chosen) == len(shards)
         for cluster, (number, times) in enumerate(chosen):
             shard, size = shards[number], sizes[number]
             wanted = max(1, int(rough_size(shard) * fraction))
-            mine = [self._block([piece]) for piece in _within(self._slices(shard), wanted)]
+            pieces = _lines_of(_within(self._slices(shard), wanted), max(SMALLEST, wanted // ENOUGH))
+            mine = [self._block([piece]) for piece in pieces]
             unpacked = sum(block.size for block in mine)
-            read = size if unpacked < wanted else min(size, packed_bytes(shard, int(unpacked)))
+            packed = 1 / expansion(shard, max(wanted, LOOK * budget // len(chosen)))
+            read = size if unpacked < wanted else min(size, unpacked * packed)
             whole &= read == size
             for block in mine:
                 block.size *= read / unpacked if unpacked else 0.0
-                block.weight, block.cluster = times * size / max(1, read), cluster
+                block.weight, block.cluster = times * size / max(1.0, read), cluster
             blocks += mine
         if not whole:
             self.notes.append("packed files can only be read from the front: the estimate rests on their beginnings")
@@ -218,7 +229,7 @@ class BlockReader:
         """Parquet: row groups, large ones from the front, measured in bytes of the column with the text."""
         broken, groups = [], []
         for shard in shards:
-            found = row_groups(shard, self._columns[0])
+            found = row_groups(shard, self._columns[:-1])
             if found is None:
                 broken.append(shard)
             else:
@@ -250,8 +261,9 @@ class BlockReader:
         row, wanted = 0, math.ceil(rows * fraction)
         try:
             with pq.ParquetFile(shard.uri, pre_buffer=False, buffer_size=READ) as file:
-                step = min(wanted, max(1, READ * rows // max(1, size)))
-                for batch in file.iter_batches(step, row_groups=[group], columns=[self._columns[0]]):
+                step = max(1, min(wanted // ENOUGH, READ * rows // max(1, size)))
+                columns = [name for name in self._columns[:-1] if name in file.schema_arrow.names]
+                for batch in file.iter_batches(step, row_groups=[group], columns=columns):
                     batch = batch.slice(0, wanted - row)
                     sink = pa.BufferOutputStream()
                     with pa.ipc.new_stream(sink, batch.schema) as writer:
@@ -260,7 +272,7 @@ class BlockReader:
                     yield Slice(0, shard.uri, shard.name, "rows", start, row, sink.getvalue().to_pybytes())
                     if row >= wanted:
                         return
-        except pa.ArrowException as error:
+        except (OSError, pa.ArrowException) as error:
             fault = ("corrupt", f"row group {group} cannot be read: {error}")
             yield Slice(0, shard.uri, shard.name, "rows", row, rows, b"", fault=fault)
 
@@ -289,8 +301,9 @@ class BlockReader:
             self.bytes += encoded.size
             self.ids += len(encoded.ids)
             started += encoded.seconds["compare"]  # loads the other engine
-        self.seconds += time.perf_counter() - started
-        return Block(np.concatenate(lengths) if lengths else np.zeros(0, np.int64), faulty, size)
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        return Block(np.concatenate(lengths) if lengths else np.zeros(0, np.int64), faulty, seconds, size)
 
     def _note(self, faults: list[Fault]) -> None:
         for fault in faults:
@@ -308,18 +321,61 @@ def rough_size(shard: InputShard) -> int:
         return 0
 
 
-def first_line(path: str, at: int) -> int | None:
-    """The first byte from `at` on with which a line begins; None if there is none. Raises OSError."""
-    if at == 0:
+def text_size(shard: InputShard, columns: tuple[str, ...], most: int) -> int:
+    """Bytes of text in an input shard, of a Parquet file in these `columns`; something above `most` if it has more.
+    0 where it cannot be told."""
+    if shard.uri == "-":
         return 0
-    with open(path, "rb") as file:
-        place = file.seek(at - 1)
-        while piece := file.read(1 << 16):
-            end = piece.find(b"\n") + 1
-            if end:
-                return place + end
-            place += len(piece)
-    return None
+    if shard.kind == "parquet":
+        return sum(size for *_, size in row_groups(shard, columns) or [])
+    size = 0
+    with contextlib.suppress(OSError, Truncated):
+        if shard.packed is None:
+            return os.path.getsize(shard.uri)
+        for chunk in chunks(shard):
+            size += len(chunk)
+            if size > most:
+                break
+    return size
+
+
+def lines_between(shard: InputShard, low: int, high: int, longest: int) -> Iterator[Slice]:
+    """The lines that begin at bytes from `low` to before `high`, in one slice; no more is read than that, and of the
+    last one no more is held than shows that it is over `longest` bytes. Raises OSError."""
+    with open(shard.uri, "rb") as file:
+        if low:
+            file.seek(low - 1)
+            _pass_line(file)
+        start = file.tell()
+        if start >= high:
+            return
+        data = file.read(high - start)
+        if data[-1:] != b"\n":
+            data += file.readline(longest + 2)
+        if data[-1:] != b"\n":
+            _pass_line(file)
+        if data:
+            yield Slice(0, shard.uri, shard.name, "jsonl", start, file.tell(), data)
+
+
+def _pass_line(file: BinaryIO) -> None:
+    while (piece := file.readline(READ)) and not piece.endswith(b"\n"):
+        pass
+
+
+def text_front(shard: InputShard, size: int) -> Slice:
+    """About the first `size` bytes of a text, cut where it can be cut, as if they were all of it. Raises OSError."""
+    data = b""
+    with contextlib.suppress(Truncated):
+        for piece in chunks(shard):
+            data += piece
+            if len(data) > size:
+                break
+    stop = min(size, len(data) - 1)
+    while data[stop] & 0xC0 == 0x80:  # within a character
+        stop -= 1
+    stop = safe_cut(data[:stop]) or stop
+    return Slice(0, shard.uri, shard.name, shard.kind, 0, stop, data[:stop])
 
 
 def _within(pieces: Iterator[Slice], stop: int) -> Iterator[Slice]:
@@ -334,6 +390,18 @@ def _within(pieces: Iterator[Slice], stop: int) -> Iterator[Slice]:
         yield piece
 
 
+def _lines_of(pieces: Iterator[Slice], size: int) -> Iterator[Slice]:
+    """The same lines, in slices of about `size` bytes."""
+    for piece in pieces:
+        data, start = piece.data or b"", 0
+        while piece.fault is None and len(data) - start > size:
+            stop = data.find(b"\n", start + size - 1) + 1 or len(data)
+            yield replace(piece, data=data[start:stop], start=piece.start + start, stop=piece.start + stop)
+            start = stop
+        if piece.fault or start < len(data):
+            yield replace(piece, data=data[start:], start=piece.start + start)
+
+
 class _Sips(io.BufferedReader):
     """Reads little at once, so that `tell` says how much was needed."""
 
@@ -341,35 +409,34 @@ class _Sips(io.BufferedReader):
         return super().read1(_SIP)
 
 
-def packed_bytes(shard: InputShard, size: int) -> int:
-    """How many bytes of a packed shard hold its first `size` bytes, to 16 KiB. Raises OSError."""
+def expansion(shard: InputShard, most: int) -> float:
+    """Bytes that a packed shard unpacks to for each of its own, up to its byte `most` unpacked. Raises OSError."""
     unpacked = 0
     with contextlib.suppress(Truncated), _Sips(io.FileIO(shard.uri)) as file:
         for piece in (_gunzip if shard.packed == "gzip" else _unzstd)(file):
             unpacked += len(piece)
-            if unpacked >= size:
-                return file.tell()
-    return os.path.getsize(shard.uri)
+            if unpacked >= most:
+                return unpacked / file.tell()
+    return max(1, unpacked) / max(1, os.path.getsize(shard.uri))
 
 
-def row_groups(shard: InputShard, column: str) -> list[tuple[int, int, int]] | None:
-    """(number, rows, bytes in `column`) of the row groups of a Parquet file; None if it has no such column or cannot
-    be read."""
+def row_groups(shard: InputShard, columns: tuple[str, ...]) -> list[tuple[int, int, int]] | None:
+    """(number, rows, bytes in `columns`) of the row groups of a Parquet file; None if it has none of these columns or
+    cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(shard.uri) as file:
-            if column not in file.schema_arrow.names:
+            if not set(columns) & set(file.schema_arrow.names):
                 return None
             groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
     except (OSError, pa.ArrowException):
         return None
-    return [(n, group.num_rows, _column_size(group, column)) for n, group in enumerate(groups) if group.num_rows]
+    return [(n, group.num_rows, _columns_size(group, columns)) for n, group in enumerate(groups) if group.num_rows]
 
 
-def _column_size(group: Any, column: str) -> int:
-    columns = [group.column(number) for number in range(group.num_columns)]
-    return max(
-        1, sum(int(c.total_uncompressed_size) for c in columns if f"{c.path_in_schema}.".startswith(f"{column}."))
-    )
+def _columns_size(group: Any, columns: tuple[str, ...]) -> int:
+    every = [group.column(number) for number in range(group.num_columns)]
+    mine = [c for c in every if c.path_in_schema.partition(".")[0] in columns]
+    return max(1, sum(int(c.total_uncompressed_size) for c in mine))

@@ -17,36 +17,42 @@ if TYPE_CHECKING:
     from millstream.aio.outcomes import Fault
     from millstream.formats.dataset import Dataset, open
     from millstream.integrity import verify
-    from millstream.records import Document, Sample
+    from millstream.records import Document
     from millstream.runs.ask.asking import AskSettings, ask_to
     from millstream.runs.ask.client import Client, Reply, ask
     from millstream.runs.pack.packing import pack_to
+    from millstream.runs.pack.provenance import text_of
     from millstream.runs.pack.streams import Stream, pack, read, split, tokenize
+    from millstream.samples import Batch, Sample, collate
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AskSettings": "runs.ask.asking",
+    "Batch": "samples",
     "Client": "runs.ask.client",
     "Dataset": "formats.dataset",
     "Document": "records",
     "Fault": "aio.outcomes",
     "Reply": "runs.ask.client",
-    "Sample": "records",
+    "Sample": "samples",
     "Stream": "runs.pack.streams",
     "ask": "runs.ask.client",
     "ask_to": "runs.ask.asking",
+    "collate": "samples",
     "open": "formats.dataset",
     "pack": "runs.pack.streams",
     "pack_to": "runs.pack.packing",
     "read": "runs.pack.streams",
     "split": "runs.pack.streams",
+    "text_of": "runs.pack.provenance",
     "tokenize": "runs.pack.streams",
     "verify": "integrity",
 }
 
 __all__ = [
     "AskSettings",
+    "Batch",
     "Client",
     "Dataset",
     "Document",
@@ -56,11 +62,13 @@ __all__ = [
     "Stream",
     "ask",
     "ask_to",
+    "collate",
     "open",
     "pack",
     "pack_to",
     "read",
     "split",
+    "text_of",
     "tokenize",
     "verify",
 ]

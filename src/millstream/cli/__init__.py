@@ -31,6 +31,7 @@ for command in (
     packing.plan,
     folders.verify,
     folders.show,
+    folders.find,
     folders.convert,
     folders.tokenizers,
     asking.ask,

@@ -1,10 +1,11 @@
-"""Commands about a run folder: is it whole, what is in it, and in which other formats."""
+"""Commands about a run folder: is it whole, what is in it and where, and in which other formats."""
 
 import json
+import sys
 
 import click
 
-from millstream.errors import MillstreamError
+from millstream.errors import MillstreamError, RunError
 
 
 @click.command(short_help="Check a run folder: every byte, every count, every id.")
@@ -59,13 +60,56 @@ def convert(folder: str, formats: str, out: str, overwrite: bool, as_json: bool)
     short_help="Show a sample decoded, with its documents.", context_settings={"ignore_unknown_options": True}
 )
 @click.argument("folder", metavar="DIR")
-@click.argument("index", type=int, default=0)
+@click.argument("index", default="0")
 @click.option("--subset", default="train", show_default=True, help="train or validation.")
-def show(folder: str, index: int, subset: str) -> None:
-    """Show sample INDEX (from 0; negative from the end) of the run folder DIR as text, each document in its colour."""
+def show(folder: str, index: str, subset: str) -> None:
+    """Show sample INDEX of the run folder DIR as text, each document in its colour.
+
+    INDEX counts from 0, negative from the end; "remainder" are the ids that filled no sample. Ids that are not to be
+    learned are dim.
+    """
     from millstream.view import show_sample
 
-    show_sample(folder, index, subset)
+    try:
+        number = None if index == "remainder" else int(index)
+    except ValueError:
+        raise click.BadParameter(f"{index!r} is neither a number nor remainder", param_hint="INDEX") from None
+    show_sample(folder, number, subset)
+
+
+@click.command(
+    short_help="Find where a document went.",
+    # An id may begin with "-": what standard input's documents are called does.
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("folder", metavar="DIR")
+@click.argument("document_id", metavar="DOCUMENT_ID")
+@click.option(
+    "--text", "as_text", is_flag=True, help="Print the document's text instead, put together from the samples."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON; with --text, the text too.")
+def find(folder: str, document_id: str, as_text: bool, as_json: bool) -> None:
+    """Find every sample of the run folder DIR that holds ids of a document, and which ones.
+
+    All documents of this id are found, in every subset, and those left out as faults. A document that has no id of its
+    own is named for its place, as in corpus.jsonl#1024.
+    """
+    from millstream.runs.pack.provenance import provenance, text_of
+    from millstream.view import printable, show_provenance
+
+    found = provenance(folder, document_id)
+    if as_json:
+        click.echo(json.dumps(found.as_json(text=as_text), indent=1))
+    elif not as_text:
+        click.echo(show_provenance(found))
+    else:
+        if not found.documents:
+            raise RunError(f"there is no text: {show_provenance(found)}")
+        texts = [text_of(*document) for document in found.documents]
+        if sys.stdout.isatty():
+            click.echo("\n".join(map(printable, texts)))
+        else:  # just as it is, and several one after the other
+            sys.stdout.buffer.write("".join(texts).encode())
 
 
 @click.command(short_help="List the tokenizers there are.")

@@ -1,9 +1,11 @@
 """Read a finished run folder: samples by index without copying, whose documents they hold, where a document went."""
 
 import builtins
+import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, overload
 
@@ -11,9 +13,13 @@ import numpy as np
 
 from millstream.errors import RequestError, RunError
 from millstream.formats.manifest import FAULTS, read_manifest
-from millstream.records import SEGMENT, Ids, Sample, Segment
+from millstream.formats.sources import place
+from millstream.records import SEGMENT, Fault, Ids
+from millstream.samples import IGNORED, Sample, Segment
 
 _KEPT = 4  # documents tables held at once
+_OPEN = 64  # output shards held open at once: a memory-mapped file counts as an open one, and systems limit those
+_SCAN = 1 << 20  # segments looked at together
 
 
 class DocumentPart(NamedTuple):
@@ -30,9 +36,14 @@ class DocumentPart(NamedTuple):
     length: int
     document_length: int
 
+    @property
+    def place(self) -> str:
+        """`source` and `offset` in words."""
+        return place(self.source, self.offset)
+
 
 class Placement(NamedTuple):
-    """Where `length` ids of a document, from its id number `start`, went: into sample number `sample`.
+    """Where `length` ids of a document, from its id number `start`, went: into sample number `sample`, from id `at` on.
 
     `sample` is the dataset's length for the kept remainder, and None for ids that were dropped with it.
     """
@@ -41,6 +52,33 @@ class Placement(NamedTuple):
     sample: int | None
     start: int
     length: int
+    at: int = 0
+
+
+@dataclass(frozen=True)
+class Located:
+    """One document of `subset` and where its `length` ids went: `placements`, in order, from its first id to its last.
+
+    `source` and `offset` are where it was read, as in `DocumentPart`. An empty document has one placement of no ids.
+    """
+
+    subset: str
+    id: str
+    ordinal: int
+    source: str
+    offset: int
+    length: int
+    placements: tuple[Placement, ...]
+
+    @property
+    def place(self) -> str:
+        """`source` and `offset` in words."""
+        return place(self.source, self.offset)
+
+    @property
+    def dropped(self) -> int:
+        """How many of its ids, the last ones, were dropped with the remainder."""
+        return sum(part.length for part in self.placements if part.sample is None)
 
 
 def open(folder: str | os.PathLike[str], subset: str = "train") -> "Dataset":
@@ -54,7 +92,8 @@ def open(folder: str | os.PathLike[str], subset: str = "train") -> "Dataset":
 class Dataset(Sequence[Sample]):
     """Samples by number: ``len``, indexing (negative too), slices (lists of samples) and iteration.
 
-    Token ids are views of memory-mapped files: nothing is read before it is looked at.
+    Token ids are views of memory-mapped files: nothing is read before it is looked at. Sent to another process (a
+    DataLoader's worker), it opens the folder again there.
     """
 
     def __init__(self, folder: str, subset: str = "train") -> None:
@@ -69,8 +108,11 @@ class Dataset(Sequence[Sample]):
         self._shards: list[dict[str, Any]] = self._entry["shards"]
         counts = [shard["samples"] for shard in self._shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
-        self._open_shards: dict[int, _Shard] = {}
+        self._open_shards: OrderedDict[int, _Shard] = OrderedDict()
         self._tables: OrderedDict[int, Any] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type["Dataset"], tuple[str, str]]:
+        return Dataset, (self.folder, self.subset)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -98,11 +140,8 @@ class Dataset(Sequence[Sample]):
         number = index + len(self) if index < 0 else index
         if not 0 <= number < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        which = int(np.searchsorted(self._ends, number, side="right"))
-        shard = self._shard(which)
-        local = number - (int(self._ends[which - 1]) if which else 0)
-        segments = shard.segments_of(local)
-        return self._sample(shard.ids(local), segments)
+        shard, local = self._at(number)
+        return self._sample(shard.ids(local), shard.segments_of(local), shard.loss(local))
 
     def __iter__(self) -> Iterator[Sample]:
         for number in range(len(self)):
@@ -114,19 +153,21 @@ class Dataset(Sequence[Sample]):
         kept = self._entry["remainder"]
         if not kept or "name" not in kept:
             return None
-        ids = np.load(os.path.join(self.folder, kept["name"]))
+        ids = _load(os.path.join(self.folder, kept["name"]))
+        loss = _load(os.path.join(self.folder, kept["loss"]["name"])) if "loss" in kept else None
         shard = self._shard(len(self._shards) - 1)
         segments = shard.segments_of(self._shards[-1]["samples"])
-        return Sample(ids, _plain(segments), complete=False)
+        return Sample(ids, _plain(segments), complete=False, loss=loss)
 
     def documents(self, index: int) -> list[DocumentPart]:
-        """The documents that sample `index` holds, in order."""
-        return [self._part(segment, index) for segment in self[index].segments]
+        """The documents that sample `index` holds, in order; the dataset's length stands for the kept remainder."""
+        sample = self.remainder if index == len(self) else None
+        return [self._part(segment, index) for segment in (sample or self[index]).segments]
 
     def document(self, ordinal: int, index: int = 0) -> dict[str, Any]:
         """A document's row of documents-K.parquet; `index` is a sample that holds some of it, to look there first."""
-        first = int(np.searchsorted(self._ends, index, side="right"))
-        for number in [*range(min(first, len(self._shards)), len(self._shards)), *range(first)]:
+        first = min(int(np.searchsorted(self._ends, index, side="right")), len(self._shards) - 1)
+        for number in [*range(first, len(self._shards)), *range(first)]:
             table = self._documents(number)
             ordinals = table["ordinal"].to_numpy()
             row = int(np.searchsorted(ordinals, np.uint64(ordinal)))
@@ -140,41 +181,124 @@ class Dataset(Sequence[Sample]):
 
         Raises KeyError if there is none (it may be in faults.jsonl or in another subset).
         """
-        import pyarrow.compute as pc
-
-        ordinals: dict[int, int] = {}
-        for number in range(len(self._shards)):
-            table = self._documents(number)
-            hits = table.filter(pc.equal(table["id"], document_id))
-            lengths = hits["length"].to_pylist()
-            ordinals |= dict(zip(hits["ordinal"].to_pylist(), lengths, strict=True))
-        if not ordinals:
+        found = self.locate(document_id)
+        if not found:
             raise KeyError(document_id)
-        return [place for ordinal, length in sorted(ordinals.items()) for place in self._places(ordinal, length)]
+        return [placement for document in found for placement in document.placements]
+
+    def locate(self, document: str | int) -> list[Located]:
+        """The documents of this id, or the one of this ordinal, and where they went; none if there are none."""
+        rows = self._rows(document)
+        parts = self._placements(rows)
+        inputs = self.manifest["inputs"]
+        found = []
+        for row in sorted(rows, key=lambda row: int(row["ordinal"])):
+            ordinal, length, source = row["ordinal"], row["length"], inputs[row["source"]]["name"]
+            placements = tuple(sorted(parts[ordinal], key=lambda part: part.start))
+            found.append(Located(self.subset, row["id"], ordinal, source, row["offset"], length, placements))
+        return found
+
+    def document_ids(self, document: int | Located) -> Ids:
+        """All ids of a document (its ordinal, or what `locate` found), BOS and EOS too, put together from the samples.
+
+        Raises KeyError if there is none, RunError if some of its ids were dropped with the remainder.
+        """
+        if isinstance(document, int):
+            located = self.locate(document)
+            if not located:
+                raise KeyError(document)
+            document = located[0]
+        if document.dropped:
+            raise RunError(
+                f"document {document.id!r} is not whole: {document.dropped:,} of its {document.length:,} ids, the last "
+                "ones, were dropped with the remainder"
+            )
+        parts = [self._placed(placement) for placement in document.placements if placement.length]
+        return np.concatenate(parts) if parts else np.zeros(0, np.uint32)
 
     def faults(self) -> list[dict[str, Any]]:
         """The documents that could not be used, as faults.jsonl has them."""
-        import json
+        return list(self._fault_lines())
 
+    def _fault_lines(self) -> Iterator[dict[str, Any]]:
         path = os.path.join(self.folder, FAULTS)
-        if not os.path.exists(path):
-            return []
-        with builtins.open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        if os.path.exists(path):
+            with builtins.open(path, encoding="utf-8") as file:
+                yield from map(json.loads, file)
 
-    def _places(self, ordinal: int, length: int) -> list[Placement]:
-        places, base, found = [], 0, 0
+    def faults_of(self, document_id: str) -> list[Fault]:
+        """The documents of this id that could not be used. One without an id is called by its place, as in a sample."""
+        return [fault for fault in map(_fault, self._fault_lines()) if document_id in _names(fault)]
+
+    def _rows(self, document: str | int) -> list[dict[str, Any]]:
+        """The rows of documents-K.parquet of this id or ordinal, each with its K as "shard"."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        by_id = isinstance(document, str)
+        name, value = ("id", pa.scalar(document)) if by_id else ("ordinal", pa.scalar(document, pa.uint64()))
+        found: list[dict[str, Any]] = []
         for number in range(len(self._shards)):
-            segments = self._shard(number).segments
-            for row in np.flatnonzero(segments["document"] == ordinal).tolist():
-                segment = segments[row]
-                size = int(segment["length"])
-                places.append(Placement(ordinal, base + int(segment["sample"]), int(segment["start"]), size))
-                found += size
-            base += self._shards[number]["samples"]
-        if found < length or not places:
-            places.append(Placement(ordinal, None, found, length - found))
-        return places
+            path = self._documents_path(number)
+            try:
+                hits = pq.read_table(path, filters=pc.field(name) == value, partitioning=None).to_pylist()
+            except (OSError, pa.ArrowInvalid) as error:
+                raise _damaged(path, error) from error
+            found += [{**row, "shard": number} for row in hits]
+            if found and not by_id:
+                break
+        return found
+
+    def _placements(self, rows: list[dict[str, Any]]) -> dict[int, list[Placement]]:
+        """Where the documents of these rows went, by ordinal; each output shard's segments are looked at once.
+
+        A document's last id is in the shard with its row, so we go back from there. The segments of one document are
+        neighbours, unless best-fit placed them; and best-fit drops nothing, so that counting tells when all are found.
+        """
+        settings = self.manifest["settings"]
+        neighbours = settings["strategy"] != "best-fit"
+        ordered = neighbours and settings.get("shuffle") is None
+        found: dict[int, list[Placement]] = {row["ordinal"]: [] for row in rows}
+        left = {row["ordinal"]: row["length"] for row in rows}
+        wanted = {row["ordinal"]: row["shard"] for row in rows if row["length"]}
+        for number in range(max(wanted.values(), default=-1), -1, -1):
+            here = [ordinal for ordinal, last in wanted.items() if last >= number]
+            if not here:
+                continue
+            shard = self._shard(number)
+            base = int(self._ends[number - 1]) if number else 0
+            first: dict[int, int] = {}
+            for ordinal, sample, start, length, at in shard.places(here, ordered):
+                found[ordinal].append(Placement(ordinal, base + sample, start, length, at))
+                left[ordinal] -= length
+                first[ordinal] = min(start, first.get(ordinal, start))
+            for ordinal in here:
+                began = neighbours and len(shard.segments) > 0 and not first.get(ordinal)
+                if began or not left[ordinal]:
+                    del wanted[ordinal]
+            if not wanted:
+                break
+        for ordinal, missing in left.items():
+            if missing and self._entry["remainder"]["policy"] != "drop":
+                lost = f"{missing:,} ids of document number {ordinal:,} are in no sample"
+                raise RunError(f"{self.folder} is damaged: {lost}; 'millstream verify' says what is wrong")
+            if missing or not found[ordinal]:
+                kept = sum(part.length for part in found[ordinal])
+                found[ordinal].append(Placement(ordinal, None, kept, missing))
+        return found
+
+    def _placed(self, placement: Placement) -> Ids:
+        """The ids of a placement, as they stand in the sample or the remainder."""
+        assert placement.sample is not None
+        if placement.sample == len(self):
+            rest = self.remainder
+            assert rest
+            ids = rest.token_ids
+        else:
+            shard, local = self._at(placement.sample)
+            ids = shard.ids(local)
+        return ids[placement.at : placement.at + placement.length]
 
     def _part(self, segment: Segment, index: int) -> DocumentPart:
         row = self.document(segment.document, index)
@@ -183,22 +307,32 @@ class Dataset(Sequence[Sample]):
             row["id"], segment.document, source, row["offset"], segment.start, segment.length, row["length"]
         )
 
-    def _sample(self, ids: Ids, segments: Ids) -> Sample:
+    def _sample(self, ids: Ids, segments: Ids, loss: Ids | None) -> Sample:
         left = self.manifest["settings"]["pad_side"] == "left"
         padding = len(ids) - int(segments["length"].sum())
-        return Sample(ids, _plain(segments), pad_left=padding if left else 0)
+        return Sample(ids, _plain(segments), pad_left=padding if left else 0, loss=loss)
+
+    def _at(self, number: int) -> tuple["_Shard", int]:
+        """The output shard that sample `number` is in, and its number there."""
+        which = int(np.searchsorted(self._ends, number, side="right"))
+        return self._shard(which), number - (int(self._ends[which - 1]) if which else 0)
 
     def _shard(self, number: int) -> "_Shard":
         if number not in self._open_shards:
             self._open_shards[number] = _Shard(self.folder, self._shards[number], self.manifest["settings"])
+            if len(self._open_shards) > _OPEN:
+                self._open_shards.popitem(last=False)
+        self._open_shards.move_to_end(number)
         return self._open_shards[number]
+
+    def _documents_path(self, number: int) -> str:
+        return os.path.join(self.folder, self._shards[number]["files"]["documents"]["name"])
 
     def _documents(self, number: int) -> Any:
         import pyarrow.parquet as pq
 
         if number not in self._tables:
-            path = os.path.join(self.folder, self._shards[number]["files"]["documents"]["name"])
-            table = pq.read_table(path)
+            table = pq.read_table(self._documents_path(number))
             # Best-fit and shuffled documents end in another order than they began.
             if (np.diff(table["ordinal"].to_numpy().astype(np.int64)) < 0).any():
                 table = table.sort_by("ordinal")
@@ -215,7 +349,10 @@ class _Shard:
     def __init__(self, folder: str, entry: dict[str, Any], settings: dict[str, Any]) -> None:
         self._paths = {kind: os.path.join(folder, file["name"]) for kind, file in entry["files"].items()}
         self._samples, self._format = entry["samples"], settings["format"]
-        self._group: tuple[int, Ids] = (-1, np.empty(0))
+        self._seq_len, self._pad_left = settings["seq_len"], settings["pad_side"] == "left"
+        chat = settings.get("chat")
+        self._labelled = self._format == "parquet" and chat is not None and chat.get("loss") != "all"
+        self._group: tuple[int, Ids, Ids | None] = (-1, np.empty(0), None)
 
     @cached_property
     def segments(self) -> Ids:
@@ -237,25 +374,89 @@ class _Shard:
         return _load(self._paths["samples"])
 
     def ids(self, sample: int) -> Ids:
-        if self._format != "parquet":
-            ids: Ids = self._file[sample]
-            return ids
-        rows = self._file.metadata.row_group(0).num_rows
-        group, local = divmod(sample, rows)
-        if self._group[0] != group:
-            column = self._file.read_row_group(group, columns=["input_ids"])["input_ids"]
-            flat = column.combine_chunks().flatten().to_numpy()
-            self._group = (group, flat.reshape(len(column), -1).astype(np.uint32))
-        row: Ids = self._group[1][local]
+        row: Ids
+        if self._format == "parquet":
+            ids, _, local = self._rows(sample)
+            row = ids[local]
+        else:
+            row = self._file[sample]
         return row
+
+    def loss(self, sample: int) -> Ids | None:
+        """bool: which ids are learned; None where the run has no loss mask."""
+        row: Ids
+        if self._labelled:
+            _, labels, local = self._rows(sample)
+            assert labels is not None
+            row = labels[local] != IGNORED
+        elif self._loss is not None:
+            row = self._loss[sample]
+        else:
+            return None
+        return row
+
+    @cached_property
+    def _loss(self) -> Ids | None:
+        return _load(self._paths["loss"]) if "loss" in self._paths else None
+
+    def _rows(self, sample: int) -> tuple[Ids, Ids | None, int]:
+        """Ids and labels of the samples in this one's row group, and which of them it is."""
+        size = self._file.metadata.row_group(0).num_rows
+        group, local = divmod(sample, size)
+        if self._group[0] != group:
+            names = ["input_ids", "labels"] if self._labelled else ["input_ids"]
+            table = self._file.read_row_group(group, columns=names)
+            flat = [column.combine_chunks().flatten().to_numpy().reshape(len(table), -1) for column in table.columns]
+            self._group = group, flat[0].astype(np.uint32), flat[1] if self._labelled else None
+        return *self._group[1:], local
+
+    def places(self, documents: Collection[int], ordered: bool) -> Iterator[tuple[int, int, int, int, int]]:
+        """(ordinal, sample, start, length, place of the first id in the sample) of these documents' segments.
+
+        `ordered`: segments stand in the order of their documents, so that they need not all be looked at.
+        """
+        segments = self.segments
+        for row in self._find(documents, ordered).tolist():
+            ordinal, start, length, sample = segments[row].tolist()
+            first, stop = np.searchsorted(segments["sample"], np.array([sample, sample + 1], np.uint32)).tolist()
+            at = int(segments["length"][first:row].sum())
+            if self._pad_left and sample < self._samples:
+                at += self._seq_len - int(segments["length"][first:stop].sum())
+            yield ordinal, sample, start, length, at
+
+    def _find(self, documents: Collection[int], ordered: bool) -> Ids:
+        """The rows of `segments` that are of these documents."""
+        column, wanted = self.segments["document"], np.sort(np.array(list(documents), np.uint64))
+        if ordered:
+            bounds = zip(np.searchsorted(column, wanted), np.searchsorted(column, wanted, side="right"), strict=True)
+            return np.concatenate([np.arange(*bound) for bound in bounds])
+        parts = [
+            low + np.flatnonzero(np.isin(column[low : low + _SCAN], wanted)) for low in range(0, len(column), _SCAN)
+        ]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
 def _load(path: str) -> Ids:
     try:
         loaded: Ids = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); 'millstream verify' says what is wrong") from error
+    except (EOFError, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
     return loaded
+
+
+def _damaged(path: str, error: Exception) -> RunError:
+    return RunError(f"{path} cannot be read ({error}); 'millstream verify' says what is wrong")
+
+
+def _fault(line: dict[str, Any]) -> Fault:
+    return Fault(**line)
+
+
+def _names(fault: Fault) -> set[str]:
+    """What a faulty document is called: its id; without one, what a good one there would be called."""
+    if fault.id is not None:
+        return {fault.id}
+    return {f"{fault.source}#{fault.offset}"} | (set() if fault.line or fault.offset else {fault.source})
 
 
 def _plain(segments: Ids) -> tuple[Segment, ...]:

@@ -141,6 +141,21 @@ def standard_library() -> list[tuple[str, str]]:
     return sorted(found, key=lambda pair: pair[1])
 
 
+def place(name: str, offset: int) -> str:
+    """Where a document stands, in words: the name of its input shard and the offset that a run keeps.
+
+    >>> place("a.jsonl.gz", 34), place("b.parquet", 5), place("c.txt", 0), place("-", 7)
+    ('a.jsonl.gz at byte 34, unpacked', 'b.parquet, row 5', 'c.txt', 'standard input at byte 7')
+    """
+    kind, packed = ("jsonl", None) if name == "-" else _kind(name)
+    if kind == "parquet":
+        return f"{name}, row {offset:,}"
+    if kind == "jsonl":
+        named = "standard input" if name == "-" else name
+        return f"{named} at byte {offset:,}{', unpacked' if packed else ''}"
+    return name
+
+
 def chunks(shard: InputShard, start: int = 0) -> Iterator[bytes]:
     """The shard's bytes, decompressed, in pieces; from byte `start` where it is seekable, else from the beginning.
 

@@ -98,6 +98,19 @@ def _row(line):
     return {}
 
 
+def write_prompts(path, rows):
+    """The lines with their text cut into a prompt and a completion; those without a text as they are."""
+    made = []
+    for line in rows:
+        if row := _row(line):
+            text = row.pop("text")
+            cut = len(text) // 3
+            line = json.dumps({**row, "prompt": text[:cut], "completion": text[cut:]}).encode() + b"\n"
+        made.append(line)
+    path.write_bytes(b"".join(made))
+    return path
+
+
 def write_texts(folder, rows):
     """The lines as plain text: a small file for most of them, and a long one that is handed on in pieces."""
     folder.mkdir()

@@ -73,6 +73,7 @@ GZIP = one(runs.write_gzip, "corpus.jsonl.gz")
 ZSTD = one(runs.write_zstd, "corpus.jsonl.zst")
 PARQUET = one(runs.write_parquet, "corpus.parquet")
 TEXTS = one(runs.write_texts, "corpus")
+PROMPTS = one(runs.write_prompts, "corpus.jsonl")
 SKIP = ("--on-error", "skip")
 BEST_FIT = ("--strategy", "best-fit", "--window")
 
@@ -102,6 +103,8 @@ CASES = [
     Case("shuffled-mixed", _mixed, (*SKIP, "--shuffle", "4", "--shuffle-window", "5k", "--validation", "0.2"), 0.02),
     Case("exports", PLAIN, ("--eos", "--validation", "0.2", "--format", "npy,megatron,mds,llm.c"), workers=2),
     Case("exports-best-fit", ZSTD, (*BEST_FIT, "60k", "--format", "parquet,datatrove,litdata,npy"), workers=2),
+    Case("chats", PROMPTS, ("--chat", "--eos", "--validation", "0.2", "--format", "npy,mds"), workers=2),
+    Case("chats-faulty", PROMPTS, (*SKIP, "--chat", *BEST_FIT, "60k", "--shuffle", "5", "--format", "parquet"), 0.05),
 ]
 
 
@@ -303,7 +306,7 @@ def test_the_same_bytes_for_any_block(tmp_path_factory, seed, kind, options, blo
 @pytest.mark.parametrize(
     "case",
     [
-        *(CASES[number] for number in (13, 17, 20)),
+        *(CASES[number] for number in (13, 17, 20, 25)),
         *(pytest.param(CASES[number], marks=pytest.mark.slow) for number in (2, 5, 7, 18, 19, 22)),
     ],
     ids=lambda case: case.name,
@@ -388,6 +391,7 @@ CHANGES = {
     "--shuffle-window": {"shuffle": 0, "shuffle_window": 1000},
     "--remainder": {"remainder": "drop"},
     "--text-field": {"text_field": "body"},
+    "--chat": {"chat": True},
     "--id-field": {"id_field": "name"},
     "--validation": {"validation": 0.1},
     "--format": {"format": "parquet"},

@@ -10,7 +10,7 @@
         └── WorkerDied     1   a worker process ended by itself
 
 A fault of a single document is no exception but data (`millstream.records.Fault`); only ``on_error="stop"`` turns the
-first one into a `DataError`.
+first one into a `DataError`. `Unusable` is how the place that finds a fault tells the reader, and goes no further.
 """
 
 
@@ -46,3 +46,11 @@ class LedgerError(RunError):
 
 class WorkerDied(RunError):
     pass
+
+
+class Unusable(Exception):
+    """A document that cannot be used: `reason` is a word for the ledger, `message` is for a person."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason, self.message = reason, message

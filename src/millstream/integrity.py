@@ -11,7 +11,8 @@ import numpy as np
 
 from millstream.formats.manifest import JOURNAL, MANIFEST, file_hash
 from millstream.records import Ids
-from millstream.runs.pack.ledger import written
+from millstream.runs.pack.ledger import written, written_learned
+from millstream.samples import IGNORED
 
 _ROWS = 4096
 
@@ -66,6 +67,8 @@ def _files(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from shard["files"].values()
         if "name" in subset["remainder"]:
             yield subset["remainder"]
+        if "loss" in subset["remainder"]:
+            yield subset["remainder"]["loss"]
     for export in manifest.get("exports", ()):
         yield from export["files"]
     for single in (manifest["faults"], manifest["tokenizer_file"]):
@@ -118,6 +121,8 @@ def _subset_problems(folder: str, manifest: dict[str, Any], subset: dict[str, An
                     yield f"{names['samples']}: id {number}, the vocabulary ends at {limit - 1}"
         if rows != shard["samples"]:
             yield f"{names['samples']}: {rows} samples instead of {shard['samples']}"
+        if "learned" in shard:
+            yield from _loss_problems(folder, names, shard, settings)
         segments = np.load(os.path.join(folder, names["segments"]), mmap_mode="r")
         if len(segments) != shard["segments"]:
             yield f"{names['segments']}: {len(segments)} segments instead of {shard['segments']}"
@@ -147,6 +152,28 @@ def _subset_problems(folder: str, manifest: dict[str, Any], subset: dict[str, An
             yield f"{subset['remainder']['name']}: {len(rest)} ids instead of {subset['remainder']['ids']}"
         if len(rest) and int(rest.max()) >= limit:
             yield f"{subset['remainder']['name']}: id {int(rest.max())}, the vocabulary ends at {limit - 1}"
+        if "loss" in subset["remainder"]:
+            loss = np.load(os.path.join(folder, subset["remainder"]["loss"]["name"]))
+            if len(loss) != len(rest) or int(loss.sum()) != subset["remainder"]["learned"]:
+                yield f"{subset['remainder']['loss']['name']}: it does not fit the remainder and its count"
+
+
+def _loss_problems(
+    folder: str, names: dict[str, str], shard: dict[str, Any], settings: dict[str, Any]
+) -> Iterator[str]:
+    """A loss mask has the shape of its samples and as many ids to be learned as were counted."""
+    if "loss" in names:
+        name = names["loss"]
+        loss = np.load(os.path.join(folder, name), mmap_mode="r")
+        if loss.shape != (shard["samples"], settings["seq_len"]):
+            yield f"{name}: its shape is {loss.shape}, not that of the samples"
+        learned = int(loss.sum())
+    else:
+        name = names["samples"]
+        rows = _sample_rows(os.path.join(folder, name), settings, "labels")
+        learned = sum(int((labels != IGNORED).sum()) for labels in rows)
+    if learned != shard["learned"]:
+        yield f"{name}: {learned} ids to be learned instead of {shard['learned']}"
 
 
 def _best_fit_problems(
@@ -162,7 +189,7 @@ def _best_fit_problems(
         yield f"{names['documents']}: not just the documents of more than {n} ids are split"
 
 
-def _sample_rows(path: str, settings: dict[str, Any]) -> Iterator[Ids]:
+def _sample_rows(path: str, settings: dict[str, Any], column: str = "input_ids") -> Iterator[Ids]:
     if settings["format"] == "npy":
         samples = np.load(path, mmap_mode="r")
         for row in range(0, len(samples), _ROWS):
@@ -171,8 +198,8 @@ def _sample_rows(path: str, settings: dict[str, Any]) -> Iterator[Ids]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_ROWS, columns=["input_ids"]):
-            yield batch["input_ids"].flatten().to_numpy().reshape(batch.num_rows, -1)
+        for batch in file.iter_batches(_ROWS, columns=[column]):
+            yield batch[column].flatten().to_numpy().reshape(batch.num_rows, -1)
 
 
 def _ledger_problems(folder: str, manifest: dict[str, Any]) -> list[str]:
@@ -195,6 +222,9 @@ def _ledger_problems(folder: str, manifest: dict[str, Any]) -> list[str]:
         for name, count in counts.items()
         if ledger[kind][name] != count
     ]
+    learned = written_learned(manifest["subsets"])
+    if ledger.get("learned", {}) != (learned and {"in": sum(learned.values()), **learned}):
+        problems.append(f"ledger: ids to be learned are {ledger.get('learned')}, the files have {learned}")
     every = ids["in_samples"] + ids["padding"] + ids["remainder"]
     for export in manifest.get("exports", ()):
         if not every == export["ids"] == export["written"] + export["left_out"]:

@@ -1,11 +1,10 @@
-"""The plain data that flows through millstream: documents, batches, samples, faults.
+"""The plain data that flows through millstream: documents, batches, faults.
 
-Data moves in columns: one object a batch, never one a document or a token, on the hot path. `Document` and `Sample` are
-the faces that the Python API shows of one row.
+Data moves in columns: one object a batch, never one a document or a token, on the hot path. `Document`, and `Sample` in
+samples.py, are the faces that the Python API shows of one row.
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,19 @@ Ids = npt.NDArray[Any]
 
 SEGMENT = np.dtype([("document", "<u8"), ("start", "<u8"), ("length", "<u4"), ("sample", "<u4")])
 """One segment: `length` ids of `document` (its ordinal), from the document's id number `start`, in `sample`."""
+
+
+LEARNED = 1 << 31
+"""In fine-tuning data, the bit of an id (u32) that is set if it is to be learned: it goes wherever its id goes."""
+
+
+def unmarked(ids: Ids, dtype: "np.dtype[Any]") -> tuple[Ids, Ids]:
+    """(the ids themselves, whether each is to be learned).
+
+    >>> unmarked(np.array([7, 8 | LEARNED], np.uint32), np.dtype(np.uint16))
+    (array([7, 8], dtype=uint16), array([False,  True]))
+    """
+    return (ids & np.uint32(LEARNED - 1)).astype(dtype), ids >= LEARNED
 
 
 class Document(NamedTuple):
@@ -86,14 +98,14 @@ class Slice:
 
 @dataclass(slots=True)
 class TextBatch:
-    """Documents as read, in columns; exactly one of `texts` and `ids` is filled.
+    """Documents as read, in columns; exactly one of `texts` (or what was made of rows instead) and `ids` is filled.
 
     `position` numbers documents and faults together, from 0 in this batch; `opened` tells that the first row goes on
     with the document before it (then its position is -1), `open` that the last row goes on in the next batch. `lines`
     has (source, lines read) for each slice.
     """
 
-    texts: list[str] = field(default_factory=list)
+    texts: list[Any] = field(default_factory=list)
     ids: list[Ids] = field(default_factory=list)
     doc_ids: list[str] = field(default_factory=list)
     position: list[int] = field(default_factory=list)
@@ -177,57 +189,3 @@ class TokenBatch:
         start[0] += drop
         rest.ids, rest.length, rest.start = rest.ids[drop:], length, start
         return rest
-
-
-class Segment(NamedTuple):
-    """One document's run inside one sample: `length` ids from the document's id number `start`."""
-
-    document: int
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One training item of `seq_len` token ids (fewer only in a kept remainder: then `complete` is False).
-
-    `segments` lists whose ids these are, in order; padding belongs to no segment. Three views of their lengths follow.
-
-    >>> import numpy as np
-    >>> s = Sample(np.array([7, 8, 9, 0]), (Segment(0, 5, 2), Segment(1, 0, 1)))
-    >>> s.segment_ids.tolist(), s.position_ids.tolist(), s.cu_seqlens.tolist()
-    ([1, 1, 2, 0], [0, 1, 0, 0], [0, 2, 3, 4])
-    """
-
-    token_ids: Ids
-    segments: tuple[Segment, ...]
-    complete: bool = True
-    pad_left: int = 0
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    @cached_property
-    def _runs(self) -> list[tuple[int, int]]:
-        """(segment number or 0 for padding, length), in order, covering every id."""
-        runs = [(0, self.pad_left)] if self.pad_left else []
-        runs += [(number, segment.length) for number, segment in enumerate(self.segments, 1)]
-        left = len(self.token_ids) - sum(length for _, length in runs)
-        return [*runs, (0, left)] if left else runs
-
-    @property
-    def segment_ids(self) -> Ids:
-        """int32 (N,): 1 for the first document's ids, 2 for the next, 0 for padding."""
-        numbers, lengths = [n for n, _ in self._runs], [length for _, length in self._runs]
-        return np.repeat(np.array(numbers, np.int32), lengths)
-
-    @property
-    def position_ids(self) -> Ids:
-        """int32 (N,): from 0 in each segment, and 0 for padding."""
-        parts = [np.arange(n, dtype=np.int32) if k else np.zeros(n, np.int32) for k, n in self._runs]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
-
-    @property
-    def cu_seqlens(self) -> Ids:
-        """int32: 0, the end of each segment, ... N; padding is a segment of its own here."""
-        return np.concatenate([[0], np.cumsum([n for _, n in self._runs])]).astype(np.int32)

@@ -188,6 +188,12 @@ def pack_summary(report: Report) -> str:
         f"  ids        {ids['in']:,} in = {ids['in_samples']:,} in samples + {ids['remainder']:,} remainder"
         f" + {ids['dropped']:,} dropped",
     ]
+    if learned := report.ledger.get("learned"):
+        lines.append(
+            f"  learned    {learned['in']:,} in = {learned['in_samples']:,} in samples"
+            f" + {learned['remainder']:,} remainder + {learned['dropped']:,} dropped;"
+            f" {learned['in'] / max(1, ids['in']):.1%} of the ids"
+        )
     if ids["special"]:
         lines.append(f"  specials   {ids['special']:,} of the ids are BOS or EOS")
     if ids["padding"]:

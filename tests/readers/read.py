@@ -4,6 +4,7 @@ python read.py FORMAT RESULT.npz PREFIX:FOLDER:N...: what comes out of the expor
 put into RESULT.npz under PREFIX/... for a test to compare.
 """
 
+import json
 import os
 import sys
 import types
@@ -102,6 +103,27 @@ def mds(folder, seq_len):
         yield f"{subset}/same", np.array(first[0] == first[1])
 
 
+def chat(folder, seq_len):
+    """What transformers makes of the conversations in rows.jsonl with the tokenizer beside them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with open(os.path.join(folder, "rows.jsonl"), encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    ids, masks, lengths, clean, clean_lengths = [], [], [], [], []
+    for row in rows:
+        given = {"conversation": row["messages"], "tools": row.get("tools"), "return_dict": True}
+        made = tokenizer.apply_chat_template(**given, return_assistant_tokens_mask=True)
+        ids += made["input_ids"]
+        masks += made["assistant_masks"]
+        lengths.append(len(made["input_ids"]))
+        made = tokenizer.apply_chat_template(**given, sanitize_control_tokens=True)
+        clean += made["input_ids"]
+        clean_lengths.append(len(made["input_ids"]))
+    named = {"ids": ids, "masks": masks, "lengths": lengths, "clean": clean, "clean_lengths": clean_lengths}
+    yield from ((name, np.array(values)) for name, values in named.items())
+
+
 def _tensor(row):
     import torch
 
@@ -121,7 +143,8 @@ def _is_small(folder):
 
 if __name__ == "__main__":
     _, format, result, *wanted = sys.argv
-    read = {"parquet": parquet, "megatron": megatron, "datatrove": datatrove, "litdata": litdata, "mds": mds}[format]
+    readers = {"parquet": parquet, "megatron": megatron, "datatrove": datatrove, "litdata": litdata, "mds": mds}
+    read = {**readers, "chat": chat}[format]
     found = {}
     for place in wanted:
         prefix, folder, seq_len = place.rsplit(":", 2)

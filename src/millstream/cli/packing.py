@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -48,6 +49,15 @@ from millstream.cli.types import IDS, INTERRUPTED, SIZE, WITH_FAULTS
 @click.option("--text-field", default="text", show_default=True, help="Field or column with the text.")
 @click.option("--id-field", default="id", show_default=True, help="Field or column with the document's id.")
 @click.option("--ids-field", help="Field or column with token ids: the text is tokenized already.")
+@click.option("--chat", is_flag=True, help="Rows are conversations: messages, or prompt and completion.")
+@click.option(
+    "--loss",
+    default="replies",
+    show_default=True,
+    type=click.Choice(["replies", "all"]),
+    help="With --chat, what is to be learned: what the assistant says (or the completion), or everything.",
+)
+@click.option("--chat-template", type=click.Path(), metavar="FILE", help="A chat template instead of the tokenizer's.")
 @click.option("--limit", type=int, metavar="DOCUMENTS", help="Stop after this many documents.")
 @click.option(
     "--validation",
@@ -105,9 +115,38 @@ def pack(sources: tuple[str, ...], out: str, as_json: bool, format_: str, **opti
         sys.exit(WITH_FAULTS)
 
 
+def _as_in_pack(*names: str) -> Callable[[click.Command], click.Command]:
+    """The options of `pack` with these names, for another command."""
+
+    def add(command: click.Command) -> click.Command:
+        own = {option.name: option for option in pack.params}
+        command.params[-1:-1] = [own[name] for name in names]  # before --json
+        return command
+
+    return add
+
+
+@_as_in_pack(
+    "tokenizer",
+    "window",
+    "max_segments",
+    "bos",
+    "eos",
+    "bos_token",
+    "eos_token",
+    "text_field",
+    "id_field",
+    "ids_field",
+    "chat",
+    "loss",
+    "chat_template",
+    "workers",
+    "memory",
+    "max_document",
+    "engine",
+)
 @click.command(short_help="Say what packing would give, before it is done.")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("--tokenizer", default=None, help="As for pack [default: gpt2].")
 @click.option(
     "--seq-len",
     "seq_lens",
@@ -128,12 +167,6 @@ def pack(sources: tuple[str, ...], out: str, as_json: bool, format_: str, **opti
 )
 @click.option("--sample", default="64MiB", show_default=True, type=SIZE, help="Read about so much of the corpus.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides what is read.")
-@click.option("--bos", is_flag=True, help="Put a BOS token before each document.")
-@click.option("--eos", is_flag=True, help="Put an EOS token after each document.")
-@click.option("--text-field", default="text", show_default=True, help="Field or column with the text.")
-@click.option("--ids-field", help="Field or column with token ids: the text is tokenized already.")
-@click.option("--workers", type=int, metavar="N", help="Processes the run would have [default: what it would take].")
-@click.option("--memory", default="1GiB", show_default=True, type=SIZE, help="Memory the run would have.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
     sources: tuple[str, ...],
@@ -156,12 +189,12 @@ def plan(
 
     keep_freed_memory()
     lengths = [_whole_number(text, "--seq-len") for text in ",".join(seq_lens).split(",")]
-    names = ",".join(strategies).split(",")
+    names = [name.strip() for name in ",".join(strategies).split(",")]
     found = make_plan(sources, Settings(**options), lengths, names, sample=sample, seed=seed)
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=1))
         return
-    from millstream.view import show_plan
+    from millstream.planview import show_plan
 
     show_plan(found)
 

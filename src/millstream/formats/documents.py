@@ -3,7 +3,7 @@
 import io
 import json
 import tokenize as python_source
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,18 +11,23 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from millstream.errors import Unusable
 from millstream.formats.slices import too_long
 from millstream.records import Fault, Ids, Slice, TextBatch
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Where a document's parts are found. With `ids`, the ids themselves are read and `text` is not looked at."""
+    """Where a document's parts are found. With `ids`, the ids themselves are read and `text` is not looked at.
+
+    With `of_row` neither is: it makes something of the whole row, which has a `text`, or raises Unusable.
+    """
 
     text: str = "text"
     id: str = "id"
     ids: str | None = None
     max_id: int = 0xFFFFFFFF
+    of_row: Callable[[dict[str, Any]], Any] | None = None
 
     @property
     def content(self) -> str:
@@ -48,11 +53,11 @@ def decode(unit: tuple[Slice, ...], fields: Fields, max_document: int, whole_tex
     return batch
 
 
-def _add(batch: TextBatch, piece: Slice, offset: int, content: str | Ids, doc_id: str | None) -> None:
-    if isinstance(content, str):
-        batch.texts.append(content)
-    else:
+def _add(batch: TextBatch, piece: Slice, offset: int, content: Any, doc_id: str | None) -> None:
+    if isinstance(content, np.ndarray):
         batch.ids.append(content)
+    else:
+        batch.texts.append(content)
     batch.doc_ids.append(f"{piece.name}#{offset}" if doc_id is None else doc_id)
     batch.position.append(batch.count)
     batch.source.append(piece.source)
@@ -111,7 +116,7 @@ def _decode_lines(batch: TextBatch, piece: Slice, fields: Fields, max_document: 
     if len(data) and data[-1:] != b"\n":
         ends = np.append(ends, len(data))
     starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
-    rows = _all_lines(data, bytes_, starts, ends, fields, max_document)
+    rows = None if fields.of_row else _all_lines(data, bytes_, starts, ends, fields, max_document)
     if rows is None:
         _line_by_line(batch, piece, data, starts, ends, fields, max_document)
     else:
@@ -180,8 +185,7 @@ def _line_by_line(
 def _one_line(line: bytes, fields: Fields) -> tuple[Any, str | None, tuple[str, str] | None]:
     """(content, id, fault) of one line; the fault names what is wrong for a person."""
     try:
-        row = _row_decoder(fields).decode(line)
-        found: dict[str, Any] = {fields.content: row.content, fields.id: row.id}
+        found = _decoded(line, fields)
     except _UNREADABLE:
         # The standard library's reader is slower but takes NaN, and its message says where the error is.
         try:
@@ -202,12 +206,27 @@ def _one_line(line: bytes, fields: Fields) -> tuple[Any, str | None, tuple[str, 
     return _content(found, fields)
 
 
+def _decoded(line: bytes, fields: Fields) -> dict[str, Any]:
+    if fields.of_row:
+        return msgspec.json.decode(line, type=dict[str, Any])
+    row = _row_decoder(fields).decode(line)
+    return {fields.content: row.content, fields.id: row.id}
+
+
 def _content(found: dict[str, Any], fields: Fields) -> tuple[Any, str | None, tuple[str, str] | None]:
     doc_id = found.get(fields.id)
     if doc_id is not None and not isinstance(doc_id, str):
         doc_id = str(doc_id)
     if doc_id is not None:
         doc_id = _plain(doc_id)
+    if fields.of_row:
+        try:
+            made = fields.of_row({name: value for name, value in found.items() if name != fields.id})
+        except Unusable as unusable:
+            return None, doc_id, (unusable.reason, _plain(unusable.message))
+        if _lone_surrogate(made.text):
+            return None, doc_id, ("lone_surrogate", "it has half of a surrogate pair, which no tokenizer accepts")
+        return made, doc_id, None
     content = found.get(fields.content)
     name = fields.content
     if content is None:
@@ -253,16 +272,19 @@ def _decode_rows(batch: TextBatch, piece: Slice, fields: Fields, max_document: i
 
     with pa.ipc.open_stream(slice_bytes(piece)) as reader:
         table = reader.read_all()
-    ids = _values(table[fields.id]) if fields.id in table.column_names else iter([None] * table.num_rows)
-    for row, (content, doc_id) in enumerate(zip(_values(table[fields.content]), ids, strict=True), piece.start):
-        if isinstance(content, UnicodeDecodeError):
-            _add_fault(batch, piece, row, 0, "invalid_utf8", f"not valid UTF-8: {content.reason}")
+    columns = [_values(table[name]) for name in table.column_names]
+    for row, values in enumerate(zip(*columns, strict=True), piece.start):
+        found = dict(zip(table.column_names, values, strict=True))
+        if isinstance(found.get(fields.id), Exception):
+            del found[fields.id]
+        wrong = next((value for value in found.values() if isinstance(value, UnicodeDecodeError)), None)
+        if wrong is not None:
+            _add_fault(batch, piece, row, 0, "invalid_utf8", f"not valid UTF-8: {wrong.reason}")
             continue
-        doc_id = None if isinstance(doc_id, Exception) else doc_id
-        found = {fields.content: content, fields.id: doc_id}
         value, name, fault = _content(found, fields)
-        if not fault and isinstance(value, str) and len(value.encode()) > max_document:
-            fault = too_long(len(value.encode()), max_document, "text")
+        size = 0 if fault or fields.ids else len((value.text if fields.of_row else value).encode())
+        if size > max_document:
+            fault = too_long(size, max_document, "text")
         if fault:
             _add_fault(batch, piece, row, 0, *fault, name)
         else:
@@ -289,6 +311,9 @@ def _decode_file(batch: TextBatch, piece: Slice, fields: Fields) -> None:
     batch.lines.append((piece.source, 0))
     if fields.ids:
         _add_fault(batch, piece, 0, 0, "not_ids", "plain text has no token ids; --ids-field needs JSONL or Parquet")
+        return
+    if fields.of_row:
+        _add_fault(batch, piece, 0, 0, "not_messages", "plain text has no rows; --chat needs JSONL or Parquet")
         return
     try:
         data = slice_bytes(piece)

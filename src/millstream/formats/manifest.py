@@ -21,18 +21,20 @@ TEMPORARY = ".tmp"
 FORMAT = "millstream/1"
 
 
-def shard_names(subset: str, number: int, format: str = "npy") -> dict[str, str]:
-    """The names of one output shard's three files; those of the validation subset carry its name in front."""
+def shard_names(subset: str, number: int, format: str = "npy", loss: bool = False) -> dict[str, str]:
+    """The names of one output shard's files; those of the validation subset carry its name in front."""
     front = "" if subset == "train" else f"{subset}-"
-    return {
+    names = {
         "samples": f"{front}samples-{number:05d}.{format}",
         "segments": f"{front}segments-{number:05d}.npy",
         "documents": f"{front}documents-{number:05d}.parquet",
     }
+    return names | ({"loss": f"{front}loss-{number:05d}.npy"} if loss else {})
 
 
-def remainder_name(subset: str) -> str:
-    return "remainder.npy" if subset == "train" else f"{subset}-remainder.npy"
+def remainder_name(subset: str, what: str = "remainder") -> str:
+    """The name of the kept remainder, or of its loss mask (`what` is remainder-loss)."""
+    return f"{what}.npy" if subset == "train" else f"{subset}-{what}.npy"
 
 
 def file_hash(path: str) -> str:

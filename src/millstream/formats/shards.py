@@ -10,7 +10,7 @@ import numpy as np
 from millstream.formats.exports.parquet import batch, schema
 from millstream.formats.exports.samples import runs_of
 from millstream.formats.manifest import TEMPORARY, commit_file, remainder_name, shard_names
-from millstream.records import SEGMENT, Ids
+from millstream.records import SEGMENT, Ids, unmarked
 
 DOCUMENT_ROWS = 1 << 16
 SAMPLE_ROWS = 1 << 10
@@ -87,18 +87,30 @@ class _Parquet:
 
 
 class _Samples(Protocol):
-    def write(self, ids: Ids, segments: Ids) -> None: ...
+    def write(self, ids: Ids, segments: Ids, learned: Ids | None) -> None: ...
     def finish(self) -> None: ...
     def close(self) -> None: ...
 
 
 class _NpySamples:
-    def __init__(self, path: str, dtype: "np.dtype[Any]", seq_len: int) -> None:
-        self._file = _Npy(path, dtype, seq_len)
-        self.finish, self.close = self._file.finish, self._file.close
+    """Samples as an array and, where the run has a loss mask, that as another one."""
 
-    def write(self, ids: Ids, segments: Ids) -> None:
-        self._file.write(ids)
+    def __init__(self, paths: dict[str, str], shape: "Shape") -> None:
+        self._ids = _Npy(paths["samples"], shape.dtype, shape.seq_len)
+        self._loss = _Npy(paths["loss"], np.dtype(bool), shape.seq_len) if shape.masked else None
+
+    def write(self, ids: Ids, segments: Ids, learned: Ids | None) -> None:
+        self._ids.write(ids)
+        if self._loss is not None and learned is not None:
+            self._loss.write(learned)
+
+    def finish(self) -> None:
+        for file in filter(None, (self._ids, self._loss)):
+            file.finish()
+
+    def close(self) -> None:
+        for file in filter(None, (self._ids, self._loss)):
+            file.close()
 
 
 class _ParquetSamples:
@@ -106,22 +118,23 @@ class _ParquetSamples:
 
     def __init__(self, path: str, shape: "Shape") -> None:
         self._shape = shape
-        self._schema = schema(shape.padded, shape.metadata)
+        self._schema = schema(shape.padded or shape.masked, shape.metadata)
         self._file = _Parquet(path, self._schema, SAMPLE_ROWS, "snappy")
         self.finish, self.close = self._file.finish, self._file.close
 
-    def write(self, ids: Ids, segments: Ids) -> None:
+    def write(self, ids: Ids, segments: Ids, learned: Ids | None) -> None:
         if len(ids):
             first = int(segments["sample"][0])
             runs = runs_of(segments, len(ids), self._shape.seq_len, first, self._shape.pad_left)
-            self._file.write(batch(self._schema, ids, runs).columns)
+            self._file.write(batch(self._schema, ids, runs, learned).columns)
 
 
 @dataclass(frozen=True)
 class Shape:
     """What decides the form of the output shards: `per_shard` samples of `seq_len` ids each, in `format`.
 
-    `padded`: whether there can be padding, and `pad_left`, on which side.
+    `padded`: whether there can be padding, and `pad_left`, on which side. `masked`: ids come with LEARNED set where
+    they are to be learned, and that is stored beside them.
     """
 
     seq_len: int
@@ -131,6 +144,7 @@ class Shape:
     metadata: dict[str, str] = field(default_factory=dict)
     padded: bool = False
     pad_left: bool = False
+    masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,20 +179,24 @@ class ShardWriter:
 
     def __init__(self, folder: str, subset: str, number: int, shape: Shape) -> None:
         self.folder, self.number, self.shape = folder, number, shape
-        self.samples = self.padding = self.documents = self.empty = self.split = 0
-        self._names = shard_names(subset, number, shape.format)
+        self.samples = self.padding = self.documents = self.empty = self.split = self.learned = 0
+        self._names = shard_names(subset, number, shape.format, shape.masked and shape.format == "npy")
         paths = {kind: os.path.join(folder, name + TEMPORARY) for kind, name in self._names.items()}
         self._samples: _Samples
         if shape.format == "parquet":
             self._samples = _ParquetSamples(paths["samples"], shape)
         else:
-            self._samples = _NpySamples(paths["samples"], shape.dtype, shape.seq_len)
+            self._samples = _NpySamples(paths, shape)
         self._segments = _Npy(paths["segments"], SEGMENT)
         self._documents = _Parquet(paths["documents"], documents_schema(), DOCUMENT_ROWS, "zstd")
 
     def write(self, ids: Ids, segments: Ids, padding: int = 0) -> None:
         """Samples (rows, seq_len) and their segments, numbered from the shard's first sample."""
-        self._samples.write(ids, segments)
+        learned = None
+        if self.shape.masked:
+            ids, learned = unmarked(ids, self.shape.dtype)
+            self.learned += int(learned.sum())
+        self._samples.write(ids, segments, learned)
         self._segments.write(segments)
         self.samples += len(ids)
         self.padding += padding
@@ -206,6 +224,7 @@ class ShardWriter:
             "documents": self.documents,
             "empty": self.empty,
             "split": self.split,
+            **({"learned": self.learned} if self.shape.masked else {}),
             "files": {kind: {"name": name, **commit_file(self.folder, name)} for kind, name in self._names.items()},
         }
 
@@ -215,10 +234,18 @@ class ShardWriter:
             part.close()
 
 
-def write_remainder(folder: str, subset: str, ids: Ids) -> dict[str, Any]:
-    name = remainder_name(subset)
-    file = _Npy(os.path.join(folder, name + TEMPORARY), ids.dtype, None)
-    file.write(ids)
+def write_remainder(folder: str, subset: str, ids: Ids, shape: Shape) -> dict[str, Any]:
+    """The remainder's manifest entry, once it is written; its loss mask, if there is one, in a file of its own."""
+    if not shape.masked:
+        return {"ids": len(ids), **_write_flat(folder, remainder_name(subset), ids)}
+    ids, learned = unmarked(ids, shape.dtype)
+    loss = _write_flat(folder, remainder_name(subset, "remainder-loss"), learned)
+    return {"ids": len(ids), **_write_flat(folder, remainder_name(subset), ids), "loss": loss}
+
+
+def _write_flat(folder: str, name: str, values: Ids) -> dict[str, Any]:
+    file = _Npy(os.path.join(folder, name + TEMPORARY), values.dtype, None)
+    file.write(values)
     file.finish()
     file.close()
-    return {"ids": len(ids), "name": name, **commit_file(folder, name)}
+    return {"name": name, **commit_file(folder, name)}

@@ -36,11 +36,11 @@ def slices(
     shards: list[InputShard],
     cursor: Cursor,
     limits: Limits,
-    columns: tuple[str, str],
+    columns: tuple[str, ...],
     block: int = BLOCK,
     used: Cursor | None = None,
 ) -> Iterator[Slice]:
-    """The corpus from `cursor` on. `columns` are the (text, id) columns to take from Parquet files.
+    """The corpus from `cursor` on. `columns` are those to take from Parquet files: of the text, and last of the id.
 
     What cannot be read becomes a slice with `fault` set. `used` is how far an earlier run has read: raises
     ResumeRefused when that is reached and the bytes (or rows) before it are not those that `used.prefix` was made from.
@@ -343,7 +343,7 @@ def _decode_message(error: Exception) -> str:
 
 
 def _row_slices(
-    source: int, shard: InputShard, cursor: Cursor, columns: tuple[str, str], block: int, running: _Running
+    source: int, shard: InputShard, cursor: Cursor, columns: tuple[str, ...], block: int, running: _Running
 ) -> Iterator[Slice]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -359,7 +359,7 @@ def _row_slices(
     try:
         with pq.ParquetFile(shard.uri, pre_buffer=False, buffer_size=block) as file:
             names = file.schema_arrow.names
-            if columns[0] not in names:
+            if not any(name in names for name in columns[:-1]):
                 yield bad("missing_field", f"no column {columns[0]!r}; it has {', '.join(names)}")
                 return
             wanted = [name for name in columns if name in names]

@@ -1,12 +1,15 @@
 """Documents to token ids, a batch at a time, and the comparison with a reference engine."""
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from millstream.errors import EngineMismatch
-from millstream.records import Ids
-from millstream.stream.tokenizers import Engine, Tokenizer
+from millstream.records import LEARNED, Ids
+from millstream.stream.chat import Rendered
+from millstream.stream.tokenizers import Engine, HuggingFace, Tokenizer
 
 
 def surround(
@@ -46,12 +49,104 @@ def surround(
     return out, total
 
 
-def compare(tokenizer: Tokenizer, reference: Engine, texts: Sequence[str], names: Sequence[str]) -> int:
-    """Tokenize `texts` with both engines; the number of bytes compared. Raises EngineMismatch, naming the document."""
-    if not texts:
-        return 0
-    ours, our_lengths = tokenizer.engine.encode(texts)
-    theirs, their_lengths = reference.encode(texts)
+def encode_rendered(tokenizer: Tokenizer, found: Sequence[Rendered], engine: Engine | None = None) -> tuple[Ids, Ids]:
+    """(ids u32 of rendered conversations, length i64 of each); LEARNED is set in those that stand for learned letters.
+
+    An id that stands for a learned letter and others too is learned. `engine` is the tokenizer's own, or another one.
+
+    >>> from millstream.stream.tokenizers import load_tokenizer
+    >>> ids, length = encode_rendered(load_tokenizer("gpt2"), [Rendered("Hello world", (Span(5, 11),))])
+    >>> (ids & (LEARNED - 1)).tolist(), (ids >= LEARNED).tolist(), length.tolist()
+    ([15496, 995], [False, True], [2])
+    """
+    engine = engine or tokenizer.engine
+    pieces = [list(_pieces(one)) for one in found]
+    texts = {
+        plain: [text for parts in pieces for text, is_plain in parts if is_plain is plain] for plain in (True, False)
+    }
+    streams = {plain: _split(*engine.encode(some, specials=not plain)) for plain, some in texts.items() if some}
+    made = []
+    for one, parts in zip(found, pieces, strict=True):
+        ids = [next(streams[plain]) for _, plain in parts]
+        whole = np.concatenate(ids) if ids else np.zeros(0, np.uint32)
+        made.append(_learn(tokenizer, one, whole))
+    length = np.fromiter(map(len, made), np.int64, len(made))
+    return np.concatenate(made) if made else np.zeros(0, np.uint32), length
+
+
+def _pieces(found: Rendered) -> Iterator[tuple[str, bool]]:
+    """Its text in pieces: (text, whether special tokens in it are ordinary text)."""
+    at = 0
+    for start, stop in found.plain:
+        if at < start:
+            yield found.text[at:start], False
+        yield found.text[start:stop], True
+        at = stop
+    if at < len(found.text):
+        yield found.text[at:], False
+
+
+def _split(ids: Ids, length: Ids) -> Iterator[Ids]:
+    return (ids[low:high] for low, high in pairwise([0, *np.cumsum(length).tolist()]))
+
+
+def _learn(tokenizer: Tokenizer, found: Rendered, ids: Ids) -> Ids:
+    """`ids` with LEARNED set where they stand for learned letters."""
+    if not found.learned or not len(ids):
+        return ids
+    marked = ids.copy()
+    for first, stop in _ids_of(tokenizer, found, ids):
+        marked[first:stop] |= np.uint32(LEARNED)
+    return marked
+
+
+def _ids_of(tokenizer: Tokenizer, found: Rendered, ids: Ids) -> Iterator[tuple[int, int]]:
+    """For each span of learned letters, the first id that stands for one of them and the one after the last."""
+    text, sizes = found.text, tokenizer.bytes_of
+    stops = np.cumsum(sizes[ids]) if sizes is not None else np.zeros(1, np.int64)
+    as_it_is = tokenizer.normalized is None or unicodedata.is_normalized("NFC", text)
+    if as_it_is and int(stops[-1]) == len(text.encode()):
+        for start, stop in found.learned:
+            begin = len(text[:start].encode())
+            end = begin + len(text[start:stop].encode())
+            yield int(np.searchsorted(stops, begin, "right")), int(np.searchsorted(stops, end, "left")) + 1
+        return
+    # Ids do not say how much text they stand for: the reference does, slower.
+    letters = _letters(tokenizer, found, ids)
+    for start, stop in found.learned:
+        yield int(np.searchsorted(letters[:, 1], start, "right")), int(np.searchsorted(letters[:, 0], stop, "left"))
+
+
+def _letters(tokenizer: Tokenizer, found: Rendered, ids: Ids) -> Ids:
+    """The letters of `found` that each id stands for, from and to before, growing."""
+    engine, at, some, letters = tokenizer.reference_engine, 0, [], []
+    assert isinstance(engine, HuggingFace), "the others have bytes_of, and take text as it is"
+    for text, plain in _pieces(found):
+        its_ids, its_letters = engine.offsets(text, specials=not plain)
+        some.append(its_ids)
+        letters.append(its_letters + at)
+        at += len(text)
+    if not np.array_equal(np.concatenate(some), ids):
+        raise EngineMismatch(
+            f"engine {tokenizer.engine.name} gives other ids than {engine.name} for a conversation, with tokenizer "
+            f"{tokenizer.name}; --engine reference packs it all the same, slower"
+        )
+    return np.maximum.accumulate(np.concatenate(letters))
+
+
+def like_the_last(ids: Ids, lengths: Ids) -> None:
+    """Set LEARNED in the last id of every document as it is set in the one before: the EOS is learned with it."""
+    stops = np.cumsum(lengths)[lengths > 1]
+    ids[stops - 1] |= ids[stops - 2] & np.uint32(LEARNED)
+
+
+Encoding = Callable[[Engine], tuple[Ids, Ids]]
+
+
+def compare(tokenizer: Tokenizer, reference: Engine, encode: Encoding, names: Sequence[str]) -> None:
+    """Encode the same documents with both engines. Raises EngineMismatch, naming the first that differs."""
+    ours, our_lengths = encode(tokenizer.engine)
+    theirs, their_lengths = encode(reference)
     if not (np.array_equal(our_lengths, their_lengths) and np.array_equal(ours, theirs)):
         our_stops, their_stops = np.cumsum(our_lengths), np.cumsum(their_lengths)
         for name, a, n, b, m in zip(names, our_stops, our_lengths, their_stops, their_lengths, strict=True):
@@ -61,4 +156,3 @@ def compare(tokenizer: Tokenizer, reference: Engine, texts: Sequence[str], names
                     f"or other ones, with tokenizer {tokenizer.name}; nothing of it was used. "
                     "Please report the document; --engine reference packs it all the same, slower"
                 )
-    return sum(map(len, texts))

@@ -1,12 +1,13 @@
 """Tokenizers by name: a fast engine, a reference engine that checks it, and what packing has to know of them."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import resources
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ import numpy as np
 
 from millstream.errors import RequestError
 from millstream.records import Ids
+from millstream.stream.chat import Chat, templates_of
 
 # One thread an engine: workers are processes, and two of them at one thread each beat one with two threads. It is read
 # when the engine is first used; the usual RAYON_NUM_THREADS has no effect on it.
@@ -29,8 +31,11 @@ TIKTOKEN_NAMES = ("cl100k_base", "o200k_base")
 class Engine(Protocol):
     name: str
 
-    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
-        """(ids u32 of all texts, back to back; length i64 of each). Special tokens in a text are ordinary text."""
+    def encode(self, texts: Sequence[str], specials: bool = False) -> tuple[Ids, Ids]:
+        """(ids u32 of all texts, back to back; length i64 of each).
+
+        What spells a special token in a text is ordinary text, or with `specials` that token.
+        """
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -42,6 +47,8 @@ class Tokenizer:
     `vocab_size` is the largest id + 1, `sha256` identifies what decides the ids, `safe_cuts` tells whether long plain
     text may be cut between a letter and a blank, `reference` builds the engine that checks `engine` (None: it is the
     reference itself), `definition` is the tokenizer.json to keep with a run so that it can be decoded anywhere.
+    `chat` is how it renders conversations, `token_bytes` makes `bytes_of`, and `normalized` is the Unicode form that
+    text is brought into first, if any.
     """
 
     name: str
@@ -55,6 +62,14 @@ class Tokenizer:
     eos_token: str | None = None
     safe_cuts: bool = False
     definition: str | None = None
+    chat: Chat = field(default_factory=Chat)
+    token_bytes: Callable[[], Ids | None] = lambda: None
+    normalized: str | None = None
+
+    @cached_property
+    def bytes_of(self) -> Ids | None:
+        """How many bytes of text each id stands for, i64 (ids,); None where that cannot be told from an id."""
+        return self.token_bytes()
 
     @cached_property
     def engine(self) -> Engine:
@@ -95,8 +110,8 @@ class Fastokens:
         tokenizer.no_padding()
         self.tokenizer = tokenizer
 
-    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
-        ids, offsets = self.tokenizer.encode_batch_flat(texts, split_special_tokens=True)
+    def encode(self, texts: Sequence[str], specials: bool = False) -> tuple[Ids, Ids]:
+        ids, offsets = self.tokenizer.encode_batch_flat(texts, split_special_tokens=not specials)
         return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -114,12 +129,18 @@ class HuggingFace:
         self.tokenizer = Definition.from_str(definition)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True
 
-    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+    def encode(self, texts: Sequence[str], specials: bool = False) -> tuple[Ids, Ids]:
+        self.tokenizer.encode_special_tokens = not specials
         found = [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
         lengths = np.fromiter(map(len, found), np.int64, len(found))
         return np.fromiter((i for ids in found for i in ids), np.uint32, int(lengths.sum())), lengths
+
+    def offsets(self, text: str, specials: bool) -> tuple[Ids, Ids]:
+        """(ids u32, the letters that each stands for: i64 (ids, 2), from and to before)."""
+        self.tokenizer.encode_special_tokens = not specials
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        return np.array(found.ids, np.uint32), np.array(found.offsets, np.int64).reshape(-1, 2)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
@@ -135,8 +156,9 @@ class Tiktoken:
 
         self.encoding = tiktoken.Encoding(name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=specials)
 
-    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
-        found = [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+    def encode(self, texts: Sequence[str], specials: bool = False) -> tuple[Ids, Ids]:
+        allowed: Any = "all" if specials else set()
+        found = [self.encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=()) for text in texts]
         lengths = np.fromiter(map(len, found), np.int64, len(found))
         return np.concatenate(found) if found else np.zeros(0, np.uint32), lengths
 
@@ -170,8 +192,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         return _tiktoken(name)
     path = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
     if os.path.isfile(path):
-        config = os.path.join(os.path.dirname(path), "tokenizer_config.json")
-        return _from_files(os.path.basename(os.path.abspath(name)), path, config)
+        return _from_files(os.path.basename(os.path.abspath(name)), path)
     if os.path.isdir(name):
         raise RequestError(f"the folder {name} has no tokenizer.json; save one there with save_pretrained()")
     if name.count("/") == 1 and not name.startswith((".", "/")) and not name.endswith(".json"):
@@ -207,6 +228,8 @@ def _gpt2() -> Tokenizer:
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
         safe_cuts=True,
+        chat=_chat({}, specials),
+        token_bytes=lambda: _lengths({n: len(token) for n, token in enumerate(_gpt2_tokens(merges))}, specials),
     )
 
 
@@ -295,7 +318,17 @@ def _tiktoken(name: str) -> Tokenizer:
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
         safe_cuts=True,
+        chat=_chat({}, specials),
+        token_bytes=lambda: _lengths({rank: len(token) for token, rank in ranks.items()}, specials),
     )
+
+
+def _lengths(plain: dict[int, int], added: dict[str, int]) -> Ids:
+    """`Tokenizer.bytes_of` from the bytes of plain tokens and the texts of added ones."""
+    lengths = plain | {number: len(token.encode()) for token, number in added.items()}
+    found = np.zeros(max(lengths, default=-1) + 1, np.int64)
+    found[list(lengths)] = list(lengths.values())
+    return found
 
 
 def _from_hub(name: str) -> Tokenizer:
@@ -309,26 +342,34 @@ def _from_hub(name: str) -> Tokenizer:
         raise RequestError(
             f"no tokenizer {name!r}: no such path here, and the hub did not give its tokenizer.json ({reason})"
         ) from error
-    try:
-        config = hf_hub_download(name, "tokenizer_config.json")
-    except (HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, OSError, ValueError):
-        config = ""
-    return _from_files(name, path, config)
+    for other in (_CONFIG, _TEMPLATE):
+        with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, OSError, ValueError):
+            hf_hub_download(name, other)
+    return _from_files(name, path)
 
 
-def _from_files(name: str, path: str, config_path: str) -> Tokenizer:
+_CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+
+
+def _from_files(name: str, path: str) -> Tokenizer:
+    """From a tokenizer.json and what may stand beside it: tokenizer_config.json, chat_template.jinja."""
     config: Any = {}
+    folder = os.path.dirname(path)
     try:
         with open(path, encoding="utf-8") as file:
             definition = file.read()
-        if config_path and os.path.isfile(config_path):
-            path = config_path
+        path = os.path.join(folder, _CONFIG)
+        if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
                 config = json.load(file)
+        if not isinstance(config, dict):
+            raise RequestError(f"{path} is no tokenizer_config.json: it holds no object")
+        path = os.path.join(folder, _TEMPLATE)
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
+                config["chat_template"] = file.read()
     except ValueError as error:  # neither UTF-8 nor JSON
         raise RequestError(f"{path} is no {os.path.basename(path)} that can be read: {error}") from error
-    if not isinstance(config, dict):
-        raise RequestError(f"{path} is no tokenizer_config.json: it holds no object")
     return _from_texts(name, definition, json.dumps(config))
 
 
@@ -349,6 +390,7 @@ def from_definition(name: str, definition: str, config: dict[str, Any] | None = 
     vocabulary = reference.tokenizer.get_vocab(with_added_tokens=True)
     fast = _fastokens(definition)
     config = config or {}
+    control = {t["content"]: t["id"] for t in content.get("added_tokens") or [] if t.get("special")}
     return Tokenizer(
         name,
         (fast or reference).name,
@@ -361,7 +403,29 @@ def from_definition(name: str, definition: str, config: dict[str, Any] | None = 
         eos_token=_token_text(config.get("eos_token")),
         safe_cuts=_cuts_safely(content),
         definition=definition,
+        chat=_chat(config, control),
+        token_bytes=lambda: _byte_level_lengths(content, vocabulary, added),
+        normalized=(content.get("normalizer") or {}).get("type"),
     )
+
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def _chat(config: dict[str, Any], control: dict[str, int]) -> Chat:
+    """How conversations are rendered, as tokenizer_config.json says it; `control` are the special tokens."""
+    named = ((name, _token_text(config.get(name))) for name in _NAMED_TOKENS)
+    variables = tuple((name, token) for name, token in named if token)
+    return Chat(templates_of(config.get("chat_template")), variables, tuple(control))
+
+
+def _byte_level_lengths(content: dict[str, Any], vocabulary: dict[str, int], added: dict[str, int]) -> Ids | None:
+    """Bytes of text for each id of a byte-level vocabulary, which has one letter for each byte; else None."""
+    if (content.get("normalizer") or {}).get("type") not in (None, "NFC"):
+        return None
+    if (content.get("decoder") or {}).get("type") != "ByteLevel":
+        return None
+    return _lengths({number: len(token) for token, number in vocabulary.items() if token not in added}, added)
 
 
 def _token_text(entry: Any) -> str | None:

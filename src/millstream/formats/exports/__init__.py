@@ -14,20 +14,22 @@ from millstream.formats.exports.samples import Samples
 class Format:
     """`write` writes the samples of a subset and counts the ids; `bits`: how large they may be.
 
-    `flat`: ids back to back, so that the kept remainder has a place at the end.
+    `flat`: ids back to back, so that the kept remainder has a place at the end. `masked`: it can say which ids are to
+    be learned.
     """
 
     write: Callable[[Samples, Out], int]
     bits: int
     flat: bool = False
+    masked: bool = False
 
 
 FORMATS = {
-    "npy": Format(npy.write, 32),
-    "parquet": Format(parquet.write, 31),
+    "npy": Format(npy.write, 32, masked=True),
+    "parquet": Format(parquet.write, 31, masked=True),
     "megatron": Format(megatron.write, 31, flat=True),
-    "mds": Format(mds.write, 31),
-    "datatrove": Format(datatrove.write, 32, flat=True),
+    "mds": Format(mds.write, 31, masked=True),
+    "datatrove": Format(datatrove.write, 32, flat=True, masked=True),
     "litdata": Format(litdata.write, 31),
     "nanogpt": Format(nanogpt.write, 16, flat=True),
     "llm.c": Format(llmc.write, 32, flat=True),
@@ -49,8 +51,9 @@ class Export:
     files: list[dict[str, Any]]
 
 
-def check_formats(names: Sequence[str], vocab_size: int | None) -> None:
-    """Raises RequestError for a format that is unknown, or that cannot hold the ids of such a vocabulary.
+def check_formats(names: Sequence[str], vocab_size: int | None, masked: bool = False) -> None:
+    """Raises RequestError for a format that is unknown, or that cannot hold the ids of such a vocabulary or, if the run
+    is `masked`, which of them are to be learned.
 
     Without a vocabulary ids have 32 bits; those that are too large for a format are found when they are read.
     """
@@ -58,6 +61,11 @@ def check_formats(names: Sequence[str], vocab_size: int | None) -> None:
         if name not in FORMATS:
             raise RequestError(f"--format {name} is unknown: give one or more of {', '.join(FORMATS)}")
         bits = FORMATS[name].bits
+        if masked and not FORMATS[name].masked:
+            able = ", ".join(name for name, format in FORMATS.items() if format.masked)
+            raise RequestError(
+                f"{name} has no place for which ids are to be learned; {able} have. --loss all learns every id"
+            )
         if vocab_size is None and bits <= 16:
             raise RequestError(f"{name} holds ids of {bits} bits; without a tokenizer they have 32")
         if vocab_size is not None and vocab_size > 1 << bits:

@@ -3,12 +3,13 @@
 import numpy as np
 
 from millstream.formats.exports.out import Out
-from millstream.formats.exports.samples import Samples
+from millstream.formats.exports.samples import Runs, Samples
 from millstream.records import Ids
 
 
 def write(samples: Samples, out: Out) -> int:
-    """train/00000.ds; .ds.index: u64 ends in ids; with padding also .ds.loss: a byte an id, 0 for padding."""
+    """train/00000.ds; .ds.index: u64 ends in ids; with padding or a loss mask also .ds.loss: a byte an id, 0 for
+    padding and what is not to be learned."""
     written = 0
     for shard in samples.shards:
         name = f"{samples.subset}/{shard.number:05d}.ds"
@@ -21,9 +22,13 @@ def write(samples: Samples, out: Out) -> int:
             for runs in shard.flat_runs():
                 file.write((end + np.cumsum(runs.length)).astype("<u8").data)
                 end += int(runs.length.sum())
-        if samples.padded:
+        if samples.padded or samples.masked:
             with out.create(f"{name}.loss") as file:
-                for runs in shard.flat_runs():
-                    counted: Ids = np.repeat(runs.document >= 0, runs.length)
-                    file.write(counted.data)
+                for counted in shard.flat_learned() if samples.masked else map(_no_padding, shard.flat_runs()):
+                    file.write(np.ascontiguousarray(counted).data)
     return written
+
+
+def _no_padding(runs: Runs) -> Ids:
+    counted: Ids = np.repeat(runs.document >= 0, runs.length)
+    return counted

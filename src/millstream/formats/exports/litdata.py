@@ -32,7 +32,7 @@ def write(samples: Samples, out: Out) -> int:
         with out.create(f"{samples.subset}/{name}") as file:
             offsets = np.arange(rows + 1) * width + head
             file.write(np.concatenate([[rows], offsets]).astype("<u4").data)
-            for _, block in shard.blocks():
+            for _, block, _ in shard.blocks():
                 file.write(narrow(block, dtype).data)
                 written += block.size
         size = {"chunk_bytes": head + rows * width, "chunk_size": rows, "dim": rows * samples.seq_len}

@@ -8,16 +8,14 @@ import numpy as np
 from millstream.formats.exports.out import Out
 from millstream.formats.exports.samples import Runs, Samples, narrow
 from millstream.records import Ids
-
-IGNORED = -100
-"""The label of padding, which PyTorch's loss leaves out."""
+from millstream.samples import IGNORED
 
 
 def write(samples: Samples, out: Out) -> int:
     """samples-00000.parquet with the columns of `schema`."""
     import pyarrow.parquet as pq
 
-    columns = schema(samples.padded, {"millstream": json.dumps(samples.settings)})
+    columns = schema(samples.padded or samples.masked, {"millstream": json.dumps(samples.settings)})
     written = 0
     for shard in samples.shards:
         if not len(shard):
@@ -26,26 +24,27 @@ def write(samples: Samples, out: Out) -> int:
             out.create(f"{samples.subset}/samples-{shard.number:05d}.parquet") as file,
             pq.ParquetWriter(file, columns, compression="snappy", use_dictionary=False) as writer,
         ):
-            for first, block in shard.blocks():
-                writer.write_batch(batch(columns, block, shard.runs(first, len(block))), len(block))
+            for first, block, learned in shard.blocks():
+                runs = shard.runs(first, len(block))
+                writer.write_batch(batch(columns, block, runs, learned), len(block))
                 written += block.size
     return written
 
 
-def schema(padded: bool, metadata: dict[str, str]) -> Any:
-    """`input_ids`; `labels` if there is padding; `seq_lengths` and `documents` of the runs in each sample.
+def schema(labelled: bool, metadata: dict[str, str]) -> Any:
+    """`input_ids`; `labels` for padding or a loss mask; `seq_lengths` and `documents` of the runs in each sample.
 
     Padding is a run of its own, of document -1, so that `seq_lengths` add up to N as TRL wants it.
     """
     import pyarrow as pa
 
-    labels = [("labels", pa.list_(pa.int32()))] if padded else []
+    labels = [("labels", pa.list_(pa.int32()))] if labelled else []
     names = [("seq_lengths", pa.list_(pa.int32())), ("documents", pa.list_(pa.int64()))]
     return pa.schema([("input_ids", pa.list_(pa.int32())), *labels, *names], metadata)
 
 
-def batch(columns: Any, ids: Ids, runs: Runs) -> Any:
-    """A record batch of `columns`: samples (rows, N) and their runs."""
+def batch(columns: Any, ids: Ids, runs: Runs, learned: Ids | None = None) -> Any:
+    """A record batch of `columns`: samples (rows, N), their runs, and which ids are to be learned (None: all)."""
     import pyarrow as pa
 
     rows, seq_len = ids.shape
@@ -54,6 +53,15 @@ def batch(columns: Any, ids: Ids, runs: Runs) -> Any:
     bounds = runs.bounds.astype(np.int32)
     made = {"input_ids": (even, flat), "seq_lengths": (bounds, runs.length), "documents": (bounds, runs.document)}
     if "labels" in columns.names:
-        made["labels"] = (even, np.where(np.repeat(runs.document < 0, runs.length), np.int32(IGNORED), flat))
+        made["labels"] = (even, labels(flat, runs, learned))
     lists = [pa.ListArray.from_arrays(*made[name]) for name in columns.names]
     return pa.record_batch(lists, columns)
+
+
+def labels(ids: Ids, runs: Runs, learned: Ids | None) -> Ids:
+    """i32, flat: the ids, and `IGNORED` for padding and what is not to be learned."""
+    out = np.repeat(runs.document < 0, runs.length)
+    if learned is not None:
+        out |= ~learned.reshape(-1)
+    found: Ids = np.where(out, np.int32(IGNORED), ids)
+    return found

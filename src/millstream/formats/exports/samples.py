@@ -10,6 +10,7 @@ import numpy as np
 
 from millstream.errors import RequestError, RunError
 from millstream.records import Ids
+from millstream.samples import IGNORED
 
 BLOCK_IDS = 1 << 20
 """Ids that are looked at together."""
@@ -79,23 +80,42 @@ class Shard:
         """Ids in it, the remainder included."""
         return len(self) * self.samples.seq_len + len(self.rest)
 
-    def blocks(self) -> Iterator[tuple[int, Ids]]:
-        """Its samples in order: the number of the first, counting from 0 here, and (rows, N), uint16 or uint32.
+    def blocks(self) -> Iterator[tuple[int, Ids, Ids | None]]:
+        """Its samples in order: the number of the first, counting from 0 here; (rows, N), uint16 or uint32; and whether
+        each is to be learned, bool (rows, N), or None for all of them.
 
         Raises RunError if the file has fewer of them.
         """
-        path, first = self._path("samples"), 0
-        for block in _rows(path, self.low, self.high, self.samples.rows, self.samples.dtype):
-            if block.shape[1:] != (self.samples.seq_len,):
-                raise _damaged(path, f"its samples have {block.shape[1:]} ids instead of {self.samples.seq_len}")
-            yield first, block
-            first += len(block)
+        path, first, samples = self._path("samples"), 0, self.samples
+        for ids, learned in self._rows():
+            if ids.shape[1:] != (samples.seq_len,):
+                raise _damaged(path, f"its samples have {ids.shape[1:]} ids instead of {samples.seq_len}")
+            yield first, ids, learned
+            first += len(ids)
         if first != len(self):
             raise _damaged(path, f"it has {first + self.low} samples instead of {self.entry['samples']}")
 
+    def _rows(self) -> Iterator[tuple[Ids, Ids | None]]:
+        samples, path = self.samples, self._path("samples")
+        if path.endswith(".parquet"):
+            yield from _parquet_rows(path, self.low, self.high, samples)
+            return
+        stored, loss = _load(path), _load(self._path("loss")) if samples.masked else None
+        for start in range(self.low, min(self.high, len(stored)), samples.rows):
+            part = slice(start, min(start + samples.rows, self.high))
+            yield np.asarray(stored[part], samples.dtype), None if loss is None else np.asarray(loss[part])
+
+    def flat_learned(self) -> Iterator[Ids]:
+        """Whether the ids that `flat` yields are to be learned; nothing without a mask."""
+        for _, _, learned in self.blocks():
+            if learned is not None:
+                yield learned.reshape(-1)
+        if self.samples.masked and len(self.rest):
+            yield self.samples.rest_learned
+
     def flat(self) -> Iterator[Ids]:
         """All its ids one after the other, the remainder last."""
-        for _, block in self.blocks():
+        for _, block, _ in self.blocks():
             yield block.reshape(-1)
         if len(self.rest):
             yield self.rest
@@ -146,6 +166,7 @@ class Samples:
     def __init__(self, folder: str, subset: str, settings: dict[str, Any], entry: dict[str, Any]) -> None:
         self.folder, self.subset, self.settings = folder, subset, settings
         self.padded = can_pad(settings)
+        self.masked = has_mask(settings)
         self.seq_len = int(settings["seq_len"])
         self.pad_left = settings["pad_side"] == "left"
         self.vocab_size = int(settings["tokenizer"]["vocab_size"]) if settings["tokenizer"] else None
@@ -196,6 +217,11 @@ class Samples:
         part = segments[np.searchsorted(segments["sample"], entry["samples"]) :]
         return runs_of(part, 1, self.kept, entry["samples"])
 
+    @property
+    def rest_learned(self) -> Ids:
+        """Which ids of the remainder are to be learned."""
+        return np.asarray(_load(os.path.join(self.folder, self._entry["remainder"]["loss"]["name"])))
+
     def _rest(self) -> Ids:
         if not self.kept:
             return np.empty(0, self.dtype)
@@ -217,6 +243,12 @@ def can_pad(settings: dict[str, Any]) -> bool:
     return bool(settings["strategy"] != "concat" or settings["remainder"] == "pad")
 
 
+def has_mask(settings: dict[str, Any]) -> bool:
+    """Whether a run with these settings stores which ids are to be learned."""
+    chat = settings.get("chat")
+    return chat is not None and chat["loss"] != "all"
+
+
 def narrow(ids: Ids, dtype: str) -> Ids:
     """`ids` as a type that has the same values; a view if it is theirs already. Raises RequestError for what is lost.
 
@@ -232,27 +264,18 @@ def narrow(ids: Ids, dtype: str) -> Ids:
     return ids.astype(wanted, copy=False)
 
 
-def _rows(path: str, low: int, high: int, rows: int, dtype: "np.dtype[Any]") -> Iterator[Ids]:
-    if path.endswith(".parquet"):
-        yield from _parquet_rows(path, low, high, rows, dtype)
-        return
-    stored = _load(path)
-    for start in range(low, min(high, len(stored)), rows):
-        yield np.asarray(stored[start : min(start + rows, high)], dtype)
-
-
-def _parquet_rows(path: str, low: int, high: int, rows: int, dtype: "np.dtype[Any]") -> Iterator[Ids]:
+def _parquet_rows(path: str, low: int, high: int, samples: Samples) -> Iterator[tuple[Ids, Ids | None]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    start = 0
+    start, columns = 0, ["input_ids", *(["labels"] if samples.masked else [])]
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(rows, columns=["input_ids"]):
-                first, last = max(low - start, 0), min(high - start, batch.num_rows)
-                if first < last:
-                    flat = batch["input_ids"].flatten().to_numpy()
-                    yield flat.reshape(batch.num_rows, -1)[first:last].astype(dtype)
+            for batch in file.iter_batches(samples.rows, columns=columns):
+                part = slice(max(low - start, 0), min(high - start, batch.num_rows))
+                if part.start < part.stop:
+                    flat = [batch[name].flatten().to_numpy().reshape(batch.num_rows, -1)[part] for name in columns]
+                    yield flat[0].astype(samples.dtype), flat[1] != IGNORED if samples.masked else None
                 start += batch.num_rows
     except (OSError, pa.ArrowInvalid) as error:
         raise _damaged(path, str(error)) from error

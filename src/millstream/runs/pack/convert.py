@@ -68,7 +68,7 @@ def convert_to(
     names = list(dict.fromkeys(formats))
     if not names:
         raise RequestError(f"--format wants one or more of {', '.join(FORMATS)}")
-    check_formats(names, subsets[0].vocab_size)
+    check_formats(names, subsets[0].vocab_size, subsets[0].masked)
     run = file_hash(os.path.join(folder, MANIFEST))
     try:
         with _claimed(out, names, run, overwrite) as listed:

@@ -4,13 +4,14 @@ import hashlib
 import time
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 
 from millstream.errors import RunError
 from millstream.formats.documents import Fields, decode
-from millstream.records import Fault, Ids, Slice, TextBatch
-from millstream.stream.tokenize import compare, surround
+from millstream.records import LEARNED, Fault, Ids, Slice, TextBatch
+from millstream.stream.tokenize import compare, encode_rendered, like_the_last, surround
 from millstream.stream.tokenizers import Engine, Tokenizer, load_tokenizer
 
 CHECK_FIRST = 1_000_000
@@ -46,7 +47,8 @@ class Encode:
     """`Encode(...)(unit, check_all)`: small, picklable, the same in every worker.
 
     `tokenizer` is a name for `load_tokenizer`, None for text that is tokenized already, and `sha256` what it had to be
-    when the run began; `engine` is fast or reference.
+    when the run began; `engine` is fast or reference. `masked`: rows are conversations (rendered by `fields.of_row`),
+    and ids have LEARNED set where they are to be learned.
     """
 
     fields: Fields
@@ -57,6 +59,7 @@ class Encode:
     max_document: int = 32 << 20
     validation: float = 0.0
     engine: str = "fast"
+    masked: bool = False
 
     def __call__(self, task: tuple[tuple[Slice, ...], bool]) -> Encoded:
         unit, check_all = task
@@ -65,13 +68,15 @@ class Encode:
         clock.append(time.perf_counter())
         tokenizer = engine_of(self.tokenizer, self.sha256, self.engine) if self.tokenizer else None
         if tokenizer and not self.fields.ids:
-            ids, length = tokenizer.engine.encode(batch.texts)
-            ids = ids.astype(tokenizer.dtype)
+            ids, length = self._encode(tokenizer, batch.texts, tokenizer.engine)
+            ids = ids.astype(np.uint32 if self.masked else tokenizer.dtype)
         else:
             length = np.fromiter(map(len, batch.ids), np.int64, len(batch.ids))
             dtype = tokenizer.dtype if tokenizer else np.dtype(np.uint32)
             ids = np.concatenate(batch.ids).astype(dtype) if batch.ids else np.zeros(0, dtype)
         ids, length = surround(ids, length, self.bos, self.eos, batch.opened, batch.open)
+        if self.masked and self.eos is not None:
+            like_the_last(ids, length)
         clock.append(time.perf_counter())
         compared = self._compare(tokenizer, batch, check_all) if tokenizer else 0
         clock.append(time.perf_counter())
@@ -94,6 +99,12 @@ class Encode:
             {part: b - a for part, a, b in zip(parts, clock, clock[1:], strict=False)},
         )
 
+    def _encode(self, tokenizer: Tokenizer, texts: list[Any], engine: Engine) -> tuple[Ids, Ids]:
+        if not self.fields.of_row:
+            return engine.encode(texts)
+        ids, length = encode_rendered(tokenizer, texts, engine)
+        return (ids if self.masked else ids & np.uint32(LEARNED - 1)), length
+
     def _compare(self, tokenizer: Tokenizer, batch: TextBatch, check_all: bool) -> int:
         if tokenizer.reference is None or not batch.texts:
             return 0
@@ -101,11 +112,15 @@ class Encode:
         place = np.array(batch.offset, np.uint64) + np.array(batch.source, np.uint64) * np.uint64(0x5851F42D)
         hashed = (place + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)
         chosen = np.full(len(place), True) if check_all else hashed % np.uint64(_CHECK_EVERY) == 0
-        rows = [row for row in np.flatnonzero(chosen).tolist() if len(batch.texts[row]) <= _CHECK_SIZE]
+        rows = [row for row in np.flatnonzero(chosen).tolist() if self._size(batch.texts[row]) <= _CHECK_SIZE]
         if not rows:
             return 0
         texts, names = [batch.texts[row] for row in rows], [batch.doc_ids[row] for row in rows]
-        return compare(tokenizer, _reference(tokenizer), texts, names)
+        compare(tokenizer, _reference(tokenizer), lambda engine: self._encode(tokenizer, texts, engine), names)
+        return sum(map(self._size, texts))
+
+    def _size(self, text: Any) -> int:
+        return len(text.text if self.fields.of_row else text)
 
 
 @cache

@@ -93,8 +93,8 @@ def _sealed(found: dict[str, Any]) -> dict[str, int]:
 
 def _is_shard(name: str) -> bool:
     for subset in ("train", "validation"):
-        names = {*shard_names(subset, 0).values(), *shard_names(subset, 0, "parquet").values()}
-        if name == remainder_name(subset):
+        names = {*shard_names(subset, 0, loss=True).values(), *shard_names(subset, 0, "parquet").values()}
+        if name in (remainder_name(subset), remainder_name(subset, "remainder-loss")):
             return True
         if any(name.startswith(n.partition("00000")[0]) and name.endswith(n.partition("00000")[2]) for n in names):
             return True

@@ -15,6 +15,9 @@ def make_ledger(mark: Mark, subsets: dict[str, Any], seq_len: int) -> dict[str, 
         "samples": sum(shard["samples"] for subset in subsets.values() for shard in subset["shards"]),
         "faults": mark.faults,
     }
+    learned = written_learned(subsets)
+    if learned:
+        ledger["learned"] = {"in": mark.learned, **learned}
     check_ledger(ledger)
     return ledger
 
@@ -43,8 +46,20 @@ def written(subsets: dict[str, Any], seq_len: int) -> tuple[dict[str, int], dict
     return documents, ids
 
 
+def written_learned(subsets: dict[str, Any]) -> dict[str, int]:
+    """What became of the ids that are to be learned; empty without a loss mask."""
+    if not all("learned" in subset["remainder"] for subset in subsets.values()):
+        return {}
+    left = {"keep": 0, "pad": 0, "drop": 0}
+    for subset in subsets.values():
+        left[subset["remainder"]["policy"]] += subset["remainder"]["learned"]
+    inside = sum(shard["learned"] for subset in subsets.values() for shard in subset["shards"])
+    return {"in_samples": inside, "remainder": left["keep"], "dropped": left["drop"]}
+
+
 def check_ledger(ledger: dict[str, Any]) -> None:
-    """Raises LedgerError unless documents in = whole + split + empty + faulty, and ids in = what became of them."""
+    """Raises LedgerError unless documents in = whole + split + empty + faulty, and ids in = what became of them; those
+    that are to be learned, too."""
     documents, ids = ledger["documents"], ledger["ids"]
     out = documents["whole"] + documents["split"] + documents["empty"] + documents["faulty"]
     if documents["in"] != out:
@@ -52,3 +67,6 @@ def check_ledger(ledger: dict[str, Any]) -> None:
     out = ids["in_samples"] + ids["remainder"] + ids["dropped"]
     if ids["in"] != out or ids["in"] != ids["text"] + ids["special"]:
         raise LedgerError(f"{ids['in']:,} ids came in and {out:,} are accounted for")
+    learned = ledger.get("learned")
+    if learned and learned["in"] != learned["in_samples"] + learned["remainder"] + learned["dropped"]:
+        raise LedgerError(f"{learned['in']:,} ids to be learned came in, and not as many are accounted for: {learned}")

@@ -29,15 +29,17 @@ from millstream.formats.manifest import (
 from millstream.formats.shards import Shape
 from millstream.formats.slices import Limits, slices, units
 from millstream.formats.sources import InputShard, expand
-from millstream.records import Cursor, Fault, Slice, TokenBatch
+from millstream.records import LEARNED, Cursor, Fault, Slice, TokenBatch
 from millstream.runs.pack.encode import CHECK_FIRST, Encode, Encoded
 from millstream.runs.pack.folder import Inputs, claim, clear, delete_run, first_mark, found_run, refuse_if_different
 from millstream.runs.pack.ledger import make_ledger
 from millstream.runs.pack.settings import (
     MIB,
     Settings,
+    chat_of,
     check_settings,
     choose_workers,
+    columns_of,
     identity,
     paces,
     window_memory,
@@ -98,7 +100,8 @@ class PackRun:
         self.total_bytes, rough = _sizes(self.shards)
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else 0
         self.dtype = self.tokenizer.dtype if self.tokenizer else np.dtype(np.uint32)
-        held = window_memory(settings, self.dtype.itemsize, rough)
+        self.chat = chat_of(settings, self.tokenizer)
+        held = window_memory(settings, 4 if settings.masked else self.dtype.itemsize, rough)
         self.workers, self.workers_why = choose_workers(settings, vocab_size, self.max_document, rough, held)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.started = time.perf_counter()
@@ -171,6 +174,7 @@ class PackRun:
                     metadata,
                     can_pad(known),
                     settings.pad_side == "left",
+                    settings.masked,
                 )
                 strategy = Strategy(
                     settings.strategy,
@@ -197,9 +201,8 @@ class PackRun:
             fixed["bytes"] if fixed["plain_text_too"] else None,
             bool(self.tokenizer and self.tokenizer.safe_cuts),
         )
-        columns = (settings.ids_field or settings.text_field, settings.id_field)
         seen = 0
-        pieces = slices(self.shards, cursor, limits, columns, settings.block, used)
+        pieces = slices(self.shards, cursor, limits, columns_of(settings), settings.block, used)
         for unit in units(pieces, settings.block):
             yield unit, seen < CHECK_FIRST
             seen += sum(piece.size for piece in unit)
@@ -272,6 +275,7 @@ class PackRun:
                 settings.id_field,
                 settings.ids_field,
                 tokenizer.vocab_size - 1 if tokenizer else largest_id(self._formats),
+                self.chat.render if self.chat else None,
             ),
             settings.tokenizer_name,
             tokenizer.sha256 if tokenizer else None,
@@ -280,6 +284,7 @@ class PackRun:
             self.max_document,
             settings.validation,
             settings.engine,
+            settings.masked,
         )
 
     @property
@@ -348,6 +353,7 @@ class PackRun:
             mark.fault_bytes,
             dict(sorted(counts.items())),
             mark.bytes + encoded.size,
+            mark.learned + (int((batch.ids >= LEARNED).sum()) if self.settings.masked else 0),
         )
         return after, batch, bad
 
@@ -479,6 +485,7 @@ class PackRun:
             and settings["bos_id"] is None
             and settings["eos_id"] is None
             and not settings["ids_field"]
+            and not settings["chat"]
         ):
             hints.append(
                 "neither BOS nor EOS separates documents: a model cannot see where one ends; --eos adds one"

@@ -1,13 +1,15 @@
 """What a pack run is asked for: checked, and split into what decides the bytes and what does not."""
 
+import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 from millstream.errors import RequestError
 from millstream.formats.exports import FORMATS, check_formats
 from millstream.stream.bestfit import WINDOW
+from millstream.stream.chat import FIELDS, LOSSES, Chat
 from millstream.stream.line import STRATEGIES
 from millstream.stream.pack import LEAST
 from millstream.stream.tokenizers import Tokenizer
@@ -34,7 +36,9 @@ class Settings:
 
     `tokenizer` None is gpt2, or none at all if `ids_field` says that the text is tokenized already. Windows are in ids:
     `window` is best-fit's; `shuffle_window`, by default as large, is for `shuffle`, which is a seed. `format` is npy or
-    parquet, and with commas any other in which samples are written as well.
+    parquet, and with commas any other in which samples are written as well. With `chat` rows are conversations, and
+    `loss` says what of them is to be learned; `chat_template` is the path of a template to take instead of the
+    tokenizer's.
     """
 
     tokenizer: str | None = None
@@ -54,6 +58,9 @@ class Settings:
     text_field: str = "text"
     id_field: str = "id"
     ids_field: str | None = None
+    chat: bool = False
+    loss: str = "replies"
+    chat_template: str | None = None
     limit: int | None = None
     validation: float = 0.0
     format: str = "npy"
@@ -70,6 +77,11 @@ class Settings:
     @property
     def tokenizer_name(self) -> str | None:
         return self.tokenizer or (None if self.ids_field else "gpt2")
+
+    @property
+    def masked(self) -> bool:
+        """Whether ids carry whether they are to be learned."""
+        return self.chat and self.loss != "all"
 
 
 def check_settings(settings: Settings) -> None:
@@ -89,6 +101,7 @@ def check_settings(settings: Settings) -> None:
         ("--pad-side", settings.pad_side, ("right", "left")),
         ("--on-error", settings.on_error, ("stop", "skip")),
         ("--engine", settings.engine, ("fast", "reference")),
+        ("--loss", settings.loss, LOSSES),
     ):
         if value not in known:
             raise wrong(flag, value, f"give {' or '.join(known)}")
@@ -113,7 +126,11 @@ def check_settings(settings: Settings) -> None:
     for flag, size in (("--shard-size", settings.shard_size), ("--max-document", settings.max_document)):
         if size is not None and size < 1:
             raise wrong(flag, size, "give a size such as 64MiB")
-    if (settings.ids_field or settings.text_field) == settings.id_field:
+    if settings.chat and settings.ids_field:
+        raise RequestError("--chat renders text, and with --ids-field there is none; give one of them")
+    if not settings.chat and (settings.loss != "replies" or settings.chat_template):
+        raise RequestError("--loss and --chat-template belong to --chat")
+    if not settings.chat and (settings.ids_field or settings.text_field) == settings.id_field:
         raise wrong("--id-field", settings.id_field, "a document's id cannot be its text as well")
 
 
@@ -142,7 +159,8 @@ def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
         raise RequestError(f"--pad-id {pad} is no id of the vocabulary: give one from 0 to {largest:,}")
     window, shuffle_window = windows(settings)
     base, exports = formats(settings)
-    check_formats([base, *exports], tokenizer.vocab_size if tokenizer else None)
+    check_formats([base, *exports], tokenizer.vocab_size if tokenizer else None, settings.masked)
+    chat = chat_of(settings, tokenizer)
     explicit = settings.max_document is not None
     engine = tokenizer and f"{tokenizer.engine_name} {version(tokenizer.engine_name)}"
     return {
@@ -163,6 +181,7 @@ def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
         "text_field": settings.text_field,
         "id_field": settings.id_field,
         "ids_field": settings.ids_field,
+        "chat": chat and {"loss": chat.loss, "sha256": hashlib.sha256(repr(chat).encode()).hexdigest()},
         "limit": settings.limit,
         "validation": settings.validation,
         "format": base,
@@ -173,6 +192,29 @@ def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
             "plain_text_too": explicit,
         },
     }
+
+
+def chat_of(settings: Settings, tokenizer: Tokenizer | None) -> Chat | None:
+    """How rows become text, if they are conversations. Raises RequestError for a template that cannot be read."""
+    if not settings.chat or tokenizer is None:
+        return None
+    chat = replace(tokenizer.chat, loss=settings.loss)
+    if settings.chat_template:
+        try:
+            with open(settings.chat_template, encoding="utf-8") as file:
+                chat = replace(chat, templates=(("default", file.read()),))
+        except OSError as error:
+            raise RequestError(f"--chat-template {settings.chat_template}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise RequestError(f"--chat-template {settings.chat_template} is not UTF-8: {error.reason}") from error
+    chat.check()
+    return chat
+
+
+def columns_of(settings: Settings) -> tuple[str, ...]:
+    """The columns that are read of Parquet files, the id's last."""
+    content = FIELDS if settings.chat else (settings.ids_field or settings.text_field,)
+    return (*content, settings.id_field)
 
 
 def formats(settings: Settings) -> tuple[str, list[str]]:

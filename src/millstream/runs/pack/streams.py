@@ -14,15 +14,16 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from millstream.errors import DataError, RequestError, ResumeRefused
+from millstream.errors import DataError, RequestError, ResumeRefused, Unusable
 from millstream.formats.documents import Fields, decode
 from millstream.formats.slices import Limits, slices, units
 from millstream.formats.sources import expand
-from millstream.records import Cursor, Document, Ids, Sample, Segment, TokenBatch
+from millstream.records import Cursor, Document, Ids, TokenBatch, unmarked
+from millstream.samples import Sample, Segment
 from millstream.stream.bestfit import WINDOW
 from millstream.stream.line import STRATEGIES, Line, Strategy
 from millstream.stream.pack import Packed, State
-from millstream.stream.tokenize import surround
+from millstream.stream.tokenize import encode_rendered, like_the_last, surround
 from millstream.stream.tokenizers import load_tokenizer
 
 T = TypeVar("T")
@@ -40,12 +41,17 @@ class _Texts:
 
 
 class _Tokens:
-    """A `TokenBatch` with `states(i)`: where reading goes on to have document i again."""
+    """A `TokenBatch` with `states(i)`: where reading goes on to have document i again.
 
-    __slots__ = ("batch", "states")
+    `marked`: its ids have LEARNED set where they are to be learned, and are of this type without it.
+    """
 
-    def __init__(self, batch: TokenBatch, states: Callable[[int], State]) -> None:
-        self.batch, self.states = batch, states
+    __slots__ = ("batch", "marked", "states")
+
+    def __init__(
+        self, batch: TokenBatch, states: Callable[[int], State], marked: "np.dtype[Any] | None" = None
+    ) -> None:
+        self.batch, self.states, self.marked = batch, states, marked
 
 
 class Stream(Iterator[T], Generic[T]):
@@ -175,6 +181,7 @@ def tokenize(
     eos: bool = False,
     text_field: str = "text",
     id_field: str = "id",
+    chat: bool = False,
     state: State | None = None,
 ) -> Stream[Ids]:
     """Token ids of each document, as numpy arrays (uint16 if the vocabulary fits, else uint32).
@@ -182,19 +189,37 @@ def tokenize(
     `documents`: a `read` stream or any iterable of strings, of dicts with a `text_field`, or of `Document`s.
     `tokenizer`: gpt2, a tiktoken name, a tokenizer.json, a folder with one, or a hub id.
 
+    With `chat` they are dicts with `messages`, or `prompt` and `completion`, which the tokenizer's chat template makes
+    text of; samples packed of them have a `loss` mask of what the assistant says.
+
     >>> next(tokenize(["Hello world"])).tolist()
     [15496, 995]
+    >>> sample = next(pack(tokenize([{"prompt": "Hello", "completion": " world"}], chat=True), 2))
+    >>> sample.token_ids.tolist(), sample.loss.tolist()
+    ([15496, 995], [False, True])
     """
     loaded = load_tokenizer(tokenizer)
     eos_id = loaded.special_id(loaded.eos_token, "eos") if eos else None
     bos_id = loaded.special_id(loaded.bos_token, "bos") if bos else None
+    if chat:
+        loaded.chat.check()
+
+    def encoded(texts: list[Any]) -> tuple[Ids, Ids]:
+        if not chat:
+            ids, length = loaded.engine.encode(texts)
+            return surround(ids.astype(loaded.dtype), length, bos_id, eos_id)
+        ids, length = surround(*encode_rendered(loaded, texts), bos_id, eos_id)
+        if eos:
+            like_the_last(ids, length)
+        return ids, length
 
     def batches(state: State | None) -> Iterator[_Tokens]:
         ordinal = state["item"] if state else 0
-        for batch in _text_batches(documents, text_field, id_field, state):
-            ids, length = loaded.engine.encode(batch.texts)
-            ids, length = surround(ids.astype(loaded.dtype), length, bos_id, eos_id)
-            yield _Tokens(_token_batch(ids, length, ordinal, batch.ids), _with_item(batch.states, ordinal))
+        content = loaded.chat.render if chat else partial(_text_of, field=text_field)
+        for batch in _text_batches(documents, content, id_field, state):
+            ids, length = encoded(batch.texts)
+            tokens = _token_batch(ids, length, ordinal, batch.ids)
+            yield _Tokens(tokens, _with_item(batch.states, ordinal), loaded.dtype if chat else None)
             ordinal += len(length)
 
     return Stream(batches, _id_items, state)
@@ -212,21 +237,40 @@ def _token_batch(ids: Ids, length: Ids, ordinal: int, names: list[str]) -> Token
 
 def _id_items(batches: Iterator[_Tokens], state: State | None) -> Iterator[tuple[Ids, Callable[[], State]]]:
     for tokens in batches:
-        stops = np.cumsum(tokens.batch.length)
-        for row, ids in enumerate(np.split(tokens.batch.ids, stops[:-1]) if len(stops) else [], 1):
+        stops, flat = np.cumsum(tokens.batch.length), tokens.batch.ids
+        if tokens.marked:
+            flat, _ = unmarked(flat, tokens.marked)
+        for row, ids in enumerate(np.split(flat, stops[:-1]) if len(stops) else [], 1):
             yield ids, lambda tokens=tokens, row=row: tokens.states(row)  # type: ignore[misc]
 
 
-def _text_batches(documents: Iterable[Any], text_field: str, id_field: str, state: State | None) -> Iterator[_Texts]:
+def _text_batches(
+    documents: Iterable[Any], content: Callable[[Any], Any], id_field: str, state: State | None
+) -> Iterator[_Texts]:
     if isinstance(documents, Stream):
         yield from documents.batches(state)
         return
     ordinal = state["item"] if state else 0
-    for items in _doubling(documents, ordinal, lambda item: len(_text_of(item, text_field))):
-        texts = [_text_of(item, text_field) for item in items]
+    for items in _doubling(documents, ordinal, _rough_size):
+        texts = []
+        for number, item in enumerate(items, ordinal):
+            try:
+                texts.append(content(item))
+            except Unusable as error:
+                raise DataError(f"document {number}: {error.message}") from error
         names = [_name_of(item, id_field, n) for n, item in enumerate(items, ordinal)]
         yield _Texts(texts, names, _fixed_state, ordinal)
         ordinal += len(items)
+
+
+def _rough_size(item: Any) -> int:
+    """Letters of text in an item, whatever it is made of."""
+    text = getattr(item, "text", item)
+    if isinstance(text, str):
+        return len(text)
+    if isinstance(item, Mapping):
+        return sum(map(_rough_size, item.values()))
+    return sum(map(_rough_size, item)) if isinstance(item, list | tuple) else 8
 
 
 def _fixed_state(row: int) -> State:
@@ -342,36 +386,44 @@ def _packed(
     if n < 1:
         raise RequestError(f"seq_len {n} does not work: a sample needs at least one id")
 
-    def samples(some: Iterator[Packed]) -> Iterator[tuple[Sample, Callable[[], State]]]:
+    def samples(some: Iterator[Packed], marked: "np.dtype[Any] | None") -> Iterator[tuple[Sample, Callable[[], State]]]:
         for packed in some:
             bounds = np.searchsorted(packed.segments["sample"], np.arange(len(packed.ids) + 1))
-            for row, sample_ids in enumerate(packed.ids):
+            ids, loss = _apart(packed.ids, marked)
+            for row, sample_ids in enumerate(ids):
                 segments = _segments(packed.segments[bounds[row] : bounds[row + 1]])
                 left = n - sum(segment.length for segment in segments) if how.pad_side == "left" else 0
-                yield Sample(sample_ids, segments, pad_left=left), partial(packed.state, packed.first + row + 1)
+                sample = Sample(sample_ids, segments, pad_left=left, loss=None if loss is None else loss[row])
+                yield sample, partial(packed.state, packed.first + row + 1)
 
     def items(batches: Iterator[_Tokens], state: State | None) -> Iterator[tuple[Sample, Callable[[], State]]]:
         if state and state.get("end"):
             return
         line: Line | None = None
+        marked: np.dtype[Any] | None = None
         for tokens in batches:
+            marked = tokens.marked
             line = line or Line(how, tokens.batch.ids.dtype, state)
-            yield from samples(line.feed(tokens.batch, tokens.states))
+            yield from samples(line.feed(tokens.batch, tokens.states), marked)
         if line is None:
             return
-        yield from samples(line.flush())
+        yield from samples(line.flush(), marked)
         rest = line.finish()
         if len(rest.ids) and remainder != "drop":
-            segments = _segments(rest.segments)
-            sample = Sample(rest.ids, segments, complete=False)
+            segments, full, left = _segments(rest.segments), rest.ids, 0
             if remainder == "pad":
                 left = n - len(rest.ids) if how.pad_side == "left" else 0
                 full = np.full(n, how.pad_id, rest.ids.dtype)
                 full[left : left + len(rest.ids)] = rest.ids
-                sample = Sample(full, segments, pad_left=left)
-            yield sample, lambda: {"end": True}
+            ids, loss = _apart(full, marked)
+            yield Sample(ids, segments, len(ids) == n, left, loss), lambda: {"end": True}
 
     return items
+
+
+def _apart(ids: Ids, marked: "np.dtype[Any] | None") -> tuple[Ids, Ids | None]:
+    """(ids, which of them are to be learned, or None for all)."""
+    return unmarked(ids, marked) if marked else (ids, None)
 
 
 def _segments(rows: Ids) -> tuple[Segment, ...]:

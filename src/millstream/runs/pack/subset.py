@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from millstream.formats.shards import Rows, Shape, ShardWriter, write_remainder
-from millstream.records import Cursor, TokenBatch
+from millstream.records import LEARNED, Cursor, TokenBatch
 from millstream.stream.line import Line, Strategy
 from millstream.stream.pack import Ended, Packed, State
 
@@ -17,7 +17,7 @@ class Mark:
     """The state of the reading side before a unit: what a resumed run goes on with.
 
     `ordinal`: documents read so far; `line`: of the input shard at `cursor`; `text_ids`, `special_ids`: as in the
-    ledger; `fault_bytes`: how long faults.jsonl is; `bytes`: of input.
+    ledger; `fault_bytes`: how long faults.jsonl is; `bytes`: of input; `learned`: ids that are to be learned.
     """
 
     cursor: Cursor = field(default_factory=Cursor)
@@ -28,6 +28,7 @@ class Mark:
     fault_bytes: int = 0
     faults: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
+    learned: int = 0
 
     @classmethod
     def load(cls, found: dict[str, Any]) -> "Mark":
@@ -50,7 +51,7 @@ class Subset:
         if found:
             self.state = {**found["resume"], "mark": Mark.load(found["resume"]["mark"])}
         self._begin: int = self.state["ordinal"]
-        self.line = Line(strategy, shape.dtype, self.state)
+        self.line = Line(strategy, np.dtype(np.uint32) if shape.masked else shape.dtype, self.state)
         self.writer: ShardWriter | None = None
         self.remainder: dict[str, Any] | None = None
 
@@ -114,6 +115,8 @@ class Subset:
         rest = self.line.finish()
         n = self.shape.seq_len
         self.remainder = {"policy": remainder, "ids": len(rest.ids)}
+        if self.shape.masked:
+            self.remainder["learned"] = int((rest.ids >= LEARNED).sum())
         if len(rest.ids):
             segments = rest.segments.copy()
             segments["sample"] = self.line.packer.samples - self._first
@@ -124,7 +127,7 @@ class Subset:
                 self._open().write(row, segments, n - len(rest.ids))
             elif remainder == "keep":
                 self._open().write_segments(segments)
-                self.remainder |= write_remainder(self.folder, self.name, rest.ids)
+                self.remainder |= write_remainder(self.folder, self.name, rest.ids, self.shape)
         if self.writer:
             self._seal()
 

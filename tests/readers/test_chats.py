@@ -1,0 +1,102 @@
+"""Conversations come out as transformers' apply_chat_template makes them: the ids, and the mask of what is learned."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import chats  # noqa: E402
+import helpers  # noqa: E402
+
+import millstream  # noqa: E402
+
+TEMPLATES = {"turns": "byte-level", "brackets": "byte-level", "words": "byte-level", "trimmed": "trimmed"}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+
+def conversations(name, seed):
+    rng = random.Random(seed)
+    rows = [{"messages": chats.conversation(rng)} for _ in range(150)]
+    if name == "turns":
+        rows += [{"messages": chats.conversation(rng), "tools": [TOOL] * n} for n in (1, 3)]
+        rows.append({"messages": [{"role": "user", "content": "only a question"}]})
+        rows.append({"messages": [{**row, "name": None} for row in chats.conversation(rng)]})
+    return rows
+
+
+def hostile(rng):
+    """Texts that spell special tokens."""
+    messages = chats.conversation(rng)
+    for message in messages:
+        words = message["content"].split(" ")
+        words.insert(rng.randrange(len(words)), rng.choice(chats.CONTROL))
+        message["content"] = " ".join(words)
+    return {"messages": messages}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """name -> (rows, what transformers makes of them, our run of them, what it makes of hostile ones, our run)."""
+    root, found = tmp_path_factory.mktemp("chats"), {}
+    places = []
+    for name, kind in TEMPLATES.items():
+        for front, rows in (
+            ("plain", conversations(name, 1)),
+            ("hostile", [hostile(random.Random(n)) for n in range(40)]),
+        ):
+            folder = chats.write_tokenizer(root / name / front, "turns" if name == "trimmed" else name, kind)
+            helpers.write_jsonl(folder / "rows.jsonl", rows)
+            helpers.pack(
+                folder / "run", folder / "rows.jsonl", tokenizer=str(folder), chat=True, seq_len=64, strategy="best-fit"
+            )
+            places.append(f"{name}/{front}:{folder}:64")
+    result = root / "found.npz"
+    python = HERE.parent.parent / ".venv-readers" / "bin" / "python"
+    subprocess.run([python, HERE / "read.py", "chat", result, *places], check=True, timeout=300)
+    with np.load(result) as values:
+        found = dict(values)
+    return root, found
+
+
+def ours(folder):
+    """(ids, mask) of every document of a run, in order."""
+    dataset = millstream.open(folder / "run")
+    parts = {}
+    for sample in dataset:
+        at = sample.pad_left
+        for segment in sample.segments:
+            here = slice(at, at + segment.length)
+            parts.setdefault(segment.document, {})[segment.start] = (sample.token_ids[here], sample.loss[here])
+            at += segment.length
+    for number in sorted(parts):
+        pieces = [parts[number][start] for start in sorted(parts[number])]
+        yield tuple(np.concatenate(columns).tolist() for columns in zip(*pieces, strict=True))
+
+
+def theirs(found, front, what="ids", lengths="lengths"):
+    return [part.tolist() for part in np.split(found[f"{front}/{what}"], np.cumsum(found[f"{front}/{lengths}"])[:-1])]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ids_and_masks_are_theirs(made, name):
+    root, found = made
+    mine = list(ours(root / name / "plain"))
+    ids, masks = theirs(found, f"{name}/plain"), theirs(found, f"{name}/plain", "masks")
+    assert len(mine) == len(ids) > 100
+    assert [one[0] for one in mine] == ids
+    assert [[int(mark) for mark in one[1]] for one in mine] == masks
+    assert any(map(any, masks))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_texts_that_spell_special_tokens_are_as_with_their_sanitizing(made, name):
+    root, found = made
+    mine = [one[0] for one in ours(root / name / "hostile")]
+    assert mine == theirs(found, f"{name}/hostile", "clean", "clean_lengths")
+    assert mine != theirs(found, f"{name}/hostile")  # which it does not do unless asked

@@ -67,7 +67,7 @@ TEMPLATES = {
 
 
 def train(kind="byte-level", seed=0):
-    """A small tokenizer.json, as text. byte-level is as Qwen's, trimmed as GPT-2's and Llama 3's, wordpiece as BERT's, and
+    """A small tokenizer.json, as text: byte-level as Qwen's, trimmed as GPT-2's and Llama 3's, wordpiece as BERT's, or
     sentence as Llama 2's; the last two cannot say how many bytes an id stands for."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 

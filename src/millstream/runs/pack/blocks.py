@@ -219,7 +219,7 @@ class BlockReader:
             whole &= read == size
             for block in mine:
                 block.size *= read / unpacked if unpacked else 0.0
-                block.weight, block.cluster = times * size / max(1.0, read), cluster
+                block.weight, block.cluster = times, cluster
             blocks += mine
         if not whole:
             self.notes.append("packed files can only be read from the front: the estimate rests on their beginnings")

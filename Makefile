@@ -51,10 +51,10 @@ demo-real: .venv-real/.installed  ## ask a small real model the three questions
 	.venv-real/bin/python tests/real/serve.py .venv-real/bin/python examples/three_questions.py
 
 test: .venv/.installed  ## the tests and doctests, without the slow ones
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: .venv/.installed  ## the slow tests alone
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 test-real: .venv-real/.installed  ## the tests with a small real model, and with a server that judges its clients
 	.venv-real/bin/python -m pytest tests/real

@@ -54,6 +54,7 @@ def encode_rendered(tokenizer: Tokenizer, found: Sequence[Rendered], engine: Eng
 
     An id that stands for a learned letter and others too is learned. `engine` is the tokenizer's own, or another one.
 
+    >>> from millstream.stream.chat import Span
     >>> from millstream.stream.tokenizers import load_tokenizer
     >>> ids, length = encode_rendered(load_tokenizer("gpt2"), [Rendered("Hello world", (Span(5, 11),))])
     >>> (ids & (LEARNED - 1)).tolist(), (ids >= LEARNED).tolist(), length.tolist()

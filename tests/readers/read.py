@@ -94,6 +94,8 @@ def mds(folder, seq_len):
         yield f"{subset}/samples", np.array([item["tokens"] for item in items])
         yield f"{subset}/streamed", np.array([item["tokens"] for item in dataset])
         yield f"{subset}/seq_lengths", np.concatenate([item["seq_lengths"] for item in items])
+        if "labels" in items[0]:
+            yield f"{subset}/labels", np.array([item["labels"] for item in items])
         # What its own writer makes of the first shard's samples.
         again = os.path.join(folder, "..", f"{subset}-again")
         with MDSWriter(out=again, columns=dict.fromkeys(items[0], "ndarray:int32"), size_limit=None) as writer:

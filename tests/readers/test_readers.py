@@ -33,7 +33,10 @@ RUNS = {
     "left": {"strategy": "split", "pad_side": "left", "shard_size": 1600},
     # 32 bits, read from Parquet shards
     "wide": {"ids_field": "ids", "format": "parquet", "shard_size": 1600},
+    # prompts and completions, of which only the latter are learned
+    "chat": {"chat": True, "eos": True, "strategy": "best-fit", "shuffle": 1, "shard_size": 1600},
 }
+MASKED = ["parquet", "mds", "datatrove"]  # can say what is learned
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,13 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
     rng = random.Random(1)
     rows = [
-        {"id": f"d{number}", "text": "mill " * length, "ids": [rng.randrange(1 << 31) for _ in range(length)]}
+        {
+            "id": f"d{number}",
+            "text": "mill " * length,
+            "prompt": "stream " * (length // 2),
+            "completion": "mill " * (length - length // 2),
+            "ids": [rng.randrange(1 << 31) for _ in range(length)],
+        }
         for number, length in enumerate(rng.choices([0, 1, 3, 16, 17, 40, 300], k=150))
     ]
     corpus = folder / "corpus.jsonl"
@@ -50,8 +59,12 @@ def folder(tmp_path_factory):
     for name, settings in RUNS.items():
         report = millstream.pack_to(folder / name / "run", corpus, seq_len=SEQ_LEN, workers=1, **settings)
         assert report.shards > 3
-        convert_to(folder / name / "out", folder / name / "run", list(ENVIRONMENTS))
+        convert_to(folder / name / "out", folder / name / "run", formats_of(name))
     return folder
+
+
+def formats_of(name):
+    return MASKED if name == "chat" else list(ENVIRONMENTS)
 
 
 def expected(folder, name):
@@ -79,12 +92,13 @@ def read(request, folder):
     """(format, run, subset, samples, remainder, what its reader gave) of every subset."""
     python = ROOT / ENVIRONMENTS[request.param] / "bin" / "python"
     result = folder / f"{request.param}.npz"
-    places = [f"{name}:{folder / name / 'out' / request.param}:{SEQ_LEN}" for name in RUNS]
+    names = [name for name in RUNS if request.param in formats_of(name)]
+    places = [f"{name}:{folder / name / 'out' / request.param}:{SEQ_LEN}" for name in names]
     subprocess.run([python, HERE / "read.py", request.param, result, *places], check=True, timeout=PATIENCE)
     with np.load(result) as found:
         values = dict(found)
     items = []
-    for name in RUNS:
+    for name in names:
         for subset, (samples, rest) in expected(folder, name).items():
             front = f"{name}/{subset}/"
             got = {key.removeprefix(front): value for key, value in values.items() if key.startswith(front)}
@@ -131,10 +145,21 @@ def test_boundaries_come_back(read):
             bounds = np.concatenate([[0], np.cumsum(flat(lengths))])
             assert got["trl_position_ids"].tolist() == places, where
             assert got["trl_cu_seq_lens_q"].tolist() == bounds.tolist(), where
-            # TRL leaves the first id of each document out of the loss, and we all padding.
-            counted = np.concatenate([sample.segment_ids > 0 for sample in samples]) & (np.array(places) > 0)
-            labels = np.where(counted, np.array(ids(samples)).reshape(-1), -100)
+            # TRL leaves the first id of each document out of the loss, and we padding and what is not to be learned.
+            labels = np.concatenate([sample.labels for sample in samples])
             assert got["trl_labels"].tolist() == labels.tolist(), where
             assert got["trl_input_ids"].tolist() == flat(ids(samples)), where
         else:
             assert format == "litdata"  # it has no place for them
+
+
+def test_what_is_learned_comes_back(read):
+    for format, name, subset, samples, _rest, got in read:
+        if name == "chat" and format == "mds":
+            labels = [np.where(sample.loss, sample.token_ids.astype(int), -100).tolist() for sample in samples]
+            assert got["labels"].tolist() == labels, subset
+            assert max(flat(labels)) > -100
+        elif name == "chat" and format == "parquet":  # the other labels stand in test_boundaries_come_back
+            assert (
+                0 < (got["trl_labels"] != -100).sum() < sum(len(sample.segments) and len(sample) for sample in samples)
+            )

@@ -29,7 +29,7 @@ ENOUGH = 16
 """Input shards or row groups, read from the front, that are enough to tell how far they differ."""
 SMALLEST = 1 << 12
 _EXPANDS = 4  # times: what packed text and Parquet become, roughly
-_SIP = 1 << 14
+_SIP = 1 << 10
 LOOK = 16
 """Times as much as is tokenized of what is packed is unpacked to see how well it packs: beginnings pack worse."""
 
@@ -412,7 +412,7 @@ class _Sips(io.BufferedReader):
 def expansion(shard: InputShard, most: int) -> float:
     """Bytes that a packed shard unpacks to for each of its own, up to its byte `most` unpacked. Raises OSError."""
     unpacked = 0
-    with contextlib.suppress(Truncated), _Sips(io.FileIO(shard.uri)) as file:
+    with contextlib.suppress(Truncated), _Sips(open(shard.uri, "rb", buffering=0)) as file:
         for piece in (_gunzip if shard.packed == "gzip" else _unzstd)(file):
             unpacked += len(piece)
             if unpacked >= most:

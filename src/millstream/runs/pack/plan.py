@@ -200,8 +200,8 @@ def _reader(settings: Settings, tokenizer: Tokenizer | None, sample: int, seed: 
         engine=settings.engine,
         masked=settings.masked,
     )
-    if tokenizer and not settings.ids_field:
-        engine_of(tokenizer.name, tokenizer.sha256, settings.engine).engine.encode(["loaded before time is taken"])
+    if tokenizer and encode.tokenizer and not settings.ids_field:
+        engine_of(encode.tokenizer, tokenizer.sha256, settings.engine).engine.encode(["loaded before time is taken"])
     limits = Limits(longest, longest if text_too else None, bool(tokenizer and tokenizer.safe_cuts))
     return BlockReader(encode, limits, columns_of(settings), sample, seed)
 

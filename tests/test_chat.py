@@ -23,8 +23,9 @@ from millstream.formats.manifest import read_manifest, write_manifest
 from millstream.records import LEARNED
 from millstream.runs.pack.convert import convert_to
 from millstream.stream.chat import Chat, Rendered, Span
+from millstream.stream.encoders import HuggingFace
 from millstream.stream.tokenize import encode_rendered
-from millstream.stream.tokenizers import HuggingFace, load_tokenizer
+from millstream.stream.tokenizers import load_tokenizer
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 quick = pytest.fixture(autouse=True, scope="module")(helpers.without_fsync)

@@ -9,7 +9,8 @@ import numpy as np
 from millstream.errors import EngineMismatch
 from millstream.records import LEARNED, Ids
 from millstream.stream.chat import Rendered
-from millstream.stream.tokenizers import Engine, HuggingFace, Tokenizer
+from millstream.stream.encoders import Engine, HuggingFace
+from millstream.stream.tokenizers import Tokenizer
 
 
 def surround(

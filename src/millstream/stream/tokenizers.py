@@ -6,38 +6,21 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from importlib import resources
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from millstream.errors import RequestError
 from millstream.records import Ids
+from millstream.stream import gpt2
 from millstream.stream.chat import Chat, templates_of
+from millstream.stream.encoders import Engine, Fastokens, HuggingFace, Tiktoken, fastokens_of
 
-# One thread an engine: workers are processes, and two of them at one thread each beat one with two threads. It is read
-# when the engine is first used; the usual RAYON_NUM_THREADS has no effect on it.
-os.environ["FASTOKENS_BPE_THREADS"] = "1"
-
-GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 TIKTOKEN_NAMES = ("cl100k_base", "o200k_base")
-
-
-class Engine(Protocol):
-    name: str
-
-    def encode(self, texts: Sequence[str], specials: bool = False) -> tuple[Ids, Ids]:
-        """(ids u32 of all texts, back to back; length i64 of each).
-
-        What spells a special token in a text is ordinary text, or with `specials` that token.
-        """
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -97,84 +80,6 @@ class Tokenizer:
         return found
 
 
-# Engines ------------------------------------------------------------------------------------------------------------
-
-
-class Fastokens:
-    """The fast engine: its ids and offsets come back as two buffers, without an object per token."""
-
-    name = "fastokens"
-
-    def __init__(self, tokenizer: Any) -> None:
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self.tokenizer = tokenizer
-
-    def encode(self, texts: Sequence[str], specials: bool = False) -> tuple[Ids, Ids]:
-        ids, offsets = self.tokenizer.encode_batch_flat(texts, split_special_tokens=not specials)
-        return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids)))
-
-
-class HuggingFace:
-    """`tokenizers`: the reference for every tokenizer.json, and the engine for those that the fast one cannot load."""
-
-    name = "tokenizers"
-
-    def __init__(self, definition: str) -> None:
-        from tokenizers import Tokenizer as Definition
-
-        self.tokenizer = Definition.from_str(definition)
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-
-    def encode(self, texts: Sequence[str], specials: bool = False) -> tuple[Ids, Ids]:
-        self.tokenizer.encode_special_tokens = not specials
-        found = [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-        lengths = np.fromiter(map(len, found), np.int64, len(found))
-        return np.fromiter((i for ids in found for i in ids), np.uint32, int(lengths.sum())), lengths
-
-    def offsets(self, text: str, specials: bool) -> tuple[Ids, Ids]:
-        """(ids u32, the letters that each stands for: i64 (ids, 2), from and to before)."""
-        self.tokenizer.encode_special_tokens = not specials
-        found = self.tokenizer.encode(text, add_special_tokens=False)
-        return np.array(found.ids, np.uint32), np.array(found.offsets, np.int64).reshape(-1, 2)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
-
-
-class Tiktoken:
-    """tiktoken: the reference where the merges are OpenAI's."""
-
-    name = "tiktoken"
-
-    def __init__(self, name: str, pat_str: str, ranks: dict[bytes, int], specials: dict[str, int]) -> None:
-        import tiktoken
-
-        self.encoding = tiktoken.Encoding(name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=specials)
-
-    def encode(self, texts: Sequence[str], specials: bool = False) -> tuple[Ids, Ids]:
-        allowed: Any = "all" if specials else set()
-        found = [self.encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=()) for text in texts]
-        lengths = np.fromiter(map(len, found), np.int64, len(found))
-        return np.concatenate(found) if found else np.zeros(0, np.uint32), lengths
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.encoding.decode(list(ids))
-
-
-def _fastokens(definition: str) -> Engine | None:
-    import fastokens
-
-    try:
-        return Fastokens(fastokens.Tokenizer.from_json_str(definition))
-    except Exception:
-        return None
-
-
 # By name ------------------------------------------------------------------------------------------------------------
 
 
@@ -205,17 +110,17 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 @cache
 def _gpt2() -> Tokenizer:
-    merges = gpt2_merges()
-    definition = msgspec.json.encode(_gpt2_definition(merges)).decode()
+    merges = gpt2.read_merges()
+    definition = msgspec.json.encode(gpt2.definition_of(merges)).decode()
     specials = {"<|endoftext|>": 50256}
 
     def engine() -> Engine:
-        fast = _fastokens(definition)
+        fast = fastokens_of(definition)
         assert fast is not None, "the pinned engine loads GPT-2"
         return fast
 
     def reference() -> Engine:
-        return Tiktoken("gpt2", GPT2_PATTERN, _gpt2_ranks(merges), specials)
+        return Tiktoken("gpt2", gpt2.PATTERN, gpt2.ranks_of(merges), specials)
 
     return Tokenizer(
         "gpt2",
@@ -229,60 +134,8 @@ def _gpt2() -> Tokenizer:
         eos_token="<|endoftext|>",
         safe_cuts=True,
         chat=_chat({}, specials),
-        token_bytes=lambda: _lengths({n: len(token) for n, token in enumerate(_gpt2_tokens(merges))}, specials),
+        token_bytes=lambda: _lengths({n: len(token) for n, token in enumerate(gpt2.tokens_of(merges))}, specials),
     )
-
-
-def gpt2_merges() -> list[str]:
-    """GPT-2's merges in order, each "left right", from the package data, whose SHA-256 is checked."""
-    data = resources.files("millstream").joinpath("data/gpt2/vocab.bpe").read_bytes()
-    if hashlib.sha256(data).hexdigest() != GPT2_MERGES_SHA256:
-        raise RequestError("the package's GPT-2 merges are damaged; install millstream again")
-    return data.decode().split("\n")[1:-1]
-
-
-def _gpt2_tokens(merges: list[str]) -> list[str]:
-    """The tokens in order of their ids, in the letters that GPT-2's files write for bytes."""
-    return [*_byte_letters().values(), *(merge.replace(" ", "") for merge in merges)]
-
-
-def _byte_letters() -> dict[int, str]:
-    """The printable letter for each byte, in the order of the first 256 ids."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
-
-
-def _gpt2_definition(merges: list[str]) -> dict[str, Any]:
-    tokens = [*_gpt2_tokens(merges), "<|endoftext|>"]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": 50256, "content": "<|endoftext|>", **special}],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": {token: number for number, token in enumerate(tokens)},
-            "merges": merges,  # as "left right" they load a fifth faster than as pairs
-        },
-    }
-
-
-def _gpt2_ranks(merges: list[str]) -> dict[bytes, int]:
-    bytes_of = str.maketrans({letter: chr(byte) for byte, letter in _byte_letters().items()})
-    return {token.translate(bytes_of).encode("latin-1"): rank for rank, token in enumerate(_gpt2_tokens(merges))}
 
 
 @cache
@@ -388,7 +241,7 @@ def from_definition(name: str, definition: str, config: dict[str, Any] | None = 
     except Exception as error:
         raise RequestError(f"{name} is no tokenizer.json that can be read: {error}") from error
     vocabulary = reference.tokenizer.get_vocab(with_added_tokens=True)
-    fast = _fastokens(definition)
+    fast = fastokens_of(definition)
     config = config or {}
     control = {t["content"]: t["id"] for t in content.get("added_tokens") or [] if t.get("special")}
     return Tokenizer(

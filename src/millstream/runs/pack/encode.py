@@ -11,8 +11,9 @@ import numpy as np
 from millstream.errors import RunError
 from millstream.formats.documents import Fields, decode
 from millstream.records import LEARNED, Fault, Ids, Slice, TextBatch
+from millstream.stream.encoders import Engine
 from millstream.stream.tokenize import compare, encode_rendered, like_the_last, surround
-from millstream.stream.tokenizers import Engine, Tokenizer, load_tokenizer
+from millstream.stream.tokenizers import Tokenizer, load_tokenizer
 
 CHECK_FIRST = 1_000_000
 """Bytes at the beginning of a run of which every document is compared with the reference engine."""

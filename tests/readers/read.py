@@ -126,6 +126,45 @@ def chat(folder, seq_len):
     yield from ((name, np.array(values)) for name, values in named.items())
 
 
+def train(folder, seq_len):
+    """TRL's SFTTrainer trains a tiny model on a run of conversations; the first batch as it comes to the model."""
+    import torch
+    from datasets import load_dataset
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    torch.manual_seed(0)
+    rows = load_dataset(
+        "parquet",
+        data_files=os.path.join(folder, "run", "samples-*.parquet"),
+        split="train",
+        cache_dir=os.path.join(folder, "cache"),
+    )
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=700, num_key_value_heads=4, **size))
+    settings = SFTConfig(
+        output_dir=os.path.join(folder, "trained"),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        padding_free=True,
+        max_length=None,
+        per_device_train_batch_size=2,
+        max_steps=20,
+        learning_rate=1e-2,
+        logging_steps=5,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    trainer = SFTTrainer(model=model, args=settings, train_dataset=rows, processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    for name in ("input_ids", "labels", "position_ids", "cu_seq_lens_q"):
+        yield name, batch[name].numpy().reshape(-1)
+    trainer.train()
+    yield "losses", np.array([step["loss"] for step in trainer.state.log_history if "loss" in step], float)
+
+
 def _tensor(row):
     import torch
 
@@ -146,7 +185,7 @@ def _is_small(folder):
 if __name__ == "__main__":
     _, format, result, *wanted = sys.argv
     readers = {"parquet": parquet, "megatron": megatron, "datatrove": datatrove, "litdata": litdata, "mds": mds}
-    read = {**readers, "chat": chat}[format]
+    read = {**readers, "chat": chat, "train": train}[format]
     found = {}
     for place in wanted:
         prefix, folder, seq_len = place.rsplit(":", 2)

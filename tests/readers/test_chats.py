@@ -42,8 +42,8 @@ def hostile(rng):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """name -> (rows, what transformers makes of them, our run of them, what it makes of hostile ones, our run)."""
-    root, found = tmp_path_factory.mktemp("chats"), {}
+    """(folder, what transformers makes of NAME/plain and NAME/hostile), of which folder has our runs."""
+    root = tmp_path_factory.mktemp("chats")
     places = []
     for name, kind in TEMPLATES.items():
         for front, rows in (
@@ -56,12 +56,14 @@ def made(tmp_path_factory):
                 folder / "run", folder / "rows.jsonl", tokenizer=str(folder), chat=True, seq_len=64, strategy="best-fit"
             )
             places.append(f"{name}/{front}:{folder}:64")
-    result = root / "found.npz"
+    return root, read("chat", root / "found.npz", *places)
+
+
+def read(what, result, *places):
     python = HERE.parent.parent / ".venv-readers" / "bin" / "python"
-    subprocess.run([python, HERE / "read.py", "chat", result, *places], check=True, timeout=300)
+    subprocess.run([python, HERE / "read.py", what, result, *places], check=True, timeout=300)
     with np.load(result) as values:
-        found = dict(values)
-    return root, found
+        return dict(values)
 
 
 def ours(folder):
@@ -100,3 +102,18 @@ def test_texts_that_spell_special_tokens_are_as_with_their_sanitizing(made, name
     mine = [one[0] for one in ours(root / name / "hostile")]
     assert mine == theirs(found, f"{name}/hostile", "clean", "clean_lengths")
     assert mine != theirs(found, f"{name}/hostile")  # which it does not do unless asked
+
+
+def test_trl_trains_on_it(tmp_path):
+    folder = chats.write_tokenizer(tmp_path / "chats")
+    rows = helpers.write_jsonl(folder / "rows.jsonl", conversations("turns", 3))
+    options = {"chat": True, "strategy": "best-fit", "format": "parquet"}
+    helpers.pack(folder / "run", rows, tokenizer=str(folder), seq_len=256, **options)
+    found = read("train", tmp_path / "found.npz", f"trained:{folder}:256")
+    samples = {tuple(sample.token_ids.tolist()): sample for sample in millstream.open(folder / "run")}
+    first = found["trained/input_ids"].reshape(2, 256).tolist()
+    batch = millstream.collate(samples[tuple(row)] for row in first)
+    assert found["trained/labels"].tolist() == batch.labels.reshape(-1).tolist()
+    assert found["trained/cu_seq_lens_q"].tolist() == batch.cu_seqlens.tolist()
+    losses = found["trained/losses"]
+    assert losses[-1] < 0.8 * losses[0]  # 20 steps of a model that began at chance

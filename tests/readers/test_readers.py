@@ -154,7 +154,7 @@ def test_boundaries_come_back(read):
 
 
 def test_what_is_learned_comes_back(read):
-    for format, name, subset, samples, _rest, got in read:
+    for format, name, subset, samples, _, got in read:
         if name == "chat" and format == "mds":
             labels = [np.where(sample.loss, sample.token_ids.astype(int), -100).tolist() for sample in samples]
             assert got["labels"].tolist() == labels, subset

@@ -66,6 +66,26 @@ def cli(*arguments, cwd=None, stdin=b"", **environment):
     return done
 
 
+def run_here(monkeypatch, capfd, *front):
+    """For a fixture: the command line in this process, which saves its start.
+
+    `call(*arguments)` gives (exit code, standard output, standard error); the arguments `front` come before its own.
+    """
+    from millstream.cli import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["millstream", *front, *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capfd.readouterr()
+
+    return call
+
+
 def pack(out, sources, **settings):
     """`millstream.pack_to` in this process alone, unless a test is about workers: they take a second to start."""
     return millstream.pack_to(out, sources, **{"workers": 1, **settings})

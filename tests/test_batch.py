@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import runs
-from helpers import cli, jsonl, read_little, without_fsync, write, write_jsonl
+from helpers import cli, jsonl, read_little, run_here, without_fsync, write, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millstream.cli import main
 from millstream.errors import DataError, RequestError
 from millstream.formats.batch import (
     failure_row,
@@ -91,19 +90,7 @@ CODES = {
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """The command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["millstream", "batch", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    return call
+    return run_here(monkeypatch, capfd, "batch")
 
 
 def rows_of(path):

@@ -8,10 +8,22 @@ import subprocess
 import sys
 
 import pytest
-from helpers import MILLSTREAM, TEXTS, cli, gpt2_ids, jsonl, rows, run_bytes, stream, whole, without_fsync, write_jsonl
+from helpers import (
+    MILLSTREAM,
+    TEXTS,
+    cli,
+    gpt2_ids,
+    jsonl,
+    rows,
+    run_bytes,
+    run_here,
+    stream,
+    whole,
+    without_fsync,
+    write_jsonl,
+)
 
 import millstream
-from millstream.cli import main
 
 quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
 
@@ -27,19 +39,7 @@ def packed(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """The command line in this process, which saves its start: (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["millstream", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    return call
+    return run_here(monkeypatch, capfd)
 
 
 # --- help ------------------------------------------------------------------

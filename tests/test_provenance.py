@@ -6,20 +6,18 @@ import json
 import pickle
 import re
 import shutil
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import cli, jsonl, rows, without_fsync, write, write_jsonl
+from helpers import cli, jsonl, rows, run_here, without_fsync, write, write_jsonl
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from test_boundaries import add_loss
 
 import millstream
-from millstream.cli import main
 from millstream.errors import RequestError, RunError
 from millstream.formats.manifest import read_manifest, write_manifest
 from millstream.runs.pack.provenance import provenance, text_of, tokenizer_of
@@ -35,19 +33,7 @@ def quick():
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """The command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["millstream", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    return call
+    return run_here(monkeypatch, capfd)
 
 
 # --- every document comes back ---------------------------------------------

@@ -17,8 +17,9 @@ _WIDEST = 24  # of the picture's bars
 
 def show_plan(plan: Plan, console: Console | None = None) -> None:
     console = console or Console(highlight=False, soft_wrap=True)
+    widest = min(_WIDEST, max(8, console.width - 60))
     console.width = max(console.width, 100)  # a narrow terminal breaks lines, but no number is left out
-    for part in ("\n".join(_head(plan)), _picture(plan), _choices(plan)):
+    for part in ("\n".join(_head(plan)), _picture(plan, widest), _choices(plan)):
         console.print(part)
         console.print()
     console.print("\n".join(_notes(plan)), style="dim")
@@ -37,23 +38,23 @@ def _head(plan: Plan) -> list[str]:
         lines.append(f"  faulty    {count:,} {reason.replace('_', ' ')}, such as {printable(plan.examples[reason])}")
     if plan.faulty.value > sum(plan.faults.values()):
         lines.append(f"  faulty    {_between(plan.faulty, 'documents in the whole corpus')}")
-    shown = [f"{percent}% up to {plan.quantiles[percent].value:,}" for percent in (50, 90, 99)]
-    return [*lines, f"  lengths   {', '.join(shown)} ids; the longest {plan.longest:,}"]
+    shown = [f"{percent}% up to {length.value:,}" for percent, length in plan.quantiles.items() if percent >= 50]
+    return [*lines, f"  lengths   {', '.join([*shown, f'the longest {plan.longest:,}'])} ids"]
 
 
 def _between(number: Estimate, what: str) -> str:
     """A number of something; an estimate to four digits."""
     if number.exact:
-        return f"{number.value:,} {what}"
+        return f"{number.value:,} {what.removesuffix('s') if number.value == 1 else what}"
     value, low, high = (f"{int(float(f'{n:.4g}')):,}" for n in number)
     return f"about {value} {what} ({low} to {high})"
 
 
-def _picture(plan: Plan) -> Table:
+def _picture(plan: Plan, widest: int) -> Table:
     """One row for each power of two, with the sample lengths that were asked for in their rows."""
     table = Table(box=None, pad_edge=False)
     table.add_column("ids up to", justify="right", no_wrap=True)
-    table.add_column("", width=_WIDEST, no_wrap=True)
+    table.add_column("", width=widest, no_wrap=True)
     for name in ("documents", "" if plan.exact else "±", "", "of the ids"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -66,7 +67,7 @@ def _picture(plan: Plan) -> Table:
         fit = f": {seen / documents:.0%} fit" if inside == [row.longest] else ""
         table.add_row(
             f"{row.longest:,}",
-            Text(bar(row.documents.value / most, _WIDEST), style="cyan"),
+            Text(bar(row.documents.value / most, widest), style="cyan"),
             f"{row.documents.value:,}",
             "" if row.documents.exact else f"{row.documents.error:,}",
             f"{row.documents.value / documents:.1%}",
@@ -137,7 +138,7 @@ def _notes(plan: Plan) -> list[str]:
     meaning = [
         "cut        documents that are in more than one sample; ≤ N: of all documents, those cut though they would fit",
         "joined     documents that share a sample with another one",
-        f"time       an estimate: reading and tokenizing with {workers} at {rate} each; writing is not in it",
+        f"time       at least: reading and tokenizing with {workers} at {rate} each; packing and writing come on top",
     ]
     if not plan.exact:
         meaning.append("± and to   the true number lies between, with 95% confidence")
@@ -146,9 +147,11 @@ def _notes(plan: Plan) -> list[str]:
 
 def clock(seconds: float) -> str:
     """
-    >>> clock(3.2), clock(3725)
-    ('0:03', '1:02:05')
+    >>> clock(3.21), clock(62), clock(3725)
+    ('3.2 s', '1:02', '1:02:05')
     """
-    minutes, seconds = divmod(math.ceil(seconds) if seconds > 60 else round(seconds), 60)
-    hours, minutes = divmod(int(minutes), 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, left = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"

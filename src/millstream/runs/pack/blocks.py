@@ -188,7 +188,7 @@ class BlockReader:
             self.notes.append(
                 f"{long:,} texts of over {longest >> 10:,} KiB were read in part: their lengths are estimated"
             )
-        yield Part(sum(sizes), blocks, len(chosen) == len(shards) and not long, len(shards))
+        yield self._found(Part(sum(sizes), blocks, len(chosen) == len(shards) and not long, len(shards)))
 
     def _front(self, shard: InputShard, size: int, longest: int) -> Block:
         """A text that is judged by its beginning."""
@@ -372,7 +372,7 @@ def text_front(shard: InputShard, size: int) -> Slice:
             if len(data) > size:
                 break
     stop = min(size, len(data) - 1)
-    while data[stop] & 0xC0 == 0x80:  # within a character
+    while stop > size - 4 and data[stop] & 0xC0 == 0x80:  # within a character
         stop -= 1
     stop = safe_cut(data[:stop]) or stop
     return Slice(0, shard.uri, shard.name, shard.kind, 0, stop, data[:stop])

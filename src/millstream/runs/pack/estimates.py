@@ -1,7 +1,7 @@
 """From the blocks of a corpus that were read to all of it: totals and ratios, each with its interval."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -9,6 +9,8 @@ from millstream.records import Ids
 from millstream.runs.pack.blocks import ENOUGH, Part
 
 RESAMPLES = 1000
+DOCUMENTS = "documents"
+"""The total that may be known beforehand: of documents, the faulty ones among them."""
 
 
 class Estimate(NamedTuple):
@@ -42,6 +44,10 @@ class _Drawn(NamedTuple):
     variances: Ids
 
 
+Sums = Ids
+"""A sum over the documents of each block that was read (blocks,)."""
+
+
 class Corpus:
     """The documents that were read, by `length` in ids; `weight` is how many of the whole corpus each stands for."""
 
@@ -51,9 +57,16 @@ class Corpus:
         blocks = [(part.scale * block.weight, block) for part in parts for block in part.blocks]
         counts = [len(block.length) for _, block in blocks]
         self.length = np.concatenate([np.zeros(0, np.int64), *(block.length for _, block in blocks)])
-        self.weight = np.repeat([weight for weight, _ in blocks], counts)
+        self._weights = np.array([weight for weight, _ in blocks])
+        self.weight = np.repeat(self._weights, counts)
         self._block = np.repeat(np.arange(len(blocks)), counts)
-        self._own = np.array([(len(b.length) + b.faulty, b.faulty, b.seconds) for _, b in blocks], float).reshape(-1, 3)
+        self.faulty: Sums = np.array([block.faulty for _, block in blocks], float)
+        self.documents: Sums = np.array(counts) + self.faulty
+        self.seconds: Sums = np.array([block.seconds for _, block in blocks])
+
+    def sums(self, column: Ids) -> Sums:
+        """Of a number for every document that was read."""
+        return np.bincount(self._block, column, len(self._weights))
 
     def stand_ins(self, weight: Ids, window: int) -> tuple[Ids, Ids]:
         """(lengths, the document that each stands in for) of a small corpus that is like the whole one; `weight` is
@@ -79,25 +92,27 @@ class Corpus:
         spread = np.rint(low[document] + place * (high - low)[document]).astype(np.int64)
         return np.where(copies[document] > 1, spread, self.length[document]), document
 
-    def estimates(self, totals: Sequence[Ids], ratios: Sequence[tuple[Ids, Ids]]) -> list[Estimate]:
-        """Documents with faulty ones, faulty ones, seconds; then the sums of `totals` and the `ratios` of two sums, in
-        the whole corpus. Each is made of columns with a number for every document that was read.
+    def estimates(
+        self, totals: dict[Any, Sums], ratios: dict[Any, tuple[Sums, Sums]]
+    ) -> tuple[dict[Any, Estimate], dict[Any, Estimate]]:
+        """What the sums are in the whole corpus, and the ratios of two sums. All documents are
+        among the totals as DOCUMENTS.
 
         The interval is a bootstrap over blocks: as many are drawn again from those that were read, and how far the
         total is off then, in standard errors, is how far it may be off now. Standard errors, because a choice without
         the few longest documents gives a wrong total and a too small error at once. The interval of a ratio r = y / z
         is that of the sum of (y - r z) / z, which is 0.
         """
-        columns, found = list(totals), []
-        for y, z in ratios:
-            below = float(self.weight @ z) or 1.0
-            found.append(float(self.weight @ y) / below)
+        columns, found = [self.documents, *totals.values()], []
+        for y, z in ratios.values():
+            below = float(self._weights @ z) or 1.0
+            found.append(float(self._weights @ y) / below)
             columns.append((y - found[-1] * z) / below)
-        count = len(self._own)
-        sums = [*self._own.T, *(np.bincount(self._block, column, count) for column in columns)]
-        value, low, high = self._intervals(np.stack(sums, axis=1))
+        value, low, high = self._intervals(np.stack(columns, axis=1))
         value[len(value) - len(found) :] = found
-        return [Estimate(v, max(v + a, 0.0), v + b) for v, a, b in np.stack([value, low, high], axis=1).tolist()]
+        each = [Estimate(v, max(v + a, 0.0), v + b) for v, a, b in np.stack([value, low, high], axis=1).tolist()]
+        first = 1 + len(totals)
+        return dict(zip([DOCUMENTS, *totals], each[:first], strict=True)), dict(zip(ratios, each[first:], strict=True))
 
     def _intervals(self, sums: Ids) -> tuple[Ids, Ids, Ids]:
         """(total, how far below, how far above it may be) of columns, from their sums over each block that was read."""

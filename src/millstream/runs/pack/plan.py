@@ -15,7 +15,7 @@ from millstream.formats.sources import InputShard, expand
 from millstream.records import SEGMENT, Ids
 from millstream.runs.pack.blocks import BlockReader, rough_size
 from millstream.runs.pack.encode import Encode, engine_of
-from millstream.runs.pack.estimates import Corpus, Estimate
+from millstream.runs.pack.estimates import DOCUMENTS, Corpus, Estimate, Sums
 from millstream.runs.pack.layout import Layout, layout
 from millstream.runs.pack.settings import (
     DEFAULT_MAX_DOCUMENT,
@@ -35,6 +35,8 @@ from millstream.stream.tokenizers import Tokenizer, load_tokenizer
 
 SEQ_LENS = (1024, 2048, 4096, 8192)
 PERCENTS = (10, 50, 90, 99)
+ENDS = 10
+"""Documents that must have been read beyond a quantile, so that something can be said of it."""
 FEW = 100
 """Documents below which an estimate is called rough."""
 
@@ -81,8 +83,8 @@ class Plan:
 
     `documents` are all of them, with the `empty` and the `faulty`; `faults` counts those met, by reason, and `examples`
     has one of each. `bytes_total` is rough for packed text and Parquet, and None for standard input. `quantiles` of the
-    lengths of documents that have ids are by percent, and `longest` is the longest that was read. `ids_per_second` is
-    the speed of one worker.
+    lengths of documents that have ids are by percent, those of which enough was read; `longest` is the longest that was
+    read. `ids_per_second` is the speed of one worker.
     """
 
     exact: bool
@@ -224,31 +226,41 @@ def _plan(
     tokenizer: Tokenizer | None,
     rough_total: int | None,
 ) -> Plan:
-    length = corpus.length
+    length, sums = corpus.length, corpus.sums
     filled = length > 0
     exponents = np.ceil(np.log2(np.maximum(length, 1))).astype(np.int64)
     used = range(int(exponents[filled].min()), int(exponents.max()) + 1)
-    columns = [length == 0, length]
-    columns += [column for each in used for column in (filled & (exponents == each), length * (exponents == each))]
-    quantiles = corpus.quantiles(PERCENTS)
-    ratios = [(filled & (length <= quantile), filled) for quantile in quantiles]
-    layouts = _layouts(corpus, wanted, exact)
+    percents = [each for each in PERCENTS if exact or min(each, 100 - each) * filled.sum() >= 100 * ENDS]
+    quantiles = dict(zip(percents, corpus.quantiles(percents), strict=True))
     itemsize = (tokenizer.dtype.itemsize if tokenizer else 4) + wanted[0].masked  # a byte says what is to be learned
-    for settings, found in zip(wanted, layouts, strict=True):
-        more, other = _columns(length, settings.seq_len, found, itemsize)
-        columns += more
-        ratios += other
 
-    estimates = iter(corpus.estimates(columns, ratios))
-    documents, faulty, seconds, empty, ids = (next(estimates) for _ in range(5))
-    bins = [Bin(1 << each, _rounded(next(estimates)), _rounded(next(estimates))) for each in used]
-    totals = [[next(estimates) for _ in range(4)] for _ in wanted]
-    shares = [next(estimates) for _ in quantiles]  # of the documents up to each
-    choices = []
-    for settings, found, total in zip(wanted, layouts, totals, strict=True):
-        windows = math.ceil(float(corpus.weight @ weight(length)) / (settings.window or WINDOW))
-        ratio = [next(estimates) for _ in range(5)]
-        choices.append(_choice(settings, found, exact, total, ratio, seconds, workers[settings.strategy], windows))
+    totals: dict[Any, Sums] = {
+        "empty": sums(~filled),
+        "faulty": corpus.faulty,
+        "ids": sums(length),
+        "seconds": corpus.seconds,
+        **{("documents", each): sums(filled & (exponents == each)) for each in used},
+        **{("ids", each): sums(length * (exponents == each)) for each in used},
+    }
+    ratios: dict[Any, tuple[Sums, Sums]] = {
+        percent: (sums(filled & (length <= quantile)), sums(filled)) for percent, quantile in quantiles.items()
+    }
+    counted = []
+    alike: tuple[Ids, Ids] | None = None
+    for number, settings in enumerate(wanted):
+        if settings.strategy == "best-fit" and not exact:
+            alike = alike or corpus.stand_ins(weight(length), settings.window or WINDOW)
+        found = _layout(corpus, settings, alike)
+        more, other = _sums(corpus, settings.seq_len, found, itemsize)
+        totals |= {(name, number): each for name, each in more.items()}
+        ratios |= {(name, number): each for name, each in other.items()}
+        counted.append((found.samples, found.remainder, found.inside) if exact else None)
+
+    total, ratio = corpus.estimates(totals, ratios)
+    choices = [
+        _choice(corpus, settings, number, total, ratio, counted[number], workers[settings.strategy])
+        for number, settings in enumerate(wanted)
+    ]
     notes = list(reader.notes)
     if not exact and not reader.cut and len(length) < FEW:
         notes.append(f"only {len(length):,} documents were read: the estimate is rough, a larger --sample is better")
@@ -258,14 +270,14 @@ def _plan(
         bytes_read=reader.bytes,
         bytes_total=reader.bytes if exact else rough_total,
         documents_read=len(length),
-        documents=_rounded(documents),
-        empty=_rounded(empty),
-        faulty=_rounded(faulty),
-        ids=_rounded(ids),
-        lengths=bins,
+        documents=_rounded(total[DOCUMENTS]),
+        empty=_rounded(total["empty"]),
+        faulty=_rounded(total["faulty"]),
+        ids=_rounded(total["ids"]),
+        lengths=[Bin(1 << each, _rounded(total["documents", each]), _rounded(total["ids", each])) for each in used],
         quantiles={
-            percent: Estimate(quantile, *_between(corpus, quantile, percent, share))
-            for percent, quantile, share in zip(PERCENTS, quantiles, shares, strict=True)
+            percent: Estimate(quantile, *_between(corpus, quantile, percent, ratio[percent]))
+            for percent, quantile in quantiles.items()
         },
         longest=int(length.max()),
         choices=choices,
@@ -289,70 +301,76 @@ def _between(corpus: Corpus, quantile: int, percent: int, share: Estimate) -> tu
     return min(low, quantile), max(high, quantile)
 
 
-def _layouts(corpus: Corpus, wanted: list[Settings], exact: bool) -> list[Layout]:
-    """How each choice would pack the documents that were read; as if they were among all others, if they are not."""
-    found = []
-    alike: tuple[Ids, Ids] | None = None
-    for settings in wanted:
-        window = settings.window or WINDOW
-        asked = (settings.seq_len, settings.strategy, window, settings.max_segments)
-        mine = layout(corpus.length, *asked)
-        if settings.strategy == "best-fit" and not exact:
-            length, document = alike = alike or corpus.stand_ins(weight(corpus.length), window)
-            packed, copies = layout(length, *asked), np.bincount(document)
-            padding, shared = (np.bincount(document, column) / copies for column in (packed.padding, packed.shared))
-            mine = mine._replace(padding=padding, shared=shared)
-        found.append(mine)
-    return found
+def _layout(corpus: Corpus, settings: Settings, alike: tuple[Ids, Ids] | None) -> Layout:
+    """How the documents that were read would be packed; by best-fit, as those that are `alike` are, if they are given,
+    since it depends on all others in the window."""
+    asked = (settings.seq_len, settings.strategy, settings.window or WINDOW, settings.max_segments)
+    found = layout(corpus.length, *asked)
+    if settings.strategy != "best-fit" or alike is None:
+        return found
+    length, document = alike
+    packed, copies = layout(length, *asked), np.bincount(document)
+    padding, shared = (np.bincount(document, column) / copies for column in (packed.padding, packed.shared))
+    return found._replace(padding=padding, shared=shared)
 
 
-def _columns(length: Ids, n: int, found: Layout, itemsize: int) -> tuple[list[Ids], list[tuple[Ids, Ids]]]:
-    """For every document, what it adds to each total of a choice; and (above, below) of each ratio."""
-    filled, size = length > 0, length + found.padding
-    totals = [size / n, found.padding, found.cut, size * itemsize + found.segments * SEGMENT.itemsize]
-    ratios = [
-        (found.padding, size),
-        (found.cut, filled),
-        (found.cut * (length <= n), filled),
-        (found.shared, filled),
-        (found.segments, size / n),
-    ]
+def _sums(corpus: Corpus, n: int, found: Layout, itemsize: int) -> tuple[dict[str, Sums], dict[str, tuple[Sums, Sums]]]:
+    """(totals, ratios of two) of a choice, by their names in it."""
+    length, sums = corpus.length, corpus.sums
+    filled, samples = sums(length > 0), sums((length + found.padding) / n)
+    padding, cut, segments = sums(found.padding), sums(found.cut), sums(found.segments)
+    totals = {
+        "samples": samples,
+        "padding_ids": padding,
+        "split": cut,
+        "bytes": samples * n * itemsize + segments * SEGMENT.itemsize,
+    }
+    ratios = {
+        "padding": (padding, samples * n),
+        "truncation": (cut, filled),
+        "needless": (sums(found.cut & (length <= n)), filled),
+        "concatenation": (sums(found.shared), filled),
+        "documents_per_sample": (segments, samples),
+    }
     return totals, ratios
 
 
 def _choice(
+    corpus: Corpus,
     settings: Settings,
-    found: Layout,
-    exact: bool,
-    totals: list[Estimate],
-    ratios: list[Estimate],
-    seconds: Estimate,
+    number: int,
+    total: dict[Any, Estimate],
+    ratio: dict[Any, Estimate],
+    counted: tuple[int, int, int] | None,
     workers: int,
-    windows: int,
 ) -> Choice:
-    samples, padding_ids, split, size = map(_rounded, totals)
-    padding, truncation, needless, concatenation = (Estimate(*(min(end, 1.0) for end in each)) for each in ratios[:4])
-    inside = ratios[4]
-    if exact:  # what fills no sample is in no sample
-        samples = Estimate(*[found.samples] * 3)
-        inside = Estimate(*[found.inside / max(1, found.samples)] * 3)
+    """`counted`, if everything was read: samples, ids in the remainder, segments in samples."""
+    samples, padding_ids = _rounded(total["samples", number]), _rounded(total["padding_ids", number])
+    padding, each = ratio["padding", number], ratio["documents_per_sample", number]
+    if counted:  # what fills no sample is in no sample
+        samples = Estimate(*[counted[0]] * 3)
+        each = Estimate(*[counted[2] / max(1, counted[0])] * 3)
     elif settings.strategy == "best-fit":  # how full the last sample of a window is, is chance
-        n, last = settings.seq_len, windows
-        samples, padding_ids = samples.give_or_take(last), padding_ids.give_or_take(last * n)
-        padding = padding.give_or_take(last / max(1, samples.value))
+        windows = math.ceil(float(corpus.weight @ weight(corpus.length)) / (settings.window or WINDOW))
+        samples, padding_ids = samples.give_or_take(windows), padding_ids.give_or_take(windows * settings.seq_len)
+        padding = padding.give_or_take(windows / max(1, samples.value))
     return Choice(
-        settings.seq_len,
-        settings.strategy,
-        samples,
-        padding_ids,
-        found.remainder if exact else None,
-        split,
-        padding,
-        truncation,
-        needless,
-        concatenation,
-        inside,
-        size,
-        Estimate(*(number / workers for number in seconds)),
-        workers,
+        seq_len=settings.seq_len,
+        strategy=settings.strategy,
+        samples=samples,
+        padding_ids=padding_ids,
+        remainder=counted[1] if counted else None,
+        split=_rounded(total["split", number]),
+        padding=_share(padding),
+        truncation=_share(ratio["truncation", number]),
+        needless=_share(ratio["needless", number]),
+        concatenation=_share(ratio["concatenation", number]),
+        documents_per_sample=each,
+        bytes=_rounded(total["bytes", number]),
+        seconds=Estimate(*(end / workers for end in total["seconds"])),
+        workers=workers,
     )
+
+
+def _share(estimate: Estimate) -> Estimate:
+    return Estimate(*(min(end, 1.0) for end in estimate))

@@ -4,14 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench import asking, asking_contenders, contenders, corpus, gpt2, measure, rows, table
+from bench import asking, asking_contenders, contenders, corpus, gpt2, lengths, measure, rows, strategies, table
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".bench"
 PAGE = ROOT / "docs" / "performance.md"
 MERGES = ROOT / "src" / "millstream" / "data" / "gpt2" / "vocab.bpe"
-GROUPS = {"pack": contenders.ROWS, "ask": asking_contenders.ROWS}
-"""The two tables, and the names of their rows."""
+GROUPS = {"pack": contenders.ROWS, "bestfit": strategies.ROWS, "ask": asking_contenders.ROWS}
+"""The tables, and the names of their rows."""
+ONLY = {**GROUPS, "pack": (*contenders.ROWS, *strategies.ROWS)}
 NAMED = {
     "pack": ("fastokens", "tokenizers", "transformers", "datasets", "datatrove"),
     "ask": ("openai", "httpx2", "aiohttp", "orjson"),
@@ -21,7 +22,7 @@ NAMED = {
 def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     known = tuple(name for names in GROUPS.values() for name in names)
-    parser.add_argument("--only", choices=GROUPS, help="one table: packing, or asking")
+    parser.add_argument("--only", choices=ONLY, help="packing, its half with best-fit and exports, or asking")
     parser.add_argument("--size", type=int, metavar="MB", help="JSONL to pack (default 300, --quick 30)")
     parser.add_argument("--subset", type=int, metavar="MB", help="for the rivals (default 100, --quick 5)")
     parser.add_argument(
@@ -33,7 +34,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help="write the tables into docs/performance.md")
     parser.add_argument("--rivals", metavar="PYTHON", help="the rivals' interpreter (default: .venv-bench)")
     options = parser.parse_args(arguments)
-    options.wanted = tuple(options.rows.split(",")) if options.rows else GROUPS.get(options.only, known)
+    options.wanted = tuple(options.rows.split(",")) if options.rows else ONLY.get(options.only, known)
     if unknown := set(options.wanted) - set(known):
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if options.write and (options.quick or options.rows):
@@ -47,14 +48,14 @@ def rivals_python(given: str | None) -> str:
     return given or (str(installed) if installed.exists() else sys.executable)
 
 
-def planned(options: argparse.Namespace) -> contenders.Plan:
+def planned(options: argparse.Namespace, group: str) -> contenders.Plan:
     """Gather the corpus, make the tokenizer file, and fill in what was not said."""
     tokenizer = FOLDER / "gpt2.json"
     tokenizer.write_text(gpt2.tokenizer_json(MERGES), encoding="utf-8")
     contenders.say("gathering text")
     size, subset, repeats, memory = (30, 5, 1, (50, 200)) if options.quick else (300, 100, 5, (500, 2000))
     return contenders.Plan(
-        wanted=options.wanted,
+        wanted=tuple(name for name in options.wanted if name in GROUPS[group]),
         folder=FOLDER,
         mixed=corpus.mixed(FOLDER, options.size or size),
         subset_mb=options.subset or subset,
@@ -101,7 +102,7 @@ def command(options: argparse.Namespace) -> str:
 
 def packing(options: argparse.Namespace) -> tuple[str, list[rows.Row]]:
     """What the packing table rests on, and its rows."""
-    plan = planned(options)
+    plan = planned(options, "pack")
     contenders.warm_up(plan)
     rounds = f"{plan.repeats} (rivals: {plan.rival_repeats})"
     lines = [
@@ -113,6 +114,21 @@ def packing(options: argparse.Namespace) -> tuple[str, list[rows.Row]]:
         "ratios are taken within a round. CPU seconds are user and system time of all processes.",
     ]
     return "\n".join(lines), rows.measured_rows(plan)
+
+
+def placing(options: argparse.Namespace) -> tuple[str, list[rows.Row]]:
+    """What the table of best-fit, shuffling and exports rests on, and its rows."""
+    plan = planned(options, "bestfit")
+    contenders.warm_up(plan)
+    lines = [
+        f"* Machine: {table.machine()}.",
+        f"* Command: `{command(options)}`.",
+        f"* Text: {plan.mixed.described()}. Synthetic documents: {lengths.DESCRIBED}.",
+        f"* Medians of {plan.repeats} rounds, lowest and highest in brackets; commands take turns, and ratios are "
+        "taken within a round. CPU seconds are user and system time of all processes. Lengths are drawn anew in each "
+        "round.",
+    ]
+    return "\n".join(lines), strategies.measured_rows(plan)
 
 
 def asked(options: argparse.Namespace) -> tuple[str, list[rows.Row]]:
@@ -135,7 +151,7 @@ def main(arguments: list[str]) -> None:
     options = parsed(arguments)
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / ".gitignore").write_text("*\n")
-    for group, measured in {"pack": packing, "ask": asked}.items():
+    for group, measured in {"pack": packing, "bestfit": placing, "ask": asked}.items():
         if set(options.wanted) & set(GROUPS[group]):
             head, found = measured(options)
             print(f"{head}\n\n{table.plain(found)}", flush=True)

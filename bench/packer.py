@@ -50,9 +50,9 @@ def main(path: str, tokenizer_file: str, seq_len: int) -> None:
         for batch in batches:
             further = replace(batch, ordinal=batch.ordinal + np.uint64(passes * documents))
             start = time.process_time()
-            packed = packer.feed(further)
+            done = list(packer.feed(further))
             seconds += time.process_time() - start
-            count += packed.ids.size
+            count += sum(packed.ids.size for packed in done)
         passes += 1
     start = time.process_time()
     count += packer.finish().ids.size

@@ -68,8 +68,7 @@ class Ended:
 
 def take_names(names: list[str], chosen: Ids) -> list[str]:
     """`names[chosen]`, as numpy would index it."""
-    found: list[str] = np.array(names, object)[chosen].tolist()
-    return found
+    return [names[row] for row in np.arange(len(names))[chosen].tolist()]
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""The rows about best-fit, shuffling and the exports; as in `bench.rows`, no number is known before."""
+"""The rows about best-fit, shuffling, exports and conversations; as in `bench.rows`, no number is known before."""
 
 import json
 import shutil
@@ -21,10 +21,11 @@ from bench.contenders import (
     packed,
     say,
 )
+from bench.conversations import chat_row
 from bench.measure import Failed
 from bench.rows import PER_SECOND, Row, could_not, millions, peak, spread
 
-ROWS = ("plan", "assign", "padding", "strategies", "windows", "convert")
+ROWS = ("plan", "assign", "padding", "strategies", "windows", "convert", "chat")
 
 TARGET_PLAN = 0.1
 TARGET_ASSIGN = 5e6
@@ -307,6 +308,7 @@ def measured_rows(plan: Plan) -> list[Row]:
         "strategies": strategy_rows,
         "windows": window_memory_rows,
         "convert": convert_rows,
+        "chat": chat_row,
     }
     found = [made(plan) for name, made in rows.items() if name in plan.wanted]
     return [row for some in found for row in (some if isinstance(some, list) else [some])]

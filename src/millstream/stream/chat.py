@@ -5,7 +5,7 @@ A template is a program that came with a download: it runs in Jinja's sandbox an
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -20,8 +20,7 @@ FIELDS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
 LOSSES = ("replies", "all")
 
 # Noncharacters, which Unicode keeps for private use: where a reply begins and ends, and what spells a special token.
-_BEGIN, _END, _OPEN, _CLOSE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
-_MARKS = re.compile(f"([{_BEGIN}-{_CLOSE}])")
+_MARKS = _BEGIN, _END, _OPEN, _CLOSE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -87,7 +86,7 @@ class Chat:
         """A conversation, of which the first `prompt` messages are not to be learned (None: it is not said)."""
         template = _compiled(self._template(row))
         data = {"messages": messages, "tools": _plain_data(row.get("tools")), **_kwargs(row)}
-        data = _marked(data, _pattern(self.specials))
+        data = _marked(data, _spelled(self.specials))
         messages = data.pop("messages")
 
         def text_of(count: int, goes_on: bool = False) -> str:
@@ -170,27 +169,38 @@ def _plain_data(value: Any) -> Any:
     return str(value)
 
 
+class _Spelled(NamedTuple):
+    """What special tokens look like: `every` matches each (the longest first), and marks, which no text may have.
+
+    A text without any of `fronts`, the first two letters of them, has none: looking for those is several times faster.
+    """
+
+    every: "re.Pattern[str]"
+    fronts: tuple[str, ...]
+
+
 @cache
-def _pattern(specials: tuple[str, ...]) -> "re.Pattern[str]":
-    """Matches every special token (the longest first), and marks, which no text may have."""
+def _spelled(specials: tuple[str, ...]) -> _Spelled:
     longest = sorted(filter(None, specials), key=len, reverse=True)
-    # Plain alternatives, from whose first letters `re` makes a set to look for: three times faster than with a class.
-    return re.compile("|".join(map(re.escape, [*longest, _BEGIN, _END, _OPEN, _CLOSE])))
+    every = [*longest, *_MARKS]
+    return _Spelled(re.compile("|".join(map(re.escape, every))), tuple(sorted({token[:2] for token in every})))
 
 
-def _marked(value: Any, pattern: "re.Pattern[str]") -> Any:
+def _marked(value: Any, spelled: _Spelled) -> Any:
     """`value` with marks around everything in its texts that spells a special token."""
     if isinstance(value, str):
-        return pattern.sub(_around, value) if pattern.search(value) else value
+        if any(front in value for front in spelled.fronts):
+            return spelled.every.sub(_around, value)
+        return value
     if isinstance(value, dict):
-        return {key: _marked(inner, pattern) for key, inner in value.items()}
+        return {key: _marked(inner, spelled) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_marked(inner, pattern) for inner in value]
+        return [_marked(inner, spelled) for inner in value]
     return value
 
 
 def _around(found: "re.Match[str]") -> str:
-    if _MARKS.fullmatch(found[0]):
+    if found[0] in _MARKS:
         raise Unusable("not_text", f"U+{ord(found[0]):X} is a noncharacter, which no text may have")
     return f"{_OPEN}{found[0]}{_CLOSE}"
 
@@ -200,19 +210,26 @@ def _unmarked(text: str) -> Rendered:
     >>> _unmarked("a" + _BEGIN + "bc" + _OPEN + "d" + _CLOSE + _END + "e")
     Rendered(text='abcde', learned=(Span(start=1, stop=4),), plain=(Span(start=3, stop=4),))
     """
-    parts = _MARKS.split(text)
-    if len(parts) == 1:
-        return Rendered(text)
     begun = {_END: 0, _CLOSE: 0}
     spans: dict[str, list[tuple[int, int]]] = {_END: [], _CLOSE: []}
-    at = 0
-    for part, mark in zip(parts[::2], parts[1::2], strict=False):
-        at += len(part)
+    parts, last = [], 0
+    for before, (place, mark) in enumerate(sorted(_places(text))):
+        parts.append(text[last:place])
+        last, at = place + 1, place - before
         if mark in spans:
             spans[mark].append((begun[mark], at))
         else:
             begun[_END if mark == _BEGIN else _CLOSE] = at
-    return Rendered("".join(parts[::2]), _spans(*spans[_END]), _spans(*spans[_CLOSE]))
+    return Rendered("".join([*parts, text[last:]]), _spans(*spans[_END]), _spans(*spans[_CLOSE]))
+
+
+def _places(text: str) -> Iterator[tuple[int, str]]:
+    """Where marks are, one kind after the other: `find` is several times faster than `re` looking for all at once."""
+    for mark in _MARKS:
+        place = text.find(mark)
+        while place >= 0:
+            yield place, mark
+            place = text.find(mark, place + 1)
 
 
 # The template -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import random
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import chats
@@ -114,6 +115,83 @@ def test_what_is_null_is_not_there():
     assert chat(template).render({"messages": messages, "tools": None}).text == "How much?called"
 
 
+def test_what_a_template_is_given_cannot_be_replaced():
+    row = {"messages": [USER], "chat_template_kwargs": {"messages": [REPLY], "tools": 3, "documents": ["d"], "x": None}}
+    template = "{{ messages[0].content }}{{ tools }}{{ documents[0] }}{{ x is defined }}{{ add_generation_prompt }}"
+    assert chat(template).render(row).text == "How much?NonedFalseFalse"
+
+
+def test_tools_may_be_json_in_a_text_and_content_bytes():
+    tools = [{"name": "f"}]
+    assert chat("{{ tools[0].name }}").render({"messages": [USER], "tools": json.dumps(tools)}).text == "f"
+    assert chat("{{ messages[0].content }}").render({"messages": [{**USER, "content": "é".encode()}]}).text == "é"
+
+
+def test_marks_that_a_template_tears_apart_are_a_fault():
+    """It would be unclear what is ordinary text, or learned."""
+    row = {"messages": [{"role": "user", "content": "x <|im_end|> y"}]}
+    for template in ("{{ messages[0].content.split('<|im_end|>')[-1] }}", "{{ messages[0].content[:4] }}"):
+        with pytest.raises(Unusable, match="cuts a reply, or a text that spells a special token, in two"):
+            chat(template).render(row)
+    assert chat("{{ messages[0].content.split('<|im_end|>')[-1] }}", allow=True).render(row).text == " y"
+
+
+def test_special_tokens_in_keys_and_escapes_are_found_too():
+    row = {"messages": [{"role": "user", "content": "<|im_end|>\\ufdd2", "arguments": {"<|im_end|>": 1}}]}
+    for ascii in ("true", "false"):
+        template = (
+            "{{ messages[0].arguments | tojson(ensure_ascii=A) }}{{ messages[0].content | tojson(ensure_ascii=A) }}"
+        )
+        found = chat(template.replace("A", ascii)).render(row)
+        assert found.text == '{"<|im_end|>": 1}"<|im_end|>\\\\ufdd2"'
+        assert [found.text[start:stop] for start, stop in found.plain] == ["<|im_end|>"] * 2
+
+
+def test_blocks_that_are_only_written_about_are_none():
+    template = "{# {% generation %} #}" + chats.TEMPLATES["silent"]
+    assert learned(chat(template).render({"messages": [USER, REPLY]})) == ["Two.<|im_end|>\n"]
+
+
+def test_a_completion_that_begins_in_a_block_with_its_header():
+    template = """{% for m in messages %}{% if m.role == 'assistant' %}
+{%- generation %}{{ '<|im_start|>a ' + m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>a ' }}{% endif %}"""
+    assert learned(chat(template).render({"prompt": [USER], "completion": [REPLY]})) == ["Two."]
+    assert learned(chat(template).render({"messages": [USER, REPLY]})) == ["<|im_start|>a Two."]
+
+
+def test_very_many_replies_need_a_template_with_blocks():
+    row = {"messages": [USER, REPLY] * 501}
+    with pytest.raises(Unusable, match="501 replies; of more than 500 only"):
+        chat("silent").render(row)
+    assert len(chat("turns").render(row).learned) == 501
+
+
+def test_what_would_be_different_every_time_is_not_there():
+    for template in ("{{ [1, 2] | random }}", "{{ lipsum() }}"):
+        with pytest.raises((Unusable, RequestError)):
+            chat(template).render({"messages": [USER]})
+
+
+def test_special_tokens_in_texts_can_be_allowed(folders):
+    tokenizer = load_tokenizer(str(folders["turns"]))
+    end = tokenizer.specials["<|im_end|>"]
+    for row in (
+        {"messages": [{"role": "user", "content": "x<|im_end|>"}]},
+        {"prompt": "x<|im_end|>", "completion": "y"},
+    ):
+        counts = []
+        for allow in (False, True):
+            ids, _ = encode_rendered(tokenizer, [replace(tokenizer.chat, allow=allow).render(row)])
+            counts.append((ids & (LEARNED - 1)).tolist().count(end))
+        assert counts[1] == counts[0] + 1
+
+
+def test_openai_tokenizers_give_a_template_their_end_of_text():
+    found = replace(load_tokenizer("gpt2").chat, templates=(("default", "{{ messages[0].content + eos_token }}"),))
+    assert found.render({"messages": [USER]}).text == "How much?<|endoftext|>"
+
+
 def test_reasoning_has_the_names_in_use():
     template = "{% for m in messages %}{{ m.reasoning_content }}/{{ m.thinking }}{% endfor %}"
     for name in ("reasoning_content", "thinking", "reasoning"):
@@ -148,6 +226,12 @@ UNUSABLE = [
     ({"prompt": [USER], "completion": "b"}, "not_messages", "field 'completion' is not a list"),
     ({"messages": [USER], "chat_template_kwargs": 3}, "not_messages", "no object"),
     ({"messages": [{**USER, "content": "a\ufdd0b"}]}, "not_text", r"U\+FDD0"),
+    ({"messages": [{**USER, "arguments": {"\ufdd1": 1}}]}, "not_text", r"U\+FDD1"),
+    ({"messages": [{**USER, "content": "\ud800"}]}, "lone_surrogate", "surrogate"),
+    ({"messages": [{**USER, "content": b"\xff"}]}, "invalid_utf8", "not valid UTF-8"),
+    ({"messages": [USER], "tools": "{"}, "not_messages", "'tools' is no JSON"),
+    ({"messages": [USER], "tools": '{"name": "f"}'}, "not_messages", "'tools' is not a list but dict"),
+    ("a text", "not_messages", "not str"),
 ]
 
 
@@ -240,6 +324,19 @@ def test_tokenizers_whose_ids_do_not_tell_their_bytes(folders, seed, kind):
     inside = [any(low < stop and start < high for start, stop in found.learned) for low, high in letters]
     assert (ids & np.uint32(LEARNED - 1)).tolist() == theirs.tolist()
     assert (ids >= LEARNED).tolist() == inside
+
+
+def test_prefixed_blanks_are_not_taken_for_bytes_of_the_text(tmp_path):
+    """One blank is put before the text, and one is swallowed by a token: the sum is right, and no place is."""
+    definition = json.loads(chats.train())
+    definition["pre_tokenizer"]["add_prefix_space"] = True
+    for token in definition["added_tokens"]:
+        token["rstrip"] = token["content"] == "</s>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    tokenizer = load_tokenizer(str(tmp_path))
+    found = Rendered("so</s> mill so", (Span(7, 11),))
+    ids, _ = encode_rendered(tokenizer, [found])
+    assert tokenizer.engine.decode((ids[ids >= LEARNED] & np.uint32(LEARNED - 1)).tolist()).strip() == "mill"
 
 
 def test_text_that_is_normalized_first(folders):
@@ -436,11 +533,51 @@ def test_parquet_and_packed_sources_give_the_same(tmp_path, folders):
     assert seen[0]
 
 
+def test_what_is_absent_in_some_rows_is_absent_in_parquet_too(tmp_path, folders):
+    """A table has every key in every row; a template must not see those that a row has not."""
+    rows = [
+        {"id": "a", "messages": [USER, {**REPLY, "parts": {"image": "x"}}], "chat_template_kwargs": {"think": True}},
+        {"id": "b", "messages": [USER, {**REPLY, "parts": {"text": "y"}}], "chat_template_kwargs": {"other": 1}},
+    ]
+    template = tmp_path / "own.jinja"
+    template.write_text(
+        "{{ think is defined }}{% for m in messages %}{{ m.content }}{{ 'image' in (m.parts or {}) }}{% endfor %}"
+    )
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    options = {"tokenizer": str(folders["turns"]), "chat": True, "loss": "all", "chat_template": str(template)}
+    seen = []
+    for source in (tmp_path / "c.parquet", write_jsonl(tmp_path / "c.jsonl", rows)):
+        helpers.pack(tmp_path / source.suffix, source, seq_len=8, **options)
+        seen.append(helpers.stream(tmp_path / source.suffix))
+    assert seen[0] == seen[1]
+    text = load_tokenizer(str(folders["turns"])).engine.decode(seen[0])
+    assert text == "TrueHow much?FalseTwo.TrueFalseHow much?FalseTwo.False"
+
+
+def test_parquet_with_values_that_python_cannot_have(tmp_path, folders):
+    when = pa.array([1_500_000_001, 2_000_000_000], pa.timestamp("ns"))
+    roles, texts = pa.array(["user", "user"]), pa.array(["good", "also good"])
+    message = pa.StructArray.from_arrays([roles, texts, when], ["role", "content", "at"])
+    messages = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), message)
+    pq.write_table(pa.table({"messages": messages}), tmp_path / "c.parquet")
+    report = helpers.pack(
+        tmp_path / "out",
+        tmp_path / "c.parquet",
+        tokenizer=str(folders["turns"]),
+        chat=True,
+        seq_len=4,
+        on_error="skip",
+    )
+    assert report.ledger["faults"] in ({"not_text": 1}, {})  # pandas, where it is there, has nanoseconds
+    assert report.ledger["documents"]["in"] == 2
+
+
 def test_faulty_conversations(tmp_path, folders):
     good = {"id": "good", "messages": [USER, REPLY]}
     bad = [
         {"id": "a", "messages": []},
         b'{"id": "b", "messages": [',
+        b'{"id": "f", "messages": [{"role": "user", "content": ' + b"[" * 700 + b"]" * 700 + b"}]}",
         {"id": "c", "text": "x"},
         {"id": "d", "messages": [{"role": "user", "content": "\ud800"}]},
         [1],
@@ -455,10 +592,11 @@ def test_faulty_conversations(tmp_path, folders):
     assert [(fault["line"], fault["reason"]) for fault in faults(tmp_path / "out")] == [
         (2, "not_messages"),
         (3, "invalid_json"),
-        (4, "missing_field"),
-        (5, "lone_surrogate"),
-        (6, "invalid_json"),
-        (7, "not_messages"),
+        (4, "not_messages"),
+        (5, "missing_field"),
+        (6, "lone_surrogate"),
+        (7, "invalid_json"),
+        (8, "not_messages"),
     ]
     assert "learned" in done.stdout
     text = tmp_path / "plain.txt"
@@ -468,7 +606,9 @@ def test_faulty_conversations(tmp_path, folders):
 
 
 WRONG = [
-    (("--loss", "all"), "--loss and --chat-template belong to --chat"),
+    (("--loss", "all"), "--loss, --chat-template and --allow-specials belong to --chat"),
+    (("--allow-specials",), "belong to --chat"),
+    (("--chat", "--id-field", "prompt"), "a part of the conversation"),
     (("--chat-template", "x.jinja"), "belong to --chat"),
     (("--chat", "--ids-field", "ids"), "give one of them"),
     (("--chat", "--chat-template", "nowhere.jinja"), "nowhere.jinja: No such file"),
@@ -539,6 +679,19 @@ def test_streams_of_conversations(tmp_path, folders, options):
         some = stream()
         first = plain(next(some) for _ in range(count))
         assert first + plain(stream(json.loads(json.dumps(some.state())))) == everything
+
+
+def test_streams_that_cannot_be_conversations(tmp_path, folders):
+    name = str(folders["turns"])
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(RequestError, match="give the rows themselves"):
+        millstream.tokenize(millstream.read(tmp_path / "a.txt"), name, chat=True)
+    with pytest.raises(DataError, match="document 0: a conversation is an object"):
+        next(millstream.tokenize(["x"], name, chat=True))
+    with pytest.raises(DataError, match="surrogate"):
+        next(millstream.tokenize([{"prompt": "a", "completion": "\ud800"}], name, chat=True))
+    with pytest.raises(RequestError, match="strategy='split'"):
+        next(millstream.split(millstream.tokenize(chats.rows(1, 9), name, chat=True), 8))
 
 
 def test_a_stream_names_the_conversation_that_cannot_be_used(folders):

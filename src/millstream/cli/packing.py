@@ -58,6 +58,7 @@ from millstream.cli.types import IDS, INTERRUPTED, SIZE, WITH_FAULTS
     help="With --chat, what is to be learned: what the assistant says (or the completion), or everything.",
 )
 @click.option("--chat-template", type=click.Path(), metavar="FILE", help="A chat template instead of the tokenizer's.")
+@click.option("--allow-specials", is_flag=True, help="With --chat, a text that spells a special token is that token.")
 @click.option("--limit", type=int, metavar="DOCUMENTS", help="Stop after this many documents.")
 @click.option(
     "--validation",
@@ -140,6 +141,7 @@ def _as_in_pack(*names: str) -> Callable[[click.Command], click.Command]:
     "chat",
     "loss",
     "chat_template",
+    "allow_specials",
     "workers",
     "memory",
     "max_document",

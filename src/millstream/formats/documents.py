@@ -221,12 +221,9 @@ def _content(found: dict[str, Any], fields: Fields) -> tuple[Any, str | None, tu
         doc_id = _plain(doc_id)
     if fields.of_row:
         try:
-            made = fields.of_row({name: value for name, value in found.items() if name != fields.id})
+            return fields.of_row(found), doc_id, None
         except Unusable as unusable:
             return None, doc_id, (unusable.reason, _plain(unusable.message))
-        if _lone_surrogate(made.text):
-            return None, doc_id, ("lone_surrogate", "it has half of a surrogate pair, which no tokenizer accepts")
-        return made, doc_id, None
     content = found.get(fields.content)
     name = fields.content
     if content is None:
@@ -272,14 +269,19 @@ def _decode_rows(batch: TextBatch, piece: Slice, fields: Fields, max_document: i
 
     with pa.ipc.open_stream(slice_bytes(piece)) as reader:
         table = reader.read_all()
-    columns = [_values(table[name]) for name in table.column_names]
+    columns = [_values(column) for column in table.columns]
     for row, values in enumerate(zip(*columns, strict=True), piece.start):
         found = dict(zip(table.column_names, values, strict=True))
+        if fields.of_row:
+            found = _without_nulls(found)
         if isinstance(found.get(fields.id), Exception):
             del found[fields.id]
-        wrong = next((value for value in found.values() if isinstance(value, UnicodeDecodeError)), None)
-        if wrong is not None:
+        wrong = next((value for value in found.values() if isinstance(value, ValueError)), None)
+        if isinstance(wrong, UnicodeDecodeError):
             _add_fault(batch, piece, row, 0, "invalid_utf8", f"not valid UTF-8: {wrong.reason}")
+            continue
+        if wrong is not None:
+            _add_fault(batch, piece, row, 0, "not_text", f"a value cannot be read: {wrong}")
             continue
         value, name, fault = _content(found, fields)
         size = 0 if fault or fields.ids else len((value.text if fields.of_row else value).encode())
@@ -293,15 +295,22 @@ def _decode_rows(batch: TextBatch, piece: Slice, fields: Fields, max_document: i
 
 
 def _values(column: Any) -> Iterator[Any]:
-    """A column's values as Python objects; an invalid string as its UnicodeDecodeError."""
+    """A column's values as Python objects; one that Python cannot have (an invalid string) as its ValueError."""
     try:
         yield from column.to_pylist()
-    except UnicodeDecodeError:
+    except ValueError:
         for value in column:
             try:
                 yield value.as_py()
-            except UnicodeDecodeError as error:
+            except ValueError as error:
                 yield error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without what is null in objects: in a table every row has every key, which JSON lines do not."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 # Plain text, one document a file ------------------------------------------------------------------------------------

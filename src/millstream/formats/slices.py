@@ -384,6 +384,15 @@ def _row_slices(
         yield bad("corrupt", f"cannot be read as Parquet: {error}", row)
 
 
+def _as_stored(row: Any) -> tuple[bytes]:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, row.schema) as writer:
+        writer.write_batch(row)
+    return (sink.getvalue().to_pybytes(),)
+
+
 def _row_bytes(batch: Any, low: int, high: int) -> bytes:
     """What identifies rows low..high, in whatever batches they come: one SHA-256 for each."""
     import pyarrow as pa
@@ -391,5 +400,8 @@ def _row_bytes(batch: Any, low: int, high: int) -> bytes:
     texts = (pa.types.is_string, pa.types.is_large_string)
     columns = [column.slice(low, high - low) for column in batch.columns]
     values = [(c.cast(pa.large_binary()) if any(is_text(c.type) for is_text in texts) else c) for c in columns]
-    rows = zip(*(column.to_pylist() for column in values), strict=True)
+    try:
+        rows = list(zip(*(column.to_pylist() for column in values), strict=True))
+    except ValueError:  # inside a list or an object is what Python cannot have
+        rows = [_as_stored(batch.slice(row, 1)) for row in range(low, high)]
     return b"".join(hashlib.sha256(repr(row).encode("utf-8", "backslashreplace")).digest() for row in rows)

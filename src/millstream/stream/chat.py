@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from heapq import merge
 from typing import Any, NamedTuple
 
 from millstream.errors import RequestError, Unusable
@@ -18,9 +19,12 @@ Messages = list[dict[str, Any]]
 FIELDS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
 """The fields of a row that are looked at."""
 LOSSES = ("replies", "all")
+MOST_REPLIES = 500
+"""A template without blocks is rendered twice for each reply, and each time from the beginning."""
 
 # Noncharacters, which Unicode keeps for private use: where a reply begins and ends, and what spells a special token.
 _MARKS = _BEGIN, _END, _OPEN, _CLOSE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+_ENDS = {_BEGIN: _END, _OPEN: _CLOSE}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -45,7 +49,8 @@ class Chat:
     """How rows become text; small and picklable.
 
     `templates` by name, `variables` are the special tokens that a template may write, by their names, `specials` the
-    texts of all special tokens. `loss`: replies (what the assistant says, or the completion), or all.
+    texts of all special tokens; with `allow`, a text that spells one is that token. `loss`: replies (what the assistant
+    says, or the completion), or all.
 
     >>> row = {"prompt": "2 + 2 =", "completion": " 4"}
     >>> Chat().render(row)
@@ -61,6 +66,7 @@ class Chat:
     variables: tuple[tuple[str, str], ...] = ()
     specials: tuple[str, ...] = ()
     loss: str = "replies"
+    allow: bool = False
 
     def check(self) -> None:
         """Raises RequestError if a template is no program, or if Jinja is not there to run it."""
@@ -69,6 +75,19 @@ class Chat:
 
     def render(self, row: Row) -> Rendered:
         """Raises Unusable if the row is no conversation, or not one for this template."""
+        if not isinstance(row, Mapping):
+            raise Unusable("not_messages", f"a conversation is an object with messages, not {type(row).__name__}")
+        try:
+            found = self._rendered(row)
+            found.text.encode()
+        except UnicodeEncodeError:
+            message = "it has half of a surrogate pair, which no tokenizer accepts"
+            raise Unusable("lone_surrogate", message) from None
+        except RecursionError:
+            raise Unusable("not_messages", "it is nested too deep") from None
+        return found
+
+    def _rendered(self, row: Row) -> Rendered:
         if row.get("messages") is not None:
             return self._conversation(row, _messages(row["messages"], "messages"), None)
         prompt, completion = row.get("prompt"), row.get("completion")
@@ -78,16 +97,16 @@ class Chat:
         if isinstance(prompt, str) and isinstance(completion, str):
             text = prompt + completion
             begin = len(prompt) if self.loss == "replies" else 0
-            return Rendered(text, _spans((begin, len(text))), _spans((0, len(text))))
+            return Rendered(text, _spans((begin, len(text))), () if self.allow else _spans((0, len(text))))
         first = _messages(prompt, "prompt")
         return self._conversation(row, first + _messages(completion, "completion"), len(first))
 
     def _conversation(self, row: Row, messages: Messages, prompt: int | None) -> Rendered:
         """A conversation, of which the first `prompt` messages are not to be learned (None: it is not said)."""
         template = _compiled(self._template(row))
-        data = {"messages": messages, "tools": _plain_data(row.get("tools")), **_kwargs(row)}
-        data = _marked(data, _spelled(self.specials))
-        messages = data.pop("messages")
+        data = {**_kwargs(row), "tools": _tools(row.get("tools"))}
+        spelled = _spelled(() if self.allow else self.specials)
+        data, messages = _marked(data, spelled), _marked(messages, spelled)
 
         def text_of(count: int, goes_on: bool = False) -> str:
             return template.render(messages[:count], goes_on, {**dict(self.variables), **data})
@@ -102,6 +121,12 @@ class Chat:
             return found
         else:
             turns = [(n, n + 1) for n, message in enumerate(messages) if message["role"] == "assistant"]
+            if len(turns) > MOST_REPLIES:
+                raise Unusable(
+                    "not_a_prefix",
+                    f"it has {len(turns):,} replies; of more than {MOST_REPLIES} only a template with "
+                    "{% generation %} blocks can say in reasonable time what is learned",
+                )
         return found._replace(learned=_spans(*(_turn(text_of, whole, turn, len(messages)) for turn in turns)))
 
     def _template(self, row: Row) -> str:
@@ -122,13 +147,19 @@ def _turn(text_of: Any, whole: str, turn: tuple[int, int], count: int) -> tuple[
     first, last = turn
     before = text_of(first, goes_on=True)
     after = whole if last == count else text_of(last)
-    if not (whole.startswith(after) and after.startswith(before)):
+    bare = [_bare(text) for text in (before, after, whole)]
+    if not (bare[2].startswith(bare[1]) and bare[1].startswith(bare[0])):
         raise Unusable(
             "not_a_prefix",
             f"the chat template writes message {first + 1} differently after its generation prompt, or once others "
             "follow, so what it adds cannot be told: take a template with {% generation %} blocks, or --loss all",
         )
     return len(_unmarked(before).text), len(_unmarked(after).text)
+
+
+def _bare(text: str) -> str:
+    """Without the marks of a template's own blocks, which may stand where a turn is cut."""
+    return text.replace(_BEGIN, "").replace(_END, "")
 
 
 # What a row holds ---------------------------------------------------------------------------------------------------
@@ -155,11 +186,28 @@ def _kwargs(row: Row) -> dict[str, Any]:
     found = row.get("chat_template_kwargs") or {}
     if not isinstance(found, Mapping):
         raise Unusable("not_messages", "field 'chat_template_kwargs' is no object")
-    return {str(key): _plain_data(value) for key, value in found.items()}
+    return {str(key): _plain_data(value) for key, value in found.items() if value is not None}
+
+
+def _tools(found: Any) -> Any:
+    """A list of schemas, or what it is as JSON, in a column of text."""
+    if isinstance(found, str):
+        try:
+            found = json.loads(found)
+        except ValueError as error:
+            raise Unusable("not_messages", f"field 'tools' is no JSON: {error}") from error
+    if found is not None and not isinstance(found, list):
+        raise Unusable("not_messages", f"field 'tools' is not a list but {type(found).__name__}")
+    return _plain_data(found)
 
 
 def _plain_data(value: Any) -> Any:
     """JSON values as they are; what Parquet has besides (dates, bytes) as text, so that a template gets no objects."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise Unusable("invalid_utf8", f"not valid UTF-8: {error.reason}") from error
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Mapping):
@@ -193,7 +241,7 @@ def _marked(value: Any, spelled: _Spelled) -> Any:
             return spelled.every.sub(_around, value)
         return value
     if isinstance(value, dict):
-        return {key: _marked(inner, spelled) for key, inner in value.items()}
+        return {_marked(key, spelled): _marked(inner, spelled) for key, inner in value.items()}
     if isinstance(value, list):
         return [_marked(inner, spelled) for inner in value]
     return value
@@ -210,26 +258,29 @@ def _unmarked(text: str) -> Rendered:
     >>> _unmarked("a" + _BEGIN + "bc" + _OPEN + "d" + _CLOSE + _END + "e")
     Rendered(text='abcde', learned=(Span(start=1, stop=4),), plain=(Span(start=3, stop=4),))
     """
-    begun = {_END: 0, _CLOSE: 0}
+    begun: dict[str, int] = {}  # by the mark that will end it
     spans: dict[str, list[tuple[int, int]]] = {_END: [], _CLOSE: []}
     parts, last = [], 0
-    for before, (place, mark) in enumerate(sorted(_places(text))):
+    for before, (place, mark) in enumerate(merge(*(_places(text, mark) for mark in _MARKS))):
         parts.append(text[last:place])
         last, at = place + 1, place - before
-        if mark in spans:
-            spans[mark].append((begun[mark], at))
+        if mark in spans and mark in begun:
+            spans[mark].append((begun.pop(mark), at))
+        elif mark in spans or _ENDS[mark] in begun:
+            raise Unusable("template", "the chat template cuts a reply, or a text that spells a special token, in two")
         else:
-            begun[_END if mark == _BEGIN else _CLOSE] = at
+            begun[_ENDS[mark]] = at
+    if begun:
+        raise Unusable("template", "the chat template cuts a reply, or a text that spells a special token, in two")
     return Rendered("".join([*parts, text[last:]]), _spans(*spans[_END]), _spans(*spans[_CLOSE]))
 
 
-def _places(text: str) -> Iterator[tuple[int, str]]:
-    """Where marks are, one kind after the other: `find` is several times faster than `re` looking for all at once."""
-    for mark in _MARKS:
-        place = text.find(mark)
-        while place >= 0:
-            yield place, mark
-            place = text.find(mark, place + 1)
+def _places(text: str, mark: str) -> Iterator[tuple[int, str]]:
+    """Where a mark is: `find` is several times faster than `re` looking for all of them."""
+    place = text.find(mark)
+    while place >= 0:
+        yield place, mark
+        place = text.find(mark, place + 1)
 
 
 # The template -------------------------------------------------------------------------------------------------------
@@ -239,14 +290,16 @@ class _Template:
     """A compiled template; `tells`: it says itself what is learned, with {% generation %} blocks."""
 
     def __init__(self, source: str) -> None:
-        self.tells = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
+        environment: Any = _environment()
+        environment.tells = False
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
         except Exception as error:  # a syntax error, or whatever a strange template makes the compiler raise
             raise RequestError(f"the chat template cannot be used: {type(error).__name__}: {error}") from error
+        self.tells: bool = environment.tells
 
     def render(self, messages: Messages, goes_on: bool, variables: dict[str, Any]) -> str:
-        data = {**variables, "messages": messages, "add_generation_prompt": goes_on, "documents": None}
+        data = {"documents": None, **variables, "messages": messages, "add_generation_prompt": goes_on}
         try:
             text: str = self._template.render(data)
             return text
@@ -278,6 +331,7 @@ def _environment() -> Any:
         tags = {"generation"}  # noqa: RUF012  as Jinja wants it
 
         def parse(self, parser: Any) -> Any:
+            self.environment.tells = True  # type: ignore[attr-defined]
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.CallBlock(self.call_method("_between"), [], [], body).set_lineno(line)
@@ -299,14 +353,21 @@ def _environment() -> Any:
     def as_json(
         value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
     ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return _ESCAPED.sub(lambda found: found[1] + _MARKS[int(found[2])], text) if ensure_ascii else text
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
+    for name in ("random", "lipsum"):  # would write other bytes every time
+        environment.filters.pop(name, None)
+        environment.globals.pop(name, None)
     environment.filters["tojson"] = as_json
     environment.globals |= {"raise_exception": refuse, "namespace": Variables}
     return environment
+
+
+_ESCAPED = re.compile(r"(?<!\\)((?:\\\\)*)\\ufdd([0-3])")  # a mark, as JSON writes it in ASCII
 
 
 def templates_of(found: Any) -> tuple[tuple[str, str], ...]:
@@ -316,9 +377,10 @@ def templates_of(found: Any) -> tuple[tuple[str, str], ...]:
     ((('default', 'A'),), (('tool_use', 'B'),))
     """
     if isinstance(found, str):
-        return (("default", found),)
+        return (("default", found),) if found else ()
     if isinstance(found, Sequence):
-        return tuple((str(one["name"]), str(one["template"])) for one in found if isinstance(one, Mapping))
+        named = (one for one in found if isinstance(one, Mapping) and {"name", "template"} <= one.keys())
+        return tuple((str(one["name"]), str(one["template"])) for one in named)
     if isinstance(found, Mapping):
         return tuple((str(name), str(template)) for name, template in found.items())
     return ()

@@ -108,9 +108,11 @@ def _ids_of(tokenizer: Tokenizer, found: Rendered, ids: Ids) -> Iterator[tuple[i
     stops = np.cumsum(sizes[ids]) if sizes is not None else np.zeros(1, np.int64)
     as_it_is = tokenizer.normalized is None or unicodedata.is_normalized("NFC", text)
     if as_it_is and int(stops[-1]) == len(text.encode()):
+        at = begin = end = 0
         for start, stop in found.learned:
-            begin = len(text[:start].encode())
+            begin = end + len(text[at:start].encode())
             end = begin + len(text[start:stop].encode())
+            at = stop
             yield int(np.searchsorted(stops, begin, "right")), int(np.searchsorted(stops, end, "left")) + 1
         return
     # Ids do not say how much text they stand for: the reference does, slower.

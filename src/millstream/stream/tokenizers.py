@@ -133,7 +133,7 @@ def _gpt2() -> Tokenizer:
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
         safe_cuts=True,
-        chat=_chat({}, specials),
+        chat=_chat(_OPENAI, specials),
         token_bytes=lambda: _lengths({n: len(token) for n, token in enumerate(gpt2.tokens_of(merges))}, specials),
     )
 
@@ -171,7 +171,7 @@ def _tiktoken(name: str) -> Tokenizer:
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
         safe_cuts=True,
-        chat=_chat({}, specials),
+        chat=_chat(_OPENAI, specials),
         token_bytes=lambda: _lengths({rank: len(token) for token, rank in ranks.items()}, specials),
     )
 
@@ -262,6 +262,7 @@ def from_definition(name: str, definition: str, config: dict[str, Any] | None = 
     )
 
 
+_OPENAI = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -278,6 +279,11 @@ def _byte_level_lengths(content: dict[str, Any], vocabulary: dict[str, int], add
         return None
     if (content.get("decoder") or {}).get("type") != "ByteLevel":
         return None
+    before = content.get("pre_tokenizer") or {}
+    if any(step.get("add_prefix_space") for step in before.get("pretokenizers", [before])):
+        return None
+    if any(token.get("lstrip") or token.get("rstrip") for token in content.get("added_tokens") or []):
+        return None  # they stand for the blanks beside them too
     return _lengths({number: len(token) for token, number in vocabulary.items() if token not in added}, added)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from millstream.errors import RunError
 from millstream.formats.documents import Fields, decode
-from millstream.records import LEARNED, Fault, Ids, Slice, TextBatch
+from millstream.records import Fault, Ids, Slice, TextBatch
 from millstream.stream.encoders import Engine
 from millstream.stream.tokenize import compare, encode_rendered, like_the_last, surround
 from millstream.stream.tokenizers import Tokenizer, load_tokenizer
@@ -103,8 +103,9 @@ class Encode:
     def _encode(self, tokenizer: Tokenizer, texts: list[Any], engine: Engine) -> tuple[Ids, Ids]:
         if not self.fields.of_row:
             return engine.encode(texts)
-        ids, length = encode_rendered(tokenizer, texts, engine)
-        return (ids if self.masked else ids & np.uint32(LEARNED - 1)), length
+        if not self.masked:
+            texts = [text._replace(learned=()) for text in texts]
+        return encode_rendered(tokenizer, texts, engine)
 
     def _compare(self, tokenizer: Tokenizer, batch: TextBatch, check_all: bool) -> int:
         if tokenizer.reference is None or not batch.texts:

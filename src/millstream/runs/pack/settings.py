@@ -38,7 +38,7 @@ class Settings:
     `window` is best-fit's; `shuffle_window`, by default as large, is for `shuffle`, which is a seed. `format` is npy or
     parquet, and with commas any other in which samples are written as well. With `chat` rows are conversations, and
     `loss` says what of them is to be learned; `chat_template` is the path of a template to take instead of the
-    tokenizer's.
+    tokenizer's; with `allow_specials`, a text in them that spells a special token is that token.
     """
 
     tokenizer: str | None = None
@@ -61,6 +61,7 @@ class Settings:
     chat: bool = False
     loss: str = "replies"
     chat_template: str | None = None
+    allow_specials: bool = False
     limit: int | None = None
     validation: float = 0.0
     format: str = "npy"
@@ -128,8 +129,10 @@ def check_settings(settings: Settings) -> None:
             raise wrong(flag, size, "give a size such as 64MiB")
     if settings.chat and settings.ids_field:
         raise RequestError("--chat renders text, and with --ids-field there is none; give one of them")
-    if not settings.chat and (settings.loss != "replies" or settings.chat_template):
-        raise RequestError("--loss and --chat-template belong to --chat")
+    if not settings.chat and (settings.loss != "replies" or settings.chat_template or settings.allow_specials):
+        raise RequestError("--loss, --chat-template and --allow-specials belong to --chat")
+    if settings.chat and settings.id_field in FIELDS:
+        raise wrong("--id-field", settings.id_field, "with --chat that is a part of the conversation")
     if not settings.chat and (settings.ids_field or settings.text_field) == settings.id_field:
         raise wrong("--id-field", settings.id_field, "a document's id cannot be its text as well")
 
@@ -198,7 +201,7 @@ def chat_of(settings: Settings, tokenizer: Tokenizer | None) -> Chat | None:
     """How rows become text, if they are conversations. Raises RequestError for a template that cannot be read."""
     if not settings.chat or tokenizer is None:
         return None
-    chat = replace(tokenizer.chat, loss=settings.loss)
+    chat = replace(tokenizer.chat, loss=settings.loss, allow=settings.allow_specials)
     if settings.chat_template:
         try:
             with open(settings.chat_template, encoding="utf-8") as file:

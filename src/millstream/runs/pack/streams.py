@@ -202,6 +202,8 @@ def tokenize(
     eos_id = loaded.special_id(loaded.eos_token, "eos") if eos else None
     bos_id = loaded.special_id(loaded.bos_token, "bos") if bos else None
     if chat:
+        if isinstance(documents, Stream):
+            raise RequestError("chat=True wants rows with messages, and read() gives texts: give the rows themselves")
         loaded.chat.check()
 
     def encoded(texts: list[Any]) -> tuple[Ids, Ids]:
@@ -326,6 +328,10 @@ def split(ids: Iterable[Any], seq_len: int, *, state: State | None = None) -> St
 
     def items(batches: Iterator[_Tokens], state: State | None) -> Iterator[tuple[Ids, Callable[[], State]]]:
         for sample, where in samples(batches, state):
+            if sample.loss is not None:
+                raise RequestError(
+                    "split gives ids alone, without what is learned: pack(..., strategy='split') has both"
+                )
             yield sample.token_ids[: sum(segment.length for segment in sample.segments)], where
 
     return Stream(lambda state: _id_batches(ids, state), items, state, columns=False)

@@ -117,3 +117,23 @@ def test_trl_trains_on_it(tmp_path):
     assert found["trained/cu_seq_lens_q"].tolist() == batch.cu_seqlens.tolist()
     losses = found["trained/losses"]
     assert losses[-1] < 0.8 * losses[0]  # 20 steps of a model that began at chance
+
+
+def test_where_theirs_leaves_some_of_a_reply_out(tmp_path):
+    """A block that ends with a letter of several ids, and one that begins with a blank which offsets leave out."""
+    template = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    template += "{% else %}{{ m.content + '|' }}{% endif %}{% endfor %}"
+    folder = chats.write_tokenizer(tmp_path / "chats", template, "trimmed")
+    rows = [
+        [{"role": "user", "content": "so"}, {"role": "assistant", "content": reply}] for reply in ("so 🙂", " so", "so")
+    ]
+    source = helpers.write_jsonl(folder / "rows.jsonl", [{"messages": messages} for messages in rows])
+    helpers.pack(folder / "run", source, tokenizer=str(folder), chat=True, seq_len=64, strategy="split")
+    found = read("chat", tmp_path / "found.npz", f"x:{folder}:64")
+    mine, masks = list(ours(folder)), theirs(found, "x", "masks")
+    assert [one[0] for one in mine] == theirs(found, "x")
+    mine = [[int(mark) for mark in one[1]] for one in mine]
+    assert mine[2] == masks[2]
+    for number in (0, 1):
+        assert sum(mine[number]) > sum(masks[number])
+        assert mine[number] == [0] * 3 + [1] * (len(mine[number]) - 3)  # s, o and | are not the reply's

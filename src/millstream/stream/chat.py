@@ -19,6 +19,8 @@ Messages = list[dict[str, Any]]
 FIELDS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
 """The fields of a row that are looked at."""
 LOSSES = ("replies", "all")
+DEEPEST = 100
+"""Levels of lists and objects in a row: Python's own limit differs from version to version."""
 MOST_REPLIES = 500
 """A template without blocks is rendered twice for each reply, and each time from the beginning."""
 
@@ -83,8 +85,6 @@ class Chat:
         except UnicodeEncodeError:
             message = "it has half of a surrogate pair, which no tokenizer accepts"
             raise Unusable("lone_surrogate", message) from None
-        except RecursionError:
-            raise Unusable("not_messages", "it is nested too deep") from None
         return found
 
     def _rendered(self, row: Row) -> Rendered:
@@ -201,8 +201,10 @@ def _tools(found: Any) -> Any:
     return _plain_data(found)
 
 
-def _plain_data(value: Any) -> Any:
+def _plain_data(value: Any, depth: int = 0) -> Any:
     """JSON values as they are; what Parquet has besides (dates, bytes) as text, so that a template gets no objects."""
+    if depth > DEEPEST:
+        raise Unusable("not_messages", f"it is nested more than {DEEPEST} deep")
     if isinstance(value, bytes):
         try:
             return value.decode()
@@ -211,9 +213,9 @@ def _plain_data(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain_data(inner) for key, inner in value.items()}
+        return {str(key): _plain_data(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain_data(inner) for inner in value]
+        return [_plain_data(inner, depth + 1) for inner in value]
     return str(value)
 
 

@@ -42,6 +42,25 @@ class InputShard:
         return self.packed is None and self.uri != "-"
 
 
+_EXPANDS = 4  # times: what packed text and Parquet become, roughly
+
+
+def rough_size(shard: InputShard) -> int:
+    """Bytes of text in an input shard, roughly; 0 where it cannot be told."""
+    if shard.uri == "-":
+        return 0
+    try:
+        return os.path.getsize(shard.uri) * (_EXPANDS if shard.packed or shard.kind == "parquet" else 1)
+    except OSError:
+        return 0
+
+
+def rough_total(shards: Iterable[InputShard]) -> int | None:
+    """Bytes of text in all of them, roughly; None with standard input among them."""
+    shards = list(shards)
+    return None if any(shard.uri == "-" for shard in shards) else sum(map(rough_size, shards))
+
+
 def expand(sources: Iterable[str | os.PathLike[str]]) -> list[InputShard]:
     """The input shards of `sources`, in order; within a folder or a glob, sorted.
 
@@ -166,9 +185,9 @@ def chunks(shard: InputShard, start: int = 0) -> Iterator[bytes]:
         return
     with open(shard.uri, "rb") as file:
         if shard.packed == "gzip":
-            yield from _gunzip(file)
+            yield from gunzip(file)
         elif shard.packed == "zstd":
-            yield from _unzstd(file)
+            yield from unzstd(file)
         else:
             file.seek(start)
             yield from _pieces(file, READ)
@@ -180,7 +199,7 @@ def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
         yield piece
 
 
-def _gunzip(file: BinaryIO) -> Iterator[bytes]:
+def gunzip(file: BinaryIO) -> Iterator[bytes]:
     from isal import isal_zlib
 
     decoder, fed = isal_zlib.decompressobj(wbits=31), False
@@ -210,7 +229,7 @@ def _gunzip(file: BinaryIO) -> Iterator[bytes]:
         raise Truncated("the gzip data ends early")
 
 
-def _unzstd(file: BinaryIO) -> Iterator[bytes]:
+def unzstd(file: BinaryIO) -> Iterator[bytes]:
     import zstandard
 
     # Small pieces bound what one call can unpack to; python-zstandard's reader would hide a truncated frame.

@@ -138,6 +138,17 @@ def _ordered(values: Ids) -> Ids:
     return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
+def closes_behind(weights: Ids, room: int) -> int:
+    """How many documents, of these running totals of `weight`, a window with so much room takes.
+
+    It closes at the end of the one that fills it. One more than there are if none does.
+
+    >>> closes_behind(np.array([200, 400, 600]), 400), closes_behind(np.array([200, 400, 600]), 601)
+    (2, 4)
+    """
+    return int(np.searchsorted(weights, room)) + 1
+
+
 class BestFit:
     """Put documents into samples whole, by best-fit-decreasing within a window; pad what stays free.
 
@@ -186,7 +197,7 @@ class BestFit:
         weights = np.cumsum(weight(whole))
         low = counted = 0
         while low < len(batch):
-            high = int(np.searchsorted(weights, self._window - self._weight + counted)) + 1
+            high = closes_behind(weights, self._window - self._weight + counted)
             closes = high <= len(weights)
             high = high if closes else len(batch)
             if self._first is None:

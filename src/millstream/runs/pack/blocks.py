@@ -19,7 +19,7 @@ import numpy as np
 
 from millstream.errors import RequestError
 from millstream.formats.slices import Limits, safe_cut, slices, too_long, units
-from millstream.formats.sources import READ, InputShard, Truncated, _gunzip, _unzstd, chunks
+from millstream.formats.sources import READ, InputShard, Truncated, chunks, gunzip, rough_size, unzstd
 from millstream.records import Cursor, Fault, Ids, Slice
 from millstream.runs.pack.encode import Encode
 
@@ -28,7 +28,6 @@ BLOCKS = 256
 ENOUGH = 16
 """Input shards or row groups, read from the front, that are enough to tell how far they differ."""
 SMALLEST = 1 << 12
-_EXPANDS = 4  # times: what packed text and Parquet become, roughly
 _SIP = 1 << 10
 LOOK = 16
 """Times as much as is tokenized of what is packed is unpacked to see how well it packs: beginnings pack worse."""
@@ -311,16 +310,6 @@ class BlockReader:
             self.examples.setdefault(fault.reason, f"{fault.source} at {fault.offset:,}: {fault.message}")
 
 
-def rough_size(shard: InputShard) -> int:
-    """Bytes of text in an input shard, roughly; 0 where it cannot be told."""
-    if shard.uri == "-":
-        return 0
-    try:
-        return os.path.getsize(shard.uri) * (_EXPANDS if shard.packed or shard.kind == "parquet" else 1)
-    except OSError:
-        return 0
-
-
 def text_size(shard: InputShard, columns: tuple[str, ...], most: int) -> int:
     """Bytes of text in an input shard, of a Parquet file in these `columns`; something above `most` if it has more.
     0 where it cannot be told."""
@@ -413,7 +402,7 @@ def expansion(shard: InputShard, most: int) -> float:
     """Bytes that a packed shard unpacks to for each of its own, up to its byte `most` unpacked. Raises OSError."""
     unpacked = 0
     with contextlib.suppress(Truncated), _Sips(open(shard.uri, "rb", buffering=0)) as file:
-        for piece in (_gunzip if shard.packed == "gzip" else _unzstd)(file):
+        for piece in (gunzip if shard.packed == "gzip" else unzstd)(file):
             unpacked += len(piece)
             if unpacked >= most:
                 return unpacked / file.tell()

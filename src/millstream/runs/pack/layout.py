@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from millstream.records import Ids
-from millstream.stream.bestfit import WINDOW, assign
+from millstream.stream.bestfit import WINDOW, assign, closes_behind
 from millstream.stream.pack import weight
 
 
@@ -69,7 +69,7 @@ def _best_fit(length: Ids, n: int, window: int, most: int | None) -> Layout:
     weights = np.cumsum(weight(length))
     low = before = 0
     while low < len(length):
-        high = min(int(np.searchsorted(weights, before + window)) + 1, len(length))  # where BestFit closes its window
+        high = min(closes_behind(weights, before + window), len(length))
         pieces = low + np.flatnonzero(rest[low:high])
         bins, count = assign(rest[pieces], n, most)
         ids, documents = np.bincount(bins, rest[pieces], count), np.bincount(bins, minlength=count)

@@ -28,7 +28,7 @@ from millstream.formats.manifest import (
 )
 from millstream.formats.shards import Shape
 from millstream.formats.slices import Limits, slices, units
-from millstream.formats.sources import InputShard, expand
+from millstream.formats.sources import InputShard, expand, rough_total
 from millstream.records import LEARNED, Cursor, Fault, Slice, TokenBatch
 from millstream.runs.pack.encode import CHECK_FIRST, Encode, Encoded
 from millstream.runs.pack.folder import Inputs, claim, clear, delete_run, first_mark, found_run, refuse_if_different
@@ -97,7 +97,9 @@ class PackRun:
         name = settings.tokenizer_name
         self.tokenizer = load_tokenizer(name) if name else None
         self.identity = identity(settings, self.tokenizer)
-        self.total_bytes, rough = _sizes(self.shards)
+        rough = rough_total(self.shards)
+        certain = not any(shard.packed or shard.kind == "parquet" for shard in self.shards)
+        self.total_bytes = rough if certain else None  # for the time left
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else 0
         self.dtype = self.tokenizer.dtype if self.tokenizer else np.dtype(np.uint32)
         self.chat = chat_of(settings, self.tokenizer)
@@ -516,22 +518,6 @@ class PackRun:
             validation=validation,
             exports=exports,
         )
-
-
-def _sizes(inputs: list[InputShard]) -> tuple[int | None, int | None]:
-    """Bytes of input, decompressed: (exactly, for the time left; roughly, for the number of workers).
-
-    None where it cannot be told: standard input; and exactly, what is packed or Parquet.
-    """
-    exact = rough = 0
-    for shard in inputs:
-        if shard.uri == "-":
-            return None, None
-        with contextlib.suppress(OSError):
-            size = os.path.getsize(shard.uri)
-            exact += size
-            rough += size * (4 if shard.packed or shard.kind == "parquet" else 1)
-    return exact if exact == rough else None, rough
 
 
 def _without_data(unit: tuple[Slice, ...], inputs: list[InputShard]) -> tuple[Slice, ...]:

@@ -11,9 +11,9 @@ import numpy as np
 from millstream.errors import DataError, RequestError, RunError
 from millstream.formats.documents import Fields
 from millstream.formats.slices import Limits
-from millstream.formats.sources import InputShard, expand
+from millstream.formats.sources import InputShard, expand, rough_total
 from millstream.records import SEGMENT, Ids
-from millstream.runs.pack.blocks import BlockReader, rough_size
+from millstream.runs.pack.blocks import BlockReader
 from millstream.runs.pack.encode import Encode, engine_of
 from millstream.runs.pack.estimates import DOCUMENTS, Corpus, Estimate, Sums
 from millstream.runs.pack.layout import Layout, layout
@@ -162,7 +162,7 @@ def make_plan(
     corpus = Corpus(parts, seed)
     _refuse_nothing(corpus, reader)
     exact = len(parts) == 1 and parts[0].whole and not reader.cut
-    return _plan(corpus, reader, wanted, workers, exact, tokenizer, _rough_total(shards))
+    return _plan(corpus, reader, wanted, workers, exact, tokenizer, rough_total(shards))
 
 
 def _settings_of(settings: Settings, seq_len: int, strategy: str, strategies: Sequence[str]) -> Settings:
@@ -174,13 +174,9 @@ def _settings_of(settings: Settings, seq_len: int, strategy: str, strategies: Se
     return chosen
 
 
-def _rough_total(shards: list[InputShard]) -> int | None:
-    return None if any(shard.uri == "-" for shard in shards) else sum(map(rough_size, shards))
-
-
 def _workers(settings: Settings, tokenizer: Tokenizer | None, shards: list[InputShard]) -> int:
     """How many processes a run would take."""
-    rough = _rough_total(shards)
+    rough = rough_total(shards)
     itemsize, vocab_size = (tokenizer.dtype.itemsize, tokenizer.vocab_size) if tokenizer else (4, 0)
     held = window_memory(settings, 4 if settings.masked else itemsize, rough)
     return choose_workers(settings, vocab_size, settings.max_document or DEFAULT_MAX_DOCUMENT, rough, held)[0]

@@ -23,8 +23,9 @@ from millstream.formats.batch import output_row
 from millstream.formats.sources import InputShard, chunks, expand
 from millstream.llm.wire import Answer, WireError
 from millstream.runs.ask.answers import AnswerJournal
-from millstream.runs.ask.client import Client, Tripwire, named
+from millstream.runs.ask.client import Client
 from millstream.runs.ask.prompts import Recipe, Request, batches
+from millstream.runs.ask.tripwire import Tripwire, named
 from millstream.runs.progress import AskProgress, AskReport
 
 INTERRUPTED = "interrupted"

@@ -16,7 +16,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
@@ -32,6 +32,7 @@ from millstream.errors import RequestError, RunError
 from millstream.llm.wire import Answer, Wire, WireError, wait_before_retry
 from millstream.runs.ask.prompts import Request
 from millstream.runs.ask.servers import Servers
+from millstream.runs.ask.tripwire import named, sentence
 
 if TYPE_CHECKING:
     from millstream.runs.ask.pieces import Pieces
@@ -45,10 +46,7 @@ _CHARACTERS_PER_ID = 4
 _FIRST_GUESS = 256  # ids of a reply, before any has come
 _WINDOW_BYTES = 64 << 20  # of replies that wait to be handed out
 
-# Kinds of faults that say something about every request, not about one, as long as nothing was answered yet.
-_SHARED = {"bad_request", "not_found", "refused", "unusable", "connection", "server_error", "rate_limited"}
 _FIRST_CONNECTIONS = 3  # attempts at a server that has never answered: its address may be wrong
-_GONE = 64  # connection faults in a row that end a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,44 +295,8 @@ class Outcomes(AsyncIterator[Reply | Fault]):
     async def __anext__(self) -> Reply | Fault:
         outcome = await anext(self._flow)
         if isinstance(outcome, Fault) and isinstance(outcome.error, WireError) and outcome.error.fatal:
-            raise RunError(f"{_sentence(named(outcome))} Stopped: every other request would end the same way")
+            raise RunError(f"{sentence(named(outcome))} Stopped: every other request would end the same way")
         return _public(outcome)
-
-
-class Tripwire:
-    """Notices when going on makes no sense.
-
-    At once: a fault that every other request would share, such as a wrong key. Before the first reply: two requests
-    that ended alike. Later: many connections in a row that failed, as when a server has died. Until that is known,
-    such faults are `suspicious`; a reply clears them if it was asked for after the first of them.
-    """
-
-    def __init__(self, gone: int = _GONE) -> None:
-        self._gone = gone
-        self._answered = self.suspicious = False
-        self._alike = 0  # faults in a row of one kind
-        self._kind: str | None = None
-        self._since = 0.0
-
-    def reason(self, outcome: Done[Any] | Fault, now: float) -> str | None:
-        """Why to stop, after this outcome at `now` (s); None: go on."""
-        if isinstance(outcome, Done):
-            if not self._answered or now - outcome.seconds > self._since:
-                self._answered, self.suspicious, self._kind = True, False, None
-            return None
-        fault = named(outcome)
-        if isinstance(fault.error, WireError) and fault.error.fatal:
-            return f"{_sentence(fault)} Stopped: every other request would end the same way"
-        suspicious = fault.kind == "connection" or (not self._answered and fault.kind in _SHARED)
-        if fault.kind != self._kind or not self.suspicious:
-            self._alike, self._kind, self._since = 0, fault.kind, now
-        self._alike += 1
-        self.suspicious = suspicious
-        if suspicious and not self._answered and self._alike >= 2:
-            return f"{_sentence(fault)} Stopped: the first requests all ended this way"
-        if suspicious and self._alike >= self._gone:
-            return f"{_sentence(fault)} Stopped: {self._alike} requests in a row could not be sent"
-        return None
 
 
 def ask(prompts: Prompt | Iterable[Prompt], base_url: Any = None, **options: Any) -> Any:
@@ -351,20 +313,6 @@ def ask(prompts: Prompt | Iterable[Prompt], base_url: Any = None, **options: Any
             return await client.gather(prompts)
 
     return run(main())
-
-
-def named(fault: Fault) -> Fault:
-    """A fault in the server's own words, without the exception's class in front."""
-    if fault.faults:
-        faults = tuple(map(named, fault.faults))
-        return replace(fault, message=f"all {len(faults)} failed, the last with {faults[-1].message}", faults=faults)
-    if not isinstance(fault.error, WireError):
-        return fault
-    return replace(fault, kind=fault.error.kind, message=str(fault.error))
-
-
-def _sentence(fault: Fault) -> str:
-    return fault.message if fault.message.endswith((".", "?", "!")) else f"{fault.message}."
 
 
 def _public(outcome: Done[Answer] | Fault) -> Reply | Fault:

@@ -12,6 +12,7 @@ import pytest
 from millstream.errors import RequestError
 from millstream.llm import simulator
 from millstream.llm.simulator import Behaviour, Fault, Latency, parse_fault, parse_latency, running
+from millstream.llm.simulator.behaviour import treatment_of
 
 CITY = {
     "type": "object",
@@ -495,15 +496,15 @@ def test_latencies_do_not_depend_on_the_faults():
     plain = Behaviour(latency=Latency("lognormal", (1.0, 1.0)))
     extra = faulty(*MIXED, latency=plain.latency)
     keys = [number.to_bytes(16, "little") for number in range(50)]
-    times = [simulator._treatment(plain, key, 0, False).seconds for key in keys]
-    assert times == [simulator._treatment(extra, key, 0, False).seconds for key in keys]
+    times = [treatment_of(plain, key, 0, False).seconds for key in keys]
+    assert times == [treatment_of(extra, key, 0, False).seconds for key in keys]
     assert len(set(times)) == 50
 
 
 def test_draws_have_the_shares_they_should():
     behaviour = faulty("429:0.05", "cut:0.5", latency=parse_latency("bimodal 0.05 1.0 0.02"))
     keys = [number.to_bytes(16, "little") for number in range(20_000)]
-    found = [simulator._treatment(behaviour, key, 0, False) for key in keys]
+    found = [treatment_of(behaviour, key, 0, False) for key in keys]
     kinds = Counter(treatment.fault.kind if treatment.fault else None for treatment in found)
     assert kinds["429"] == pytest.approx(1_000, rel=0.15)
     assert kinds["cut"] == pytest.approx(9_500, rel=0.05)

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from millstream.formats.dataset import Dataset, open
     from millstream.integrity import verify
     from millstream.records import Document
-    from millstream.runs.ask.asking import AskSettings, ask_to
+    from millstream.runs.ask.asking import ask_to
     from millstream.runs.ask.client import Client, Reply, ask
+    from millstream.runs.ask.settings import AskSettings
     from millstream.runs.pack.packing import pack_to
     from millstream.runs.pack.provenance import text_of
     from millstream.runs.pack.streams import Stream, pack, read, split, tokenize
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AskSettings": "runs.ask.asking",
+    "AskSettings": "runs.ask.settings",
     "Batch": "samples",
     "Client": "runs.ask.client",
     "Dataset": "formats.dataset",

@@ -78,7 +78,8 @@ def ask(
     from millstream.report import ask_summary, watch_ask
 
     with needs_ask_extra():
-        from millstream.runs.ask.asking import AskSettings, ask_to
+        from millstream.runs.ask.asking import ask_to
+        from millstream.runs.ask.settings import AskSettings
     body = dict(_parameter(param) for param in params)
     body |= {} if temperature is None else {"temperature": temperature}
     body |= {} if max_tokens is None else {"max_tokens": max_tokens}

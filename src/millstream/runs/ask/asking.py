@@ -2,15 +2,14 @@
 
 import asyncio
 import contextlib
-import math
 import os
 import signal
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import IO, Any, Literal
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict
+from typing import IO, Any
 
 import msgspec
 
@@ -19,13 +18,15 @@ from millstream.aio.limits import Adaptive
 from millstream.aio.rates import All, Gate
 from millstream.bridge import in_thread, run
 from millstream.errors import RequestError, RunError
-from millstream.formats.batch import output_row
 from millstream.formats.sources import InputShard, chunks, expand
-from millstream.llm.wire import Answer, WireError
+from millstream.llm.wire import Answer
 from millstream.runs.ask.answers import AnswerJournal
 from millstream.runs.ask.client import Client
 from millstream.runs.ask.prompts import Recipe, Request, batches
-from millstream.runs.ask.tripwire import Tripwire, named
+from millstream.runs.ask.purse import Purse
+from millstream.runs.ask.rows import batch_line, row_of, row_of_none, with_input
+from millstream.runs.ask.settings import AskSettings
+from millstream.runs.ask.tripwire import Tripwire
 from millstream.runs.progress import AskProgress, AskReport
 
 INTERRUPTED = "interrupted"
@@ -37,38 +38,6 @@ _NOT_ASKED = {"stopped", "cancelled"}  # kinds of faults that are no outcome: th
 _COUNTED = 1 << 30  # bytes of a file whose lines are counted beforehand
 _PROGRESS_EVERY, _TICK = 0.1, 1.0  # seconds
 _encode = msgspec.json.encode
-
-
-@dataclass(frozen=True)
-class AskSettings:
-    """What an ask run is asked for: `model`, `system`, `template`, `params`, `schema` make the requests.
-
-    `timeout` bounds one attempt and `deadline` a request with all its retries, in seconds; None: no bound. `price` is
-    that of a million ids in prompts and in replies; `max_cost`, in the same money, is never exceeded by what servers
-    report. `keep_input` puts the row's own fields beside the answer.
-    """
-
-    model: str | None = None
-    system: str | None = None
-    template: str | None = None
-    params: Mapping[str, Any] = field(default_factory=dict)
-    schema: Mapping[str, Any] | None = None
-    base_urls: Sequence[str] = ()
-    api_key: str | None = None
-    in_flight: int | Literal["auto"] = 64
-    timeout: float | None = 600.0
-    deadline: float | None = None
-    attempts: int = 5
-    rpm: float | None = None
-    tpm: float | None = None
-    hedge: bool = False
-    ordered: bool = False
-    limit: int | None = None
-    price: tuple[float, float] | None = None
-    max_cost: float | None = None
-    retry_faults: bool = False
-    batch_format: bool = False
-    keep_input: bool = False
 
 
 def ask_to(
@@ -245,9 +214,7 @@ class _Run:
         unknown = []
         for request, place, fault in zip(batch, places, faulty, strict=True):
             if request.fault:
-                told = dict(zip(("kind", "message"), request.fault, strict=True))
-                row = {**_head(request), "fault": told}
-                self._place(self._slot(), self._kept(request, row, known=place >= 0))
+                self._place(self._slot(), self._kept(request, row_of_none(request), known=place >= 0))
             elif place >= 0 and not (fault and self.settings.retry_faults):
                 assert self.journal
                 self.counts["again"] += 1
@@ -288,23 +255,12 @@ class _Run:
 
     def _settle(self, outcome: Reply[Answer] | Fault) -> None:
         request, slot = self.under_way.pop(outcome.index)
-        self._place(slot, self._kept(request, self._row(request, outcome)))
+        self._place(slot, self._kept(request, row_of(request, outcome, whole=self.settings.batch_format)))
 
     def _leave(self, outcome: Fault) -> None:
         """The next run asks it."""
         _, slot = self.under_way.pop(outcome.index)
         self._place(slot, b"")
-
-    def _row(self, request: Request, outcome: Reply[Answer] | Fault) -> dict[str, Any]:
-        tail = {"latency_s": round(outcome.seconds, 4), "attempts": outcome.attempts}
-        if isinstance(outcome, Reply):
-            answer = outcome.value
-            told = {"text": answer.text, "usage": answer.usage, "model": answer.model}
-            body = {"body": answer.body} if self.settings.batch_format else {}
-            return {**_head(request), **told, **tail, **body}
-        fault = named(outcome)
-        status = {"status": fault.error.status} if isinstance(fault.error, WireError) and fault.error.status else {}
-        return {**_head(request), "fault": {"kind": fault.kind, "message": fault.message, **status}, **tail}
 
     def _kept(self, request: Request, row: dict[str, Any], known: bool = False) -> bytes:
         """The row of an outcome as the output wants it, after the journal has it."""
@@ -327,9 +283,9 @@ class _Run:
             if self.out == "-":
                 return b""
         if self.settings.batch_format:
-            return _batch_line(request, row or {})
+            return batch_line(request, row or {})
         if request.row is not None:
-            return data[:-1] + b',"input":' + request.row + b"}"
+            return with_input(data, request.row)
         return data
 
     # The output -----------------------------------------------------------------------------------------------------
@@ -413,66 +369,3 @@ class _Slot:
 
     def __init__(self) -> None:
         self.row: bytes | None = None
-
-
-class Purse:
-    """What has been spent, and a `Gate` that no attempt passes that could cost more than `most`.
-
-    Prices are those of a million ids in prompts and in replies. An attempt is counted with what it may cost as long as
-    it runs, and with what the server reports as soon as it has.
-    """
-
-    def __init__(self, price: tuple[float, float], most: float | None, client: Client) -> None:
-        self.price, self.most, self._client = price, most, client
-        self._committed = 0.0  # what runs now may cost
-        self._earlier = 0.0  # what earlier runs paid
-
-    @property
-    def cost(self) -> float:
-        return self._earlier + self._of(self._client.used) + self._of(self._client.wasted)
-
-    def pay_earlier(self, usage: Mapping[str, Any]) -> None:
-        self._earlier += self._of(usage)
-
-    def wait(self, item: Any, now: float) -> float:
-        assert self.most is not None
-        return math.inf if self.cost + self._committed + self._likely(item) > self.most else 0.0
-
-    def take(self, item: Any, now: float) -> float:
-        likely = self._likely(item)
-        self._committed += likely
-        return likely
-
-    def settle(self, permit: float, value: Any, now: float) -> None:
-        self._committed -= permit
-
-    def _likely(self, request: Request) -> float:
-        given, told = self._client.likely_ids(request)
-        return (given * self.price[0] + told * self.price[1]) / 1e6
-
-    def _of(self, usage: Mapping[str, Any]) -> float:
-        given, told = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-        return float(given * self.price[0] + told * self.price[1]) / 1e6
-
-
-def _head(request: Request) -> dict[str, Any]:
-    return {"id": request.id, "index": request.index}
-
-
-def _batch_line(request: Request, row: Mapping[str, Any]) -> bytes:
-    """A row in the shape of an OpenAI Batch output line."""
-    custom_id = str(request.index) if request.id is None else request.id
-    name, fault = f"batch_req_{request.key.hex()}", row.get("fault")
-    if fault is None:
-        return _encode(output_row(custom_id, name=name, body=row.get("body") or _body(row)))
-    error, status = {"code": fault["kind"], "message": fault["message"]}, fault.get("status", 200)
-    if status == 200:
-        return _encode(output_row(custom_id, name=name, error=error))
-    return _encode(output_row(custom_id, name=name, status=status, body={"error": error}))
-
-
-def _body(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The reply's body, made again from a row of an earlier run that did not keep it."""
-    message = {"role": "assistant", "content": row["text"]}
-    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-    return {"object": "chat.completion", "model": row["model"], "choices": choices, "usage": row["usage"]}

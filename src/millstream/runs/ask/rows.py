@@ -1,0 +1,65 @@
+"""The rows of an ask run: what is kept of an outcome in the journal, and what the output makes of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from millstream.aio import Fault, Reply
+from millstream.formats.batch import output_row
+from millstream.llm.wire import Answer, WireError
+from millstream.runs.ask.prompts import Request
+from millstream.runs.ask.tripwire import named
+
+_encode = msgspec.json.encode
+
+
+def row_of(request: Request, outcome: Reply[Answer] | Fault, *, whole: bool = False) -> dict[str, Any]:
+    """The row of an outcome as the journal keeps it; `whole` keeps the body that the server sent, too."""
+    tail = {"latency_s": round(outcome.seconds, 4), "attempts": outcome.attempts}
+    if isinstance(outcome, Reply):
+        answer = outcome.value
+        told = {"text": answer.text, "usage": answer.usage, "model": answer.model}
+        body = {"body": answer.body} if whole else {}
+        return {**_head(request), **told, **tail, **body}
+    fault = named(outcome)
+    status = {"status": fault.error.status} if isinstance(fault.error, WireError) and fault.error.status else {}
+    return {**_head(request), "fault": {"kind": fault.kind, "message": fault.message, **status}, **tail}
+
+
+def row_of_none(request: Request) -> dict[str, Any]:
+    """The row of a row of the prompts that makes no request: its fault."""
+    assert request.fault
+    return {**_head(request), "fault": dict(zip(("kind", "message"), request.fault, strict=True))}
+
+
+def with_input(row: bytes, given: bytes) -> bytes:
+    """A row in JSON with the prompt's own fields, in JSON too.
+
+    >>> with_input(b'{"id":"a","text":"yes"}', b'{"prompt":"well?"}')
+    b'{"id":"a","text":"yes","input":{"prompt":"well?"}}'
+    """
+    return row[:-1] + b',"input":' + given + b"}"
+
+
+def batch_line(request: Request, row: Mapping[str, Any]) -> bytes:
+    """A row in the shape of an OpenAI Batch output line."""
+    custom_id = str(request.index) if request.id is None else request.id
+    name, fault = f"batch_req_{request.key.hex()}", row.get("fault")
+    if fault is None:
+        return _encode(output_row(custom_id, name=name, body=row.get("body") or _body(row)))
+    error, status = {"code": fault["kind"], "message": fault["message"]}, fault.get("status", 200)
+    if status == 200:
+        return _encode(output_row(custom_id, name=name, error=error))
+    return _encode(output_row(custom_id, name=name, status=status, body={"error": error}))
+
+
+def _head(request: Request) -> dict[str, Any]:
+    return {"id": request.id, "index": request.index}
+
+
+def _body(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The reply's body, made again from a row of an earlier run that did not keep it."""
+    message = {"role": "assistant", "content": row["text"]}
+    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+    return {"object": "chat.completion", "model": row["model"], "choices": choices, "usage": row["usage"]}

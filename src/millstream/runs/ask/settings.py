@@ -1,0 +1,37 @@
+"""What an ask run is asked for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class AskSettings:
+    """What an ask run is asked for: `model`, `system`, `template`, `params`, `schema` make the requests.
+
+    `timeout` bounds one attempt and `deadline` a request with all its retries, in seconds; None: no bound. `price` is
+    that of a million ids in prompts and in replies; `max_cost`, in the same money, is never exceeded by what servers
+    report. `keep_input` puts the row's own fields beside the answer.
+    """
+
+    model: str | None = None
+    system: str | None = None
+    template: str | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    schema: Mapping[str, Any] | None = None
+    base_urls: Sequence[str] = ()
+    api_key: str | None = None
+    in_flight: int | Literal["auto"] = 64
+    timeout: float | None = 600.0
+    deadline: float | None = None
+    attempts: int = 5
+    rpm: float | None = None
+    tpm: float | None = None
+    hedge: bool = False
+    ordered: bool = False
+    limit: int | None = None
+    price: tuple[float, float] | None = None
+    max_cost: float | None = None
+    retry_faults: bool = False
+    batch_format: bool = False
+    keep_input: bool = False

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from wires import FINE, STREAMED, answering, body, faulty, http, told
 
 from millstream.aio import Fault
-from millstream.llm.replies import Peer, Stream
+from millstream.llm.events import Stream
+from millstream.llm.peers import Peer
 from millstream.llm.simulator import KINDS, Behaviour, parse_latency, running
 from millstream.llm.wire import Wire, WireError
 from millstream.runs.ask.client import Reply

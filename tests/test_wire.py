@@ -14,7 +14,8 @@ from wires import FINE, SENT, answering, body, faulty, http, told
 
 from millstream.aio import Fault, Reply, gather
 from millstream.errors import RequestError
-from millstream.llm.replies import Peer
+from millstream.llm.peers import Peer
+from millstream.llm.replies import answer_in
 from millstream.llm.simulator import Behaviour, parse_fault, parse_latency, running
 from millstream.llm.wire import Answer, Wire, WireError, wait_before_retry
 
@@ -71,7 +72,7 @@ def test_an_answer_keeps_the_whole_reply():
 )
 def test_what_counts_as_text(message, text):
     choice = {"message": message, "finish_reason": "stop"}
-    found = Peer("http://127.0.0.1").answer(msgspec.json.encode({"choices": [choice, {}], "usage": None}))
+    found = answer_in(Peer("http://127.0.0.1"), msgspec.json.encode({"choices": [choice, {}], "usage": None}))
     assert found == Answer(text, None, {}, "stop", found.raw, "http://127.0.0.1")
 
 

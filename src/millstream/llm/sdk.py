@@ -10,7 +10,10 @@ from typing import Any
 
 import msgspec
 
-from millstream.llm.replies import CHAT, Answer, Peer, Stream, secrets_of, streamed, whole, without_login
+from millstream.llm.addresses import CHAT, secrets_of, without_login
+from millstream.llm.events import Stream, streamed
+from millstream.llm.peers import Peer
+from millstream.llm.replies import Answer, answer_in, whole
 
 _RAISE = {  # the SDK and the libraries that it may send with, and what they raise
     "openai": ("OpenAIError",),
@@ -49,7 +52,7 @@ class SdkWire:
             await response.close()
         if response.status != 200:
             raise self._peer().refused(response.status, content, response.headers)
-        return self._peer().answer(content)
+        return answer_in(self._peer(), content)
 
     def pieces(self, body: Mapping[str, Any] | bytes, path: str = CHAT) -> Stream:
         """One attempt whose text comes piece by piece; see `Wire.pieces`."""

@@ -14,18 +14,11 @@ from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, D
 from yarl import URL
 
 from millstream.errors import RequestError
-from millstream.llm.replies import (
-    CHAT,
-    Answer,
-    Peer,
-    Stream,
-    WireError,
-    basic,
-    seconds_of,
-    secrets_of,
-    streamed,
-    without_login,
-)
+from millstream.llm.addresses import CHAT, basic, secrets_of, without_login
+from millstream.llm.events import Stream, streamed
+from millstream.llm.peers import Peer
+from millstream.llm.replies import Answer, answer_in
+from millstream.llm.verdicts import WireError, seconds_of
 
 __all__ = ["CHAT", "Answer", "Stream", "Wire", "WireError", "seconds_of", "wait_before_retry"]
 
@@ -86,7 +79,7 @@ class Wire:
             raise self._peer.lost(error) from None  # its cause may hold the key
         if response.status != 200:
             raise self._peer.refused(response.status, content, response.headers)
-        return self._peer.answer(content)
+        return answer_in(self._peer, content)
 
     def pieces(self, body: Mapping[str, Any] | bytes, path: str = CHAT) -> Stream:
         """One attempt whose text comes piece by piece: ``async with wire.pieces(body) as pieces: async for piece ...``.

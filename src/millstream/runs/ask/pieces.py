@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from millstream.aio import Fault
-from millstream.llm.replies import Stream
+from millstream.llm.events import Stream
 from millstream.llm.wire import WireError, wait_before_retry
 
 if TYPE_CHECKING:

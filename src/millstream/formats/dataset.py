@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from millstream.errors import RequestError, RunError
-from millstream.formats.manifest import FAULTS, read_manifest
+from millstream.formats.manifest import FAULTS, read_manifest, refuse_earlier
 from millstream.formats.sources import place
 from millstream.records import SEGMENT, Fault, Ids
 from millstream.samples import IGNORED, Sample, Segment
@@ -100,6 +100,7 @@ class Dataset(Sequence[Sample]):
         self.folder, self.subset = folder, subset
         self.manifest = read_manifest(folder)
         if not self.manifest["complete"]:
+            refuse_earlier(folder, self.manifest)
             raise RequestError(f"{folder} is not finished; run the same pack command again to go on")
         if subset not in self.manifest["subsets"]:
             known = ", ".join(self.manifest["subsets"])

@@ -18,7 +18,9 @@ JOURNAL = "journal.jsonl"
 FAULTS = "faults.jsonl"
 TOKENIZER = "tokenizer.json"
 TEMPORARY = ".tmp"
-FORMAT = "millstream/1"
+FORMAT = "millstream/2"
+READABLE = ("millstream/1", FORMAT)
+"""Formats whose finished folders are read. Another format means other bytes: a run goes on only in its own."""
 
 
 def shard_names(subset: str, number: int, format: str = "npy", loss: bool = False) -> dict[str, str]:
@@ -97,9 +99,24 @@ def read_manifest(folder: str) -> dict[str, Any]:
     seal = manifest.pop("sha256", None)
     if data != render(manifest):
         raise RunError(f"{path} is damaged: its own SHA-256 {str(seal)[:12]}… does not fit its content")
-    if manifest["format"] != FORMAT:
-        raise RequestError(f"{path} has format {manifest['format']}; this version reads {FORMAT}")
+    if manifest["format"] not in READABLE:
+        raise RequestError(f"{path} has format {manifest['format']}; this version reads {' and '.join(READABLE)}")
     return manifest
+
+
+def refuse_earlier(folder: str, manifest: dict[str, Any]) -> None:
+    """Raises RequestError, with what to do, if a run of this manifest cannot go on, since its bytes would be others."""
+    if manifest["format"] == FORMAT:
+        return
+    earlier = f"an earlier version of millstream (format {manifest['format']}), and this one writes other bytes"
+    if manifest["complete"]:
+        raise RequestError(
+            f"{folder} was packed by {earlier}: it can be read and verified as it is; "
+            "to pack the corpus again give another --out, or --overwrite"
+        )
+    raise RequestError(
+        f"{folder} was begun by {earlier}: finish it with that version, or give --overwrite to pack it anew"
+    )
 
 
 class Journal:

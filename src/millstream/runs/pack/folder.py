@@ -15,6 +15,7 @@ from millstream.formats.manifest import (
     TOKENIZER,
     Journal,
     read_manifest,
+    refuse_earlier,
     remainder_name,
     shard_names,
 )
@@ -56,11 +57,12 @@ def claim(out: str, overwrite: bool) -> None:
 def found_run(out: str) -> dict[str, Any] | None:
     """The manifest of an earlier run, or None if the folder has none yet.
 
-    Raises RunError if sealed files of an unfinished run are missing.
+    Raises RequestError if an earlier version wrote it, RunError if sealed files of an unfinished run are missing.
     """
     if not os.path.exists(os.path.join(out, MANIFEST)):
         return None
     found = read_manifest(out)
+    refuse_earlier(out, found)
     for name, size in _sealed(found).items():
         path = os.path.join(out, name)
         if not found["complete"] and (not os.path.exists(path) or os.path.getsize(path) != size):

@@ -232,6 +232,32 @@ def test_only_the_first_choice_is_read_and_tools_need_no_text():
     assert read([written([completion])])[0] == ["a"]
 
 
+def test_a_stream_tells_what_was_thought_refused_and_called():
+    call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "add", "arguments": ""}}
+    deltas = [
+        {"reasoning_content": "2 and"},
+        {"reasoning_content": " 2"},
+        {"tool_calls": [call]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"x":'}}]},
+        {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "sub", "arguments": "{}"}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "2}"}}]},
+        {"refusal": "I will"},
+        {"refusal": " not."},
+    ]
+    events = [{"choices": [{"delta": delta}]} for delta in deltas] + [event("", "tool_calls")]
+    answer = read([written(events)])[1].answer
+    assert (answer.reasoning, answer.refusal) == ("2 and 2", "I will not.")
+    first, second = answer.tool_calls
+    assert (first["id"], first["function"]) == ("c1", {"name": "add", "arguments": '{"x":2}'})
+    assert (second["id"], second["function"]["arguments"]) == ("c2", "{}")
+    message = answer.body["choices"][0]["message"]
+    assert [message[name] for name in ("reasoning", "refusal", "tool_calls")] == [
+        "2 and 2",
+        "I will not.",
+        [first, second],
+    ]
+
+
 # --- the client's pieces, in virtual time ---
 
 

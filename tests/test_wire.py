@@ -72,8 +72,33 @@ def test_an_answer_keeps_the_whole_reply():
 )
 def test_what_counts_as_text(message, text):
     choice = {"message": message, "finish_reason": "stop"}
-    found = answer_in(Peer("http://127.0.0.1"), msgspec.json.encode({"choices": [choice, {}], "usage": None}))
-    assert found == Answer(text, None, {}, "stop", found.raw, "http://127.0.0.1")
+    found = answer_in(Peer("http://127.0.0.1"), msgspec.json.encode({"choices": [choice], "usage": None}))
+    told = {"refusal": message.get("refusal"), "tool_calls": message.get("tool_calls")}
+    assert found == Answer(text, None, {}, "stop", found.raw, "http://127.0.0.1", **told)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_what_a_model_thought_is_kept_by_whatever_name(name):
+    choice = {"message": {"content": "4", name: "2 and 2"}}
+    answer = answer_in(Peer(""), msgspec.json.encode({"choices": [choice]}))
+    assert (answer.text, answer.reasoning, answer.refusal, answer.tool_calls) == ("4", "2 and 2", None, None)
+    odd = {"message": {"content": "4", name: {"effort": "low"}, "refusal": "", "tool_calls": []}}
+    answer = answer_in(Peer(""), msgspec.json.encode({"choices": [odd]}))
+    assert (answer.reasoning, answer.refusal, answer.tool_calls) == (None, None, None)
+
+
+def test_all_of_several_choices_are_told():
+    choices = [
+        {"message": {"content": "a"}, "finish_reason": "stop"},
+        {"text": "b", "finish_reason": "length"},
+        {},
+        {"message": {"content": None, "refusal": "no"}},
+    ]
+    answer = answer_in(Peer(""), msgspec.json.encode({"choices": choices}))
+    assert (answer.text, answer.texts) == ("a", ("a", "b", None, "no"))
+    assert answer.finish_reasons == ("stop", "length", None, None)
+    one = answer_in(Peer(""), msgspec.json.encode({"choices": choices[:1]}))
+    assert (one.texts, one.finish_reasons) == ((), ())
 
 
 def test_an_answer_has_text_usage_and_server():

@@ -87,6 +87,9 @@ class _Events:
         self.model: str | None = None
         self.usage: dict[str, Any] = {}
         self.finish_reason: str | None = None
+        self._refused: list[str] = []
+        self._thought: list[str] = []
+        self._called = _ToolCalls()
 
     def pieces(self, chunk: bytes) -> Iterator[str]:
         """The pieces of text that end in this chunk; an empty one is the end.
@@ -133,6 +136,10 @@ class _Events:
         self._has_choice = True
         self.finish_reason = choice.finish_reason or self.finish_reason
         delta = choice.delta
+        if delta is not None:
+            self._refused += filter(None, [delta.refused])
+            self._thought += filter(None, [delta.thought])
+            self._called.add(delta.called or [])
         said = choice.text if delta is None else delta.content
         text: str | None = said if isinstance(said, str) else instead_of_text(delta)
         self._has_text = self._has_text or text is not None
@@ -149,13 +156,54 @@ class _Events:
             raise self.cut("it ended without a finish_reason")
         if not self._has_text:
             raise self._unusable("a reply without text")
-        message = {"role": "assistant", "content": text}
+        told = {
+            "refusal": "".join(self._refused) or None,
+            "tool_calls": self._called.whole or None,
+            "reasoning": "".join(self._thought) or None,
+        }
+        message = {"role": "assistant", "content": text, **{name: value for name, value in told.items() if value}}
         choices = [{"index": 0, "message": message, "finish_reason": self.finish_reason}]
         raw = msgspec.json.encode({"model": self.model, "choices": choices, "usage": self.usage})
-        return Answer(text, self.model, self.usage, self.finish_reason, raw, self._peer.url)
+        return Answer(text, self.model, self.usage, self.finish_reason, raw, self._peer.url, **told)  # type: ignore[arg-type]
 
     def _unusable(self, reason: str) -> WireError:
         return self._peer.error("unusable", reason, status=200, retry=True, usage=self.usage)
+
+
+class _ToolCalls:
+    """The calls of tools that a stream tells in pieces: the arguments come letter by letter, the rest once.
+
+    >>> calls = _ToolCalls()
+    >>> calls.add([{"index": 0, "id": "a", "function": {"name": "add", "arguments": '{"x":'}}])
+    >>> calls.add([{"index": 0, "function": {"arguments": "1}"}}])
+    >>> calls.whole
+    [{'id': 'a', 'function': {'name': 'add', 'arguments': '{"x":1}'}}]
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[Any, dict[str, Any]] = {}
+
+    def add(self, pieces: list[Any]) -> None:
+        for piece in pieces:
+            if isinstance(piece, dict):
+                index = piece.get("index")
+                # Some servers number nothing and send each call whole.
+                at = index if isinstance(index, int) else len(self._calls)
+                _join(self._calls.setdefault(at, {}), {name: piece[name] for name in piece if name != "index"})
+
+    @property
+    def whole(self) -> list[Any]:
+        return list(self._calls.values())
+
+
+def _join(whole: dict[str, Any], piece: dict[str, Any]) -> None:
+    for name, value in piece.items():
+        if isinstance(value, dict) and isinstance(whole.get(name), dict):
+            _join(whole[name], value)
+        elif name == "arguments" and isinstance(value, str) and isinstance(whole.get(name), str):
+            whole[name] += value
+        elif value is not None or name not in whole:
+            whole[name] = dict(value) if isinstance(value, dict) else value
 
 
 def streamed(body: Mapping[str, Any] | bytes) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from millstream.llm.verdicts import WireError, mapping
 class Answer(msgspec.Struct, frozen=True):
     """What the model said: the text of the first choice, and what the server tells of it.
 
-    `usage` is the server's own count of ids; `raw` the whole reply, JSON; `server` the base URL that gave it.
+    `usage` is the server's own count of ids; `raw` the whole reply, JSON; `server` the base URL that gave it. A model
+    that refused or called tools may have said nothing else: then `refusal` is the text, too, or the text is empty.
+    `reasoning` is what it thought before it spoke, where the server shows that. Of several choices, `texts` and
+    `finish_reasons` have all.
     """
 
     text: str
@@ -21,6 +24,11 @@ class Answer(msgspec.Struct, frozen=True):
     finish_reason: str | None
     raw: bytes
     server: str
+    refusal: str | None = None
+    tool_calls: list[Any] | None = None
+    reasoning: str | None = None
+    texts: tuple[str | None, ...] = ()
+    finish_reasons: tuple[str | None, ...] = ()
 
     @property
     def body(self) -> dict[str, Any]:
@@ -62,14 +70,25 @@ def answer_in(peer: Peer, content: bytes) -> Answer:
         choice = body.choices[0]
     except (msgspec.DecodeError, UnicodeDecodeError, IndexError):
         raise unusable(peer, content) from None
-    message = choice.message
-    text = choice.text if message is None else message.content
-    if not isinstance(text, str):
-        text = instead_of_text(message)
-        if text is None:
-            raise unusable(peer, content, "a reply without text")
-    usage = body.usage
-    return Answer(text, body.model, usage if type(usage) is dict else {}, choice.finish_reason, content, peer.url)
+    text = _text_of(choice)
+    if text is None:
+        raise unusable(peer, content, "a reply without text")
+    usage = body.usage if type(body.usage) is dict else {}
+    message = choice.message or _NO_MESSAGE
+    several = body.choices if len(body.choices) > 1 else ()
+    return Answer(
+        text,
+        body.model,
+        usage,
+        choice.finish_reason,
+        content,
+        peer.url,
+        refusal=message.refused,
+        tool_calls=message.called,
+        reasoning=message.thought,
+        texts=tuple(map(_text_of, several)),
+        finish_reasons=tuple(each.finish_reason for each in several),
+    )
 
 
 def unusable(peer: Peer, content: bytes, reason: str | None = None) -> WireError:
@@ -83,9 +102,34 @@ def unusable(peer: Peer, content: bytes, reason: str | None = None) -> WireError
 
 
 class Message(msgspec.Struct):
+    """A message, or a piece of one in a stream, as servers send it.
+
+    What the model thought is called `reasoning_content` by DeepSeek and most, `reasoning` by OpenRouter and newer vLLM.
+    """
+
     content: Any = None
     tool_calls: Any = None
     refusal: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+
+    @property
+    def refused(self) -> str | None:
+        return self.refusal if isinstance(self.refusal, str) and self.refusal else None
+
+    @property
+    def called(self) -> list[Any] | None:
+        return self.tool_calls if isinstance(self.tool_calls, list) and self.tool_calls else None
+
+    @property
+    def thought(self) -> str | None:
+        for text in (self.reasoning_content, self.reasoning):
+            if isinstance(text, str) and text:
+                return text
+        return None
+
+
+_NO_MESSAGE = Message()
 
 
 class _Choice(msgspec.Struct):
@@ -101,6 +145,12 @@ class _Body(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Body).decode  # only what is needed: a third of the time of decoding all
+
+
+def _text_of(choice: _Choice) -> str | None:
+    message = choice.message
+    text = choice.text if message is None else message.content
+    return text if isinstance(text, str) else instead_of_text(message)
 
 
 def instead_of_text(message: Message | None) -> str | None:

@@ -20,10 +20,10 @@ def read_merges() -> list[str]:
 
 def tokens_of(merges: list[str]) -> list[str]:
     """The tokens in order of their ids, in the letters that GPT-2's files write for bytes."""
-    return [*_byte_letters().values(), *(merge.replace(" ", "") for merge in merges)]
+    return [*byte_letters().values(), *(merge.replace(" ", "") for merge in merges)]
 
 
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """The printable letter for each byte, in the order of the first 256 ids."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
@@ -58,5 +58,5 @@ def definition_of(merges: list[str]) -> dict[str, Any]:
 
 
 def ranks_of(merges: list[str]) -> dict[bytes, int]:
-    bytes_of = str.maketrans({letter: chr(byte) for byte, letter in _byte_letters().items()})
+    bytes_of = str.maketrans({letter: chr(byte) for byte, letter in byte_letters().items()})
     return {token.translate(bytes_of).encode("latin-1"): rank for rank, token in enumerate(tokens_of(merges))}

@@ -18,6 +18,7 @@ from millstream.errors import RequestError
 from millstream.records import Ids
 from millstream.stream import gpt2
 from millstream.stream.chat import Chat, templates_of
+from millstream.stream.definitions import byte_level_lengths, cuts_safely, knows_all_text, lengths_of, refuse_chance
 from millstream.stream.encoders import Engine, Fastokens, HuggingFace, Tiktoken, fastokens_of
 
 TIKTOKEN_NAMES = ("cl100k_base", "o200k_base")
@@ -134,7 +135,7 @@ def _gpt2() -> Tokenizer:
         eos_token="<|endoftext|>",
         safe_cuts=True,
         chat=_chat(_OPENAI, specials),
-        token_bytes=lambda: _lengths({n: len(token) for n, token in enumerate(gpt2.tokens_of(merges))}, specials),
+        token_bytes=lambda: lengths_of({n: len(token) for n, token in enumerate(gpt2.tokens_of(merges))}, specials),
     )
 
 
@@ -172,16 +173,8 @@ def _tiktoken(name: str) -> Tokenizer:
         eos_token="<|endoftext|>",
         safe_cuts=True,
         chat=_chat(_OPENAI, specials),
-        token_bytes=lambda: _lengths({rank: len(token) for token, rank in ranks.items()}, specials),
+        token_bytes=lambda: lengths_of({rank: len(token) for token, rank in ranks.items()}, specials),
     )
-
-
-def _lengths(plain: dict[int, int], added: dict[str, int]) -> Ids:
-    """`Tokenizer.bytes_of` from the bytes of plain tokens and the texts of added ones."""
-    lengths = plain | {number: len(token.encode()) for token, number in added.items()}
-    found = np.zeros(max(lengths, default=-1) + 1, np.int64)
-    found[list(lengths)] = list(lengths.values())
-    return found
 
 
 def _from_hub(name: str) -> Tokenizer:
@@ -232,16 +225,23 @@ def _from_texts(name: str, definition: str, config: str) -> Tokenizer:
     return from_definition(name, definition, json.loads(config))
 
 
-def from_definition(name: str, definition: str, config: dict[str, Any] | None = None) -> Tokenizer:
-    """A tokenizer from the text of a tokenizer.json, and the contents of its tokenizer_config.json."""
+def from_definition(
+    name: str, definition: str, config: dict[str, Any] | None = None, *, decodes_only: bool = False
+) -> Tokenizer:
+    """A tokenizer from the text of a tokenizer.json, and the contents of its tokenizer_config.json.
+
+    Raises RequestError for one that cannot be read, or that draws lots, unless it `decodes_only`.
+    """
     try:
         content = json.loads(definition)
         added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
         reference = HuggingFace(definition)
     except Exception as error:
         raise RequestError(f"{name} is no tokenizer.json that can be read: {error}") from error
+    if not decodes_only:
+        refuse_chance(name, content)
     vocabulary = reference.tokenizer.get_vocab(with_added_tokens=True)
-    fast = fastokens_of(definition)
+    fast = fastokens_of(definition) if knows_all_text(content) else None
     config = config or {}
     control = {t["content"]: t["id"] for t in content.get("added_tokens") or [] if t.get("special")}
     return Tokenizer(
@@ -254,10 +254,10 @@ def from_definition(name: str, definition: str, config: dict[str, Any] | None = 
         {token: number for token, number in vocabulary.items() if token in added} | added,
         bos_token=_token_text(config.get("bos_token")),
         eos_token=_token_text(config.get("eos_token")),
-        safe_cuts=_cuts_safely(content),
+        safe_cuts=cuts_safely(content),
         definition=definition,
         chat=_chat(config, control),
-        token_bytes=lambda: _byte_level_lengths(content, vocabulary, added),
+        token_bytes=lambda: byte_level_lengths(content, vocabulary, added),
         normalized=(content.get("normalizer") or {}).get("type"),
     )
 
@@ -273,53 +273,9 @@ def _chat(config: dict[str, Any], control: dict[str, int]) -> Chat:
     return Chat(templates_of(config.get("chat_template")), variables, tuple(control))
 
 
-def _byte_level_lengths(content: dict[str, Any], vocabulary: dict[str, int], added: dict[str, int]) -> Ids | None:
-    """Bytes of text for each id of a byte-level vocabulary, which has one letter for each byte; else None."""
-    if (content.get("normalizer") or {}).get("type") not in (None, "NFC"):
-        return None
-    if (content.get("decoder") or {}).get("type") != "ByteLevel":
-        return None
-    before = content.get("pre_tokenizer") or {}
-    if any(step.get("add_prefix_space") for step in before.get("pretokenizers", [before])):
-        return None
-    if any(token.get("lstrip") or token.get("rstrip") for token in content.get("added_tokens") or []):
-        return None  # they stand for the blanks beside them too
-    return _lengths({number: len(token) for token, number in vocabulary.items() if token not in added}, added)
-
-
 def _token_text(entry: Any) -> str | None:
     """tokenizer_config.json writes a token as its text or as an object with it under "content"."""
     return entry.get("content") if isinstance(entry, dict) else entry
-
-
-_KNOWN_SPLITS = (
-    # cl100k and Llama 3; Qwen; o200k: none matches across the end of a word that a blank follows.
-    r"[^\r\n\p{L}\p{N}]?\p{L}+",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*",
-)
-
-
-def _cuts_safely(content: dict[str, Any]) -> bool:
-    """Whether text may be cut between an ASCII letter and a blank: byte-level BPE with a known split pattern only."""
-    if (content.get("model") or {}).get("type") != "BPE" or (content["model"].get("dropout")):
-        return False
-    if (content.get("normalizer") or {}).get("type") not in (None, "NFC"):
-        return False
-    for token in content.get("added_tokens") or []:
-        spaced = any(letter.isspace() for letter in token["content"])
-        if not token.get("special") and (spaced or token.get("lstrip") or token.get("rstrip")):
-            return False
-    before = content.get("pre_tokenizer") or {}
-    steps = before.get("pretokenizers", [before])
-    kinds = [step.get("type") for step in steps]
-    if any(step.get("add_prefix_space") for step in steps):
-        return False
-    if kinds == ["ByteLevel"]:
-        return bool(steps[0].get("use_regex", True))
-    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        pattern = (steps[0].get("pattern") or {}).get("Regex", "")
-        return steps[0].get("behavior") == "Isolated" and any(known in pattern for known in _KNOWN_SPLITS)
-    return False
 
 
 def available() -> list[tuple[str, str]]:

@@ -109,4 +109,4 @@ def tokenizer_of(dataset: Dataset) -> Tokenizer | None:
 
 @lru_cache(maxsize=2)
 def _from_definition(name: str, definition: str) -> Tokenizer:
-    return from_definition(name, definition)
+    return from_definition(name, definition, decodes_only=True)

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from unittest.mock import ANY
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millstream.errors import RequestError, RunError
 from millstream.runs.ask import answers
-from millstream.runs.ask.answers import AnswerJournal
+from millstream.runs.ask.answers import AnswerJournal, Header, is_ours
 
 KEYS = [bytes(8) + bytes([number]) + bytes(7) for number in range(6)]  # some with the same first half
 KEYS += [bytes([number]) * 16 for number in range(1, 7)]
@@ -163,32 +164,120 @@ def test_a_folder_that_cannot_be_is_named(tmp_path):
 GOOD = line_of(KEYS[0], row_of("a", 0, {"text": "yes"}))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b'{"mine": 1}\nno newline',
-        b"no newline at all",
-        b'{"key": "' + b"0" * 32 + b'", "spaces": 1}\n',
-        b"\n",
-        GOOD + b"\n",
-        GOOD + b'{"mine": 1}\n',
-        GOOD.replace(b"0000", b"000g", 1) + GOOD,
-        GOOD.replace(b'"yes"', b'"yes","fault":{') + GOOD,
-        GOOD + b"x" * 100 + b"\n" + GOOD,
-    ],
-)
+FOREIGN = [
+    b'{"mine": 1}\nno newline',
+    b"no newline at all",
+    b'{"key":"value"}',
+    b'{"key": "' + b"0" * 32 + b'", "spaces": 1}\n',
+    b"\n",
+    GOOD.replace(b"0000", b"000g", 1) + GOOD,
+    bytes(100) + b"\n" + GOOD,
+]
+
+
+@pytest.mark.parametrize("content", FOREIGN)
 def test_a_foreign_file_is_not_touched(tmp_path, content):
     path = tmp_path / "journal.jsonl"
     path.write_bytes(content)
-    with pytest.raises(RunError, match=r"journal\.jsonl is no journal of millstream's"):
+    with pytest.raises(RequestError, match=r"the first line of .*journal\.jsonl is none of millstream's"):
         AnswerJournal(str(tmp_path))
     assert path.read_bytes() == content
+    assert not is_ours(str(tmp_path))
 
 
-def test_a_row_that_is_damaged_is_refused_when_it_is_wanted(tmp_path):
-    (tmp_path / "journal.jsonl").write_bytes(GOOD.replace(b'"index"', b'"indices"'))
-    with AnswerJournal(str(tmp_path)) as journal, pytest.raises(RunError, match="byte 0"):
-        journal.row(journal.find_many(KEYS[:1]).tolist()[0], "a", 0)
+def test_a_journal_is_not_put_among_the_files_of_others(tmp_path):
+    (tmp_path / ".hidden").write_text("")
+    AnswerJournal(str(tmp_path)).close()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text("{}")
+    with pytest.raises(RequestError, match=r"no journal but manifest\.json"):
+        AnswerJournal(str(tmp_path / "other"))
+    assert os.listdir(tmp_path / "other") == ["manifest.json"]
+
+
+SECOND = line_of(KEYS[1], row_of("b", 1, {"text": "no"}))
+DAMAGED = [
+    b"\n",
+    b'{"mine": 1}\n',
+    b"x" * 100 + b"\n",
+    bytes(len(SECOND) - 1) + b"\n",
+    bytes(40) + SECOND[40:],
+    SECOND[:60] + bytes(len(SECOND) - 61) + b"\n",
+    SECOND[:-5] + b"\n",
+    SECOND[:20] + b"\n",
+    SECOND[:48] + b"\n",
+    SECOND.replace(b'"}', b'"}}'),
+    SECOND.replace(b'"no"', b'"n\xff"'),
+    SECOND.replace(KEYS[1].hex().encode(), b"g" * 32),
+    SECOND.replace(b'"index"', b'"indices"'),
+    SECOND.replace(b'"no"', b'"no","fault":{'),
+    SECOND[:-1] + GOOD,
+    b'{"millstream":"ask/1","out":7}\n',
+    b'{"millstream":"ask/2","o\n',
+]
+
+
+@pytest.mark.parametrize("size", [1, 60, 1 << 20])
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_costs_what_it_held(tmp_path, line, size):
+    third = line_of(KEYS[2], row_of("c", 2, {"fault": {"kind": "timeout", "message": "late"}}))
+    (tmp_path / "journal.jsonl").write_bytes(GOOD + line + third + SECOND[:70])
+    for _ in range(2):
+        with reads_of(size), AnswerJournal(str(tmp_path)) as journal:
+            places = journal.find_many(KEYS[:3]).tolist()
+            first, second, last = (
+                place >= 0 and journal.row(place, name, n)
+                for n, (place, name) in enumerate(zip(places, "abc", strict=True))
+            )
+            assert (first, not second, last) == (row_at(GOOD), True, row_at(third))
+            assert journal.is_fault(np.array(places)).tolist()[::2] == [False, True]
+            assert (journal.damaged, journal.damaged_lines) == (1, [2])
+
+
+def row_at(line):
+    return b"{" + line[42:-1]
+
+
+def test_of_many_damaged_lines_the_first_are_told(tmp_path):
+    (tmp_path / "journal.jsonl").write_bytes(GOOD * 5 + b"damage\n" * 1000 + SECOND)
+    with reads_of(60), AnswerJournal(str(tmp_path)) as journal:
+        assert (journal.damaged, journal.damaged_lines) == (1000, list(range(6, 16)))
+        assert len(journal) == 2
+
+
+def test_what_runs_were_asked_for_is_kept_once_each(tmp_path):
+    headers = [Header(model="m", params={"b": 1, "a": 2}), Header(model="m", params={"a": 2, "b": 1}), Header(out="x")]
+    (tmp_path / "journal.jsonl").write_bytes(GOOD)  # as older versions wrote it
+    for header in [*headers, headers[0], headers[2]]:
+        with AnswerJournal(str(tmp_path)) as journal:
+            journal.begin(header)
+            journal.append(KEYS[1], row_of("b", 1, {"text": "no"}))
+    with AnswerJournal(str(tmp_path)) as journal:
+        assert [list(header.params.items()) for header in journal.headers] == [
+            [("b", 1), ("a", 2)],
+            [("a", 2), ("b", 1)],
+            [],
+        ]
+        assert (journal.headers[2].out, len(journal), journal.damaged) == ("x", 2, 0)
+
+
+def test_a_torn_header_is_forgotten_and_one_of_a_newer_version_refused(tmp_path):
+    path = fill(tmp_path, [])
+    with AnswerJournal(str(tmp_path)) as journal:
+        journal.begin(Header(model="m"))
+    whole = bytes_of(path)
+    for length in range(len(whole)):
+        with open(path, "wb") as file:
+            file.write(whole[:length])
+        assert is_ours(str(tmp_path))
+        with AnswerJournal(str(tmp_path)) as journal:
+            assert (journal.headers, os.path.getsize(path)) == ([], 0)
+    (tmp_path / "journal.jsonl").write_bytes(whole.replace(b"ask/1", b"ask/2") + GOOD)
+    with pytest.raises(RequestError, match="newer millstream"):
+        AnswerJournal(str(tmp_path))
+    (tmp_path / "journal.jsonl").write_bytes(whole.replace(b'"model"', b'"later":[1],"model"') + GOOD)
+    with AnswerJournal(str(tmp_path)) as journal:
+        assert (journal.headers, len(journal), journal.damaged) == ([Header(model="m")], 1, 0)
 
 
 def test_a_journal_that_is_cut_while_it_is_open_is_an_error(tmp_path):

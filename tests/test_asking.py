@@ -150,7 +150,7 @@ def command(server, prompts, out, *more):
 def journalled(out):
     try:
         with open(f"{out}.run/journal.jsonl", "rb") as file:
-            return file.read().count(b"\n")
+            return file.read().count(b'{"key":')
     except FileNotFoundError:
         return 0
 
@@ -194,6 +194,20 @@ def test_interrupted_it_lets_what_runs_end_and_says_how_to_go_on(tmp_path):
         assert b"run the same command again" in said
         assert b"Traceback" not in said
         assert server.stats.requests == journalled(out)  # whatever was asked was waited for and kept
+
+
+def test_a_damaged_line_of_the_journal_is_told_and_its_prompt_asked_again(tmp_path):
+    prompts, out = prompts_file(tmp_path / "prompts.jsonl", 20), str(tmp_path / "out.jsonl")
+    journal = tmp_path / "out.jsonl.run" / "journal.jsonl"
+    with serving(Behaviour()) as server:
+        ask_to(out, prompts, settings_for(server))
+        lines = journal.read_bytes().splitlines(keepends=True)
+        lines[3], lines[9], lines[12] = bytes(50) + b"\n", lines[9][:70] + b"\n", lines[12].replace(b'"text"', b'"te')
+        journal.write_bytes(b"".join(lines))
+        done = subprocess.run(command(server, prompts, out), capture_output=True, text=True, check=True)
+        assert "3 lines (4, 10, 13) of the journal" in done.stdout
+        assert server.stats.requests == 23
+    assert sorted(row["index"] for row in rows_of(out)) == list(range(20))
 
 
 def test_answers_stream_into_pack(tmp_path):

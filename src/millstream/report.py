@@ -127,6 +127,8 @@ def ask_summary(report: AskReport) -> str:
     ]
     if report.again:
         lines.append(f"  journal    {report.again:,} were answered by an earlier run and not asked again")
+    if report.damaged:
+        lines.append(f"  damaged    {_damaged(report)} of the journal: what they held is asked again")
     lines.append(f"  ids        {report.ids_in:,} in the prompts, {report.ids_out:,} in the replies")
     if report.cost is not None:
         lines.append(f"  cost       {report.cost:.4f}")
@@ -143,6 +145,12 @@ def ask_summary(report: AskReport) -> str:
     if report.faults:
         lines.append("  hint       --retry-faults asks the failed ones again")
     return "\n".join(lines)
+
+
+def _damaged(report: AskReport) -> str:
+    """Which lines: ``3 lines (2, 17, 18)``."""
+    more = ", ..." if report.damaged > len(report.damaged_lines) else ""
+    return f"{_count(report.damaged, 'line')} ({', '.join(map('{:,}'.format, report.damaged_lines))}{more})"
 
 
 _WHERE = {

@@ -1,8 +1,9 @@
 """The journal of an ask run: which requests are answered, and with what; append-only, and the truth.
 
 One line an outcome: ``{"key":"<32 hex digits>",`` and then the outcome's row as it goes to the output, its id and index
-first. A line is written before its outcome is handed out. Going on reads the keys and whether an outcome is a fault, in
-24 bytes of memory for each, and rows only as they are wanted.
+first. A line is written before its outcome is handed out. Before the first row of a run stands its `Header`, a line
+that begins with ``{"millstream":"ask/1"``; older journals have none. Going on reads the keys and whether an outcome is
+a fault, in 24 bytes of memory for each, and rows only as they are wanted. A damaged line costs what it held, no more.
 """
 
 import binascii
@@ -11,6 +12,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,52 +20,79 @@ import numpy as np
 from millstream.errors import RequestError, RunError
 from millstream.records import Ids
 
+JOURNAL = "journal.jsonl"
+
 _HEAD = b'{"key":"'
 _DIGITS = slice(len(_HEAD), len(_HEAD) + 32)
 _ROW = _DIGITS.stop + 2
 """Where a line's row goes on after its opening brace: behind the key, its quote and a comma."""
+_ID = b'"id":'
+"""How every row begins after its opening brace."""
+_HEADER = b'{"millstream":"ask/'
+_FIRST = b'{"key":"%032d",' % 0
 
 _KINDS = np.uint64, np.uint64, np.int64
 _BLOCK = 256 << 10
 _READ_LEAST, _READ_MOST = 8 << 10, 1 << 20
+_MOST_TOLD = 10  # damaged lines by their number
 
+_KEYED = re.compile(rb'\{"key":"[0-9a-f]{32}",')
 _NAMED = re.compile(rb'"id":(?:null|"(?:[^"\\]++|\\.)*+"),"index":\d+,')
 _FAULT = re.compile(rb',"fault":')
 _encode = msgspec.json.Encoder().encode
+_any_json = msgspec.json.Decoder(msgspec.Raw).decode
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="millstream", tag="ask/1"):
+    """What the journal keeps of a run's settings, in a line before the first row of that run.
+
+    To keep more, add a field with a default: headers of before have none, and what a later version adds is not looked
+    at. Only where lines can no longer be read as they are now does the tag change; this version then refuses them.
+
+    >>> _encode(Header(model="m", params={"b": 1, "a": 2}))
+    b'{"millstream":"ask/1","model":"m","params":{"b":1,"a":2}}'
+    """
+
+    out: str | None = None
+    """Where the rows go, seen from the journal's folder; None: to standard output."""
+    model: str | None = None
+    params: dict[str, Any] = {}
+    """In the order in which they were given."""
 
 
 class _Outcome(msgspec.Struct, gc=False):
     fault: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
+_header = msgspec.json.Decoder(Header).decode
 _outcome = msgspec.json.Decoder(_Outcome).decode
 
 
 class AnswerJournal:
     """The journal in `folder`, opened for one writer: ``with AnswerJournal(folder) as journal``.
 
-    What earlier runs have written is found; what this one appends is for the next. Raises RequestError if another run
-    has it open, RunError if it is no journal of ours.
+    What earlier runs have written is found; what this one appends is for the next. `headers` are those of earlier runs,
+    oldest first. `damaged` counts the lines that nothing can be made of, `damaged_lines` are the numbers of the first;
+    what they held is not found. Raises RequestError if another run has it open, or if it is no journal of ours.
 
     >>> import tempfile
     >>> key, row = b"sixteen bytes...", b'{"id":"a","index":0,"text":"yes"}'
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with AnswerJournal(folder) as journal:
+    ...         journal.begin(Header(model="m"))
     ...         journal.append(key, row)
     ...     with AnswerJournal(folder) as journal:
     ...         known, unknown = journal.find_many([key, bytes(16)]).tolist()
-    ...         journal.row(known, "a", 0) == row, journal.row(known, "a", 7), unknown
-    (True, b'{"id":"a","index":7,"text":"yes"}', -1)
+    ...         journal.row(known, "a", 0) == row, journal.row(known, "a", 7), unknown, journal.headers[0].model
+    (True, b'{"id":"a","index":7,"text":"yes"}', -1, 'm')
     """
 
     def __init__(self, folder: str) -> None:
-        self.path = os.path.join(folder, "journal.jsonl")
+        self.folder, self.path = folder, os.path.join(folder, JOURNAL)
+        self.headers: list[Header] = []
+        self.damaged, self.damaged_lines = 0, list[int]()
         self._window, self._start, self._size = b"", 0, _READ_LEAST
-        try:
-            os.makedirs(folder, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)  # it is the lock, too
-        except OSError as error:
-            raise RequestError(f"cannot keep a journal in {folder}: {error.strerror}") from error
+        self._file = _opened(folder, self.path)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._load()
@@ -93,13 +122,21 @@ class AnswerJournal:
 
     # Writing --------------------------------------------------------------------------------------------------------
 
+    def begin(self, header: Header) -> None:
+        """Write the header of this run, unless an earlier one had the same. Raises as `append` does."""
+        line = _encode(header)
+        if line not in map(_encode, self.headers):
+            self._write(line + b"\n")
+
     def append(self, key: bytes, row: bytes) -> None:
         """Write an outcome; when this returns, it survives this process.
 
         `row` is one line of JSON that begins as in ``{"id":"a","index":0,"text":``; the row of a fault has "fault"
         among its fields. Raises RunError if the disk does not take it; nothing of it is left then.
         """
-        line = b'{"key":"%b",%b\n' % (key.hex().encode(), row[1:])
+        self._write(b'{"key":"%b",%b\n' % (key.hex().encode(), row[1:]))
+
+    def _write(self, line: bytes) -> None:
         try:
             written = os.write(self._file, line)
             if written < len(line):
@@ -135,8 +172,8 @@ class AnswerJournal:
         faults: Ids = (places >= 0) & (places & 1 == 1)
         return faults
 
-    def row(self, place: int, request_id: str | None, index: int) -> bytes:
-        """The row at a place of `find_many`, as it was appended but with this id and index.
+    def row(self, place: int, request_id: str | None, index: int) -> bytes | None:
+        """The row at a place of `find_many`, as it was appended but with this id and index; None if it is damaged.
 
         An earlier run may have had the prompt in another line. Places that rise, more or less, are read fastest.
         """
@@ -150,11 +187,14 @@ class AnswerJournal:
         at += _ROW
         named = b'"id":%b,"index":%d,' % (_encode(request_id), index)
         if self._window.startswith(named, at):
-            return b"{" + self._window[at:end]
-        other = _NAMED.match(self._window, at, end)
-        if not other:
-            raise self._foreign(offset)
-        return b"{" + named + self._window[other.end() : end]
+            row = b"{" + self._window[at:end]
+        else:
+            other = _NAMED.match(self._window, at, end)
+            row = b"{" + named + self._window[other.end() : end] if other else b""
+        if _is_json(row):
+            return row
+        self._note_damage(self._number_of(offset))
+        return None
 
     def _move_window(self, offset: int) -> None:
         """Hold the line at `offset` and what is near: more of it the longer places follow one another."""
@@ -169,6 +209,16 @@ class AnswerJournal:
             if len(self._window) < self._size:
                 raise RunError(f"{self.path} became shorter while it was read")
             self._size *= 2
+
+    def _number_of(self, offset: int) -> int:
+        """The number of the line at `offset`, from 1."""
+        starts = range(0, offset, _BLOCK)
+        return 1 + sum(os.pread(self._file, min(_BLOCK, offset - at), at).count(b"\n") for at in starts)
+
+    def _note_damage(self, number: int) -> None:
+        self.damaged += 1
+        if len(self.damaged_lines) < _MOST_TOLD:
+            self.damaged_lines.append(number)
 
     # Loading --------------------------------------------------------------------------------------------------------
 
@@ -197,44 +247,120 @@ class AnswerJournal:
 
         A line that was being written when a run was killed is cut off.
         """
-        position, size, total = 0, _BLOCK, os.fstat(self._file).st_size
+        position, size, total, lines = 0, _BLOCK, os.fstat(self._file).st_size, 0
         while position < total:
             data = os.pread(self._file, size, position)
+            if not position and not _may_begin(data):
+                raise RequestError(f"the first line of {self.path} is none of millstream's: give another --journal")
             end = data.rfind(b"\n") + 1
             if end:
-                yield self._lines_of(data, end, position)
-                position, size = position + end, _BLOCK
+                starts, ends = _lines_in(data, end)
+                yield self._outcomes_in(data, starts, ends, place=(position, lines))
+                position, size, lines = position + end, _BLOCK, lines + len(starts)
             elif position + len(data) < total:
                 size *= 2
             else:
-                if not position and data[: len(_HEAD)] != _HEAD[: len(data)]:
-                    raise self._foreign(0)
                 os.truncate(self._file, position)
                 return
 
-    def _lines_of(self, data: bytes, end: int, position: int) -> tuple[Ids, Ids, Ids]:
-        """The same of the whole lines in data[:end], which stands at `position`."""
-        letters = np.frombuffer(data, np.uint8, end)
-        ends = np.flatnonzero(letters == ord("\n"))
-        starts = np.concatenate([[0], ends[:-1] + 1])
-        if (ends - starts < _ROW).any():
-            raise self._foreign(position)
-        heads = np.ndarray((end - _ROW + 1,), f"V{_ROW}", data, strides=(1,))[starts].view(np.uint8).reshape(-1, _ROW)
-        if (heads[:, : len(_HEAD)] != np.frombuffer(_HEAD, np.uint8)).any():
-            raise self._foreign(position)
-        try:
-            keys = np.frombuffer(binascii.unhexlify(heads[:, _DIGITS].tobytes()), np.uint64).reshape(-1, 2)
-        except binascii.Error:
-            raise self._foreign(position) from None
+    def _outcomes_in(self, data: bytes, starts: Ids, ends: Ids, *, place: tuple[int, int]) -> tuple[Ids, Ids, Ids]:
+        """The same of the lines of `data`, which stands at `place`: (position in the file, how many lines before)."""
+        position, lines = place
+        keys, good = _keys_in(data, starts, ends)
         places = (starts + position) << 1
-        told = [found.start() for found in _FAULT.finditer(data, 0, end)]
+        told = [found.start() for found in _FAULT.finditer(data, 0, int(ends[-1]))]
         for line in np.unique(np.searchsorted(ends, told)).tolist():
             try:
                 # In a row, the same letters may also stand deeper, in what a server sent.
                 places[line] |= _outcome(data[starts[line] : ends[line]]).fault is not msgspec.UNSET
             except msgspec.DecodeError:
-                raise self._foreign(position + int(starts[line])) from None
+                good[line] = False
+        if not good.all():
+            for line in np.flatnonzero(~good).tolist():
+                self._take_other(data[starts[line] : ends[line]], lines + line + 1)
+            keys, places = keys[good], places[good]
         return keys[:, 0], keys[:, 1], places
 
-    def _foreign(self, position: int) -> RunError:
-        return RunError(f"{self.path} is no journal of millstream's (from byte {position:,} on): give another --out")
+    def _take_other(self, line: bytes, number: int) -> None:
+        """A line without an outcome: a header, or a damaged one."""
+        if line.startswith(_HEADER):
+            try:
+                self.headers.append(_header(line))
+                return
+            except msgspec.DecodeError as error:
+                if not line.startswith(_HEADER + b'1"') and _is_json(line):
+                    raise RequestError(f"{self.path} was written by a newer millstream: use that one") from error
+        self._note_damage(number)
+
+
+def is_ours(folder: str) -> bool:
+    """Whether the folder has a journal of ours, be it an empty one."""
+    return holds_journal(path := os.path.join(folder, JOURNAL)) or (os.path.isfile(path) and not os.path.getsize(path))
+
+
+def holds_journal(path: str) -> bool:
+    """Whether a file begins as a journal of ours."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return _may_begin(file.read(_ROW))
+
+
+def _opened(folder: str, path: str) -> int:
+    """The journal's file, which is the lock, too. It is not put among other files."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        others = [name for name in os.listdir(folder) if not name.startswith(".")]
+        if others and JOURNAL not in others:
+            raise RequestError(f"{folder} holds no journal but {min(others)}: give an empty folder, or a new one")
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)  # it is the lock, too
+    except OSError as error:
+        why = "it is a file" if os.path.isfile(folder) else error.strerror
+        raise RequestError(f"cannot keep a journal in {folder}: {why}; --journal names a folder") from error
+
+
+def _may_begin(data: bytes) -> bool:
+    """Whether a journal of ours may begin so; its first line may be torn, and a file with nothing in it is none.
+
+    >>> _may_begin(b'{"ke'), _may_begin(b'{"key":"value"}'), _may_begin(b"")
+    (True, False, False)
+    """
+    if not data:
+        return False
+    whole = data if b"\n" in data else data + _FIRST[len(data) :]
+    return (data + _HEADER[len(data) :]).startswith(_HEADER) or bool(_KEYED.match(whole))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        _any_json(line)
+        return line.isascii() or bool(line.decode())
+    except ValueError:
+        return False
+
+
+def _lines_in(data: bytes, end: int) -> tuple[Ids, Ids]:
+    """Where each line of data[:end] starts and ends; the last byte there is a line's end."""
+    ends = np.flatnonzero(np.frombuffer(data, np.uint8, end) == ord("\n"))
+    return np.concatenate([[0], ends[:-1] + 1]), ends
+
+
+def _keys_in(data: bytes, starts: Ids, ends: Ids) -> tuple[Ids, Ids]:
+    """The key of each line in two halves, and whether the line looks like that of an outcome."""
+    size = _ROW + len(_ID)
+    good = ends - starts > size
+    if not good.any():
+        return np.zeros((len(starts), 2), np.uint64), good
+    chosen = np.where(good, starts, starts[good.argmax()])  # any that is long enough in place of one that is not
+    heads = np.ndarray((len(data) - size + 1,), f"V{size}", data, strides=(1,))[chosen].view(np.uint8).reshape(-1, size)
+    good &= (heads[:, : len(_HEAD)] == np.frombuffer(_HEAD, np.uint8)).all(axis=1)
+    good &= (heads[:, _DIGITS.stop :] == np.frombuffer(b'",' + _ID, np.uint8)).all(axis=1)
+    good &= np.frombuffer(data, np.uint8)[ends - 1] == ord("}")
+    heads[~good, _DIGITS] = ord("0")
+    try:
+        keys = binascii.unhexlify(heads[:, _DIGITS].tobytes())
+    except binascii.Error:
+        good &= np.isin(heads[:, _DIGITS], np.frombuffer(b"0123456789abcdef", np.uint8)).all(axis=1)
+        heads[~good, _DIGITS] = ord("0")
+        keys = binascii.unhexlify(heads[:, _DIGITS].tobytes())
+    return np.frombuffer(keys, np.uint64).reshape(-1, 2), good

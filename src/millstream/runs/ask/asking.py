@@ -20,7 +20,7 @@ from millstream.bridge import in_thread, run
 from millstream.errors import RequestError, RunError
 from millstream.formats.sources import InputShard, chunks, expand
 from millstream.llm.wire import Answer
-from millstream.runs.ask.answers import AnswerJournal
+from millstream.runs.ask.answers import AnswerJournal, Header
 from millstream.runs.ask.client import Client
 from millstream.runs.ask.prompts import Recipe, Request, batches
 from millstream.runs.ask.purse import Purse
@@ -81,6 +81,9 @@ def ask_to(
         if first is None and settings.limit != 0:
             raise RequestError(f"{shards[0].name} is empty: there is nothing to ask")
         kept = stack.enter_context(AnswerJournal(folder)) if folder else None
+        if kept is not None:
+            place = None if out == "-" else os.path.relpath(os.path.realpath(out), os.path.realpath(kept.folder))
+            kept.begin(Header(out=place, model=settings.model, params=dict(client.params)))
         target = sys.stdout.buffer if out == "-" else stack.enter_context(_opened(out))
         return run(_Run(out, shards[0], first, rows, settings, client, kept, target, on_progress).main())
 
@@ -213,18 +216,22 @@ class _Run:
             places, faulty = found.tolist(), self.journal.is_fault(found).tolist()
         unknown = []
         for request, place, fault in zip(batch, places, faulty, strict=True):
+            known = place >= 0 and not (fault and self.settings.retry_faults and not request.fault)
             if request.fault:
-                self._place(self._slot(), self._kept(request, row_of_none(request), known=place >= 0))
-            elif place >= 0 and not (fault and self.settings.retry_faults):
-                assert self.journal
+                self._place(self._slot(), self._kept(request, row_of_none(request), known=known))
+            elif known and (earlier := self._earlier(request, place)):
                 self.counts["again"] += 1
-                earlier = self.journal.row(place, request.id, request.index)
                 self._place(self._slot(), self._counted(request, earlier, fault))
             else:
                 self.under_way[self.listed] = request, self._slot()
                 self.listed += 1
                 unknown.append(request)
         return unknown
+
+    def _earlier(self, request: Request, place: int) -> bytes | None:
+        """The row of an earlier run; None if it is damaged, and the request is asked again."""
+        assert self.journal
+        return self.journal.row(place, request.id, request.index)
 
     # Outcomes -------------------------------------------------------------------------------------------------------
 
@@ -359,6 +366,8 @@ class _Run:
             if isinstance(limit, Adaptive)
             else [],
             stopped=self.stopped,
+            damaged=self.journal.damaged if self.journal else 0,
+            damaged_lines=self.journal.damaged_lines if self.journal else [],
         )
 
 

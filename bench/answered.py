@@ -8,7 +8,8 @@ import sys
 
 from millstream.formats.sources import expand
 from millstream.runs.ask.answers import AnswerJournal
-from millstream.runs.ask.prompts import Recipe, batches
+from millstream.runs.ask.bodies import Recipe
+from millstream.runs.ask.prompts import batches
 
 TAIL = json.dumps({
     "text": "The capital of France is Paris. " * 4,

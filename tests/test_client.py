@@ -10,7 +10,8 @@ import pytest
 from millstream.aio import Fault
 from millstream.errors import RequestError, RunError
 from millstream.llm.simulator import Behaviour, parse_fault, parse_latency, running
-from millstream.runs.ask.client import Client, Reply, ask
+from millstream.runs.ask.client import Client, ask
+from millstream.runs.ask.requests import Reply
 
 QUESTIONS = [f"What is the capital of {country}?" for country in ("France", "Germany", "Italy")]
 CAPITALS = ["Paris", "Berlin", "Rome"]

@@ -1,6 +1,7 @@
 """Prompts of every shape become requests: the same ones however they come, and a bad row is one fault."""
 
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -25,7 +26,8 @@ from hypothesis import strategies as st
 from millstream.errors import RequestError, RunError
 from millstream.formats.sources import InputShard, expand
 from millstream.runs.ask import prompts
-from millstream.runs.ask.prompts import Recipe, batches
+from millstream.runs.ask.bodies import Recipe
+from millstream.runs.ask.prompts import batches
 
 RECIPE = Recipe("m")
 TEXTS = st.text(max_size=20) | st.sampled_from(['"', "\\", "{text}", "é\u2028🙂", "\0", "\ufeff", "</script>\x7f"])
@@ -88,7 +90,7 @@ def user(text):
         (
             {"a": {"z": 1, "b": [True]}},
             Recipe("m", template="{a}"),
-            {"model": "m", "messages": user('{"b":[true],"z":1}')},
+            {"model": "m", "messages": user('{"z":1,"b":[true]}')},
         ),
         ({"first name": "a"}, Recipe("m", template="{first name}!"), {"model": "m", "messages": user("a!")}),
         ({"n": 10**30}, Recipe("m", template="{n}"), {"model": "m", "messages": user("1" + "0" * 30)}),
@@ -97,8 +99,15 @@ def user(text):
 def test_a_row_becomes_a_body(tmp_path, row, recipe, body):
     [request] = requests_of(tmp_path, [row], recipe)
     assert request.fault is None
-    assert body_of(request) == body
-    assert request.data == msgspec.json.encode(body, order="sorted")
+    assert request.data == msgspec.json.encode(body)  # as it was given
+    assert request.key == canonical_key(body) or recipe.template == "{a}"
+
+
+def canonical_key(body, path="/chat/completions", name=None):
+    """Journals of all versions find a request by this: it may never change."""
+    data = msgspec.json.encode(body, order="sorted")
+    data += b"" if path == "/chat/completions" else b"\n" + msgspec.json.encode(path)
+    return hashlib.blake2b(data + (b"" if name is None else b"\0" + name.encode()), digest_size=16).digest()
 
 
 def batch_row(custom_id="a", url="/v1/chat/completions", **body):
@@ -121,7 +130,37 @@ def batch_row(custom_id="a", url="/v1/chat/completions", **body):
 def test_a_batch_row_brings_its_body(tmp_path, row, path, body):
     [request] = requests_of(tmp_path, [row], Recipe("m", "be brief", "{text}", {"n": 2}))
     assert (request.fault, request.id, request.path) == (None, "a", path)
-    assert request.data == msgspec.json.encode(body, order="sorted")
+    assert body_of(request) == body
+    assert request.key == canonical_key(body, path, "a")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_is_given_is_sent_in_its_order_and_named_without(tmp_path, reverse):
+    def turned(pairs):
+        return dict(reversed(pairs)) if reverse else dict(pairs)
+
+    properties = turned([("reasoning", {"type": "string"}), ("answer", {"type": "integer"})])
+    schema = turned([("type", "json_schema"), ("json_schema", {"schema": {"properties": properties}})])
+    params = turned([("response_format", schema), ("tools", [{"function": {"parameters": properties}}])])
+    messages = [turned([("role", "user"), ("content", [turned([("type", "text"), ("text", "a")])])])]
+    whole = {"model": "m", **params, "messages": messages}
+    rows = [{"prompt": "a"}, {"messages": messages}, batch_row("b", **whole), {"a": properties}]
+    found = requests_of(tmp_path, rows[:3], Recipe("m", params=params))
+    [filled] = requests_of(tmp_path, rows[3:], Recipe("m", params=params, template="{a}"))
+    sent = [
+        {**whole, "messages": user("a")},
+        whole,
+        whole,
+        {**whole, "messages": user(json.dumps(properties, **TIGHT))},
+    ]
+    keys = [canonical_key(sent[0]), canonical_key(whole), canonical_key(whole, name="b")]
+    assert [request.data for request in [*found, filled]] == [msgspec.json.encode(body) for body in sent]
+    assert [request.key for request in found] == keys
+    in_text = json.dumps(properties, sort_keys=True, **TIGHT)
+    assert filled.key == canonical_key({**whole, "messages": user(in_text)})
+
+
+TIGHT = {"separators": (",", ":")}
 
 
 @pytest.mark.parametrize(
@@ -161,13 +200,14 @@ def test_the_fast_way_gives_the_bytes_of_the_slow_way(tmp_path_factory, text, na
     [filled] = requests_of(folder, [{"prompt": text, **named}], Recipe("m", system or None, "{prompt}", params))
     before = [{"role": "system", "content": system}] if system else []
     body = {"model": "m", **params, "messages": [*before, *user(text)]}
-    assert fast.data == msgspec.json.encode(body, order="sorted")
+    assert fast.data == msgspec.json.encode(body)
+    assert fast.key == canonical_key(body, name=fast.id)
     assert fast.id == (None if name is None else str(name))
     assert told([fast]) == told([slow]) == told([filled])
     if system == "" and name is not None:
         row = batch_row(str(name) or "none", **{"model": "m", "messages": user(text)})
         [batch] = requests_of(folder, [row], Recipe(None, params=params))
-        assert batch.data == fast.data
+        assert body_of(batch) == body_of(fast)
         assert (batch.key == fast.key) == (batch.id == fast.id)
 
 

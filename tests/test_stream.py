@@ -16,8 +16,8 @@ from millstream.llm.events import Stream
 from millstream.llm.peers import Peer
 from millstream.llm.simulator import KINDS, Behaviour, parse_latency, running
 from millstream.llm.wire import Wire, WireError
-from millstream.runs.ask.client import Reply
 from millstream.runs.ask.pieces import Pieces
+from millstream.runs.ask.requests import Reply
 
 STORY = body("Tell me a story of a mill.")
 SAID = "reply to: Tell me a story of a mill."

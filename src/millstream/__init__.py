@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from millstream.integrity import verify
     from millstream.records import Document
     from millstream.runs.ask.asking import ask_to
-    from millstream.runs.ask.client import Client, Reply, ask
+    from millstream.runs.ask.client import Client, ask
+    from millstream.runs.ask.requests import Reply
     from millstream.runs.ask.settings import AskSettings
     from millstream.runs.pack.packing import pack_to
     from millstream.runs.pack.provenance import text_of
@@ -35,7 +36,7 @@ _HOMES = {
     "Dataset": "formats.dataset",
     "Document": "records",
     "Fault": "aio.outcomes",
-    "Reply": "runs.ask.client",
+    "Reply": "runs.ask.requests",
     "Sample": "samples",
     "Stream": "runs.pack.streams",
     "ask": "runs.ask.client",

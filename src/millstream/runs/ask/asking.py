@@ -21,9 +21,11 @@ from millstream.errors import RequestError, RunError
 from millstream.formats.sources import InputShard, chunks, expand
 from millstream.llm.wire import Answer
 from millstream.runs.ask.answers import AnswerJournal, Header
+from millstream.runs.ask.bodies import Recipe
 from millstream.runs.ask.client import Client
-from millstream.runs.ask.prompts import Recipe, Request, batches
+from millstream.runs.ask.prompts import batches
 from millstream.runs.ask.purse import Purse
+from millstream.runs.ask.requests import Request
 from millstream.runs.ask.rows import batch_line, row_of, row_of_none, with_input
 from millstream.runs.ask.settings import AskSettings
 from millstream.runs.ask.tripwire import Tripwire

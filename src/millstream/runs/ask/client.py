@@ -16,13 +16,9 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
-
-import msgspec
+from typing import Any, Literal, TypeAlias
 
 from millstream.aio import Fault, Flow, race
-from millstream.aio import Reply as Done
 from millstream.aio.flow import Places
 from millstream.aio.hedging import Hedge
 from millstream.aio.limits import Adaptive, Fixed
@@ -30,12 +26,11 @@ from millstream.aio.rates import All, Rate, RetryBudget, per_minute
 from millstream.bridge import run
 from millstream.errors import RequestError, RunError
 from millstream.llm.wire import Answer, Wire, WireError, wait_before_retry
-from millstream.runs.ask.prompts import Request
+from millstream.runs.ask.bodies import body_from, in_order, words
+from millstream.runs.ask.pieces import Pieces
+from millstream.runs.ask.requests import Reply, Request, outcome_of
 from millstream.runs.ask.servers import Servers
 from millstream.runs.ask.tripwire import named, sentence
-
-if TYPE_CHECKING:
-    from millstream.runs.ask.pieces import Pieces
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A text (what the user says), a list of messages, or a mapping with "prompt" or "messages" and other parameters."""
@@ -47,31 +42,6 @@ _FIRST_GUESS = 256  # ids of a reply, before any has come
 _WINDOW_BYTES = 64 << 20  # of replies that wait to be handed out
 
 _FIRST_CONNECTIONS = 3  # attempts at a server that has never answered: its address may be wrong
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What the model said to request number `index`.
-
-    `latency` is in seconds from admission to answer, waits and retries included; `usage` is the server's count of ids;
-    `raw` its whole reply, JSON; `server` the base URL that gave it.
-    """
-
-    index: int
-    text: str
-    latency: float
-    attempts: int
-    model: str | None
-    usage: dict[str, Any]
-    finish_reason: str | None
-    server: str
-    raw: bytes
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """The whole reply, decoded anew each time."""
-        found: dict[str, Any] = msgspec.json.decode(self.raw)
-        return found
 
 
 class Client:
@@ -158,15 +128,15 @@ class Client:
 
     # Asking ---------------------------------------------------------------------------------------------------------
 
-    async def ask(self, prompt: Prompt, *, timeout: float | None = _DEFAULT) -> "Reply | Fault":
+    async def ask(self, prompt: Prompt, *, timeout: float | None = _DEFAULT) -> Reply | Fault:
         """One request's outcome. `timeout` bounds it as a whole, retries included, in seconds."""
         flow = self.flow([self._request(prompt)], **_whole(timeout))
         async with flow:
-            return _public(await anext(flow))
+            return outcome_of(await anext(flow))
 
     async def gather(
         self, prompts: Iterable[Prompt] | AsyncIterable[Prompt], *, timeout: float | None = _DEFAULT
-    ) -> "list[Reply | Fault]":
+    ) -> list[Reply | Fault]:
         """All outcomes, in the prompts' order; `timeout` as in `ask`, for each. Raises RunError as `Outcomes` does."""
         async with self.ordered(prompts, timeout=timeout) as outcomes:
             return [outcome async for outcome in outcomes]
@@ -189,7 +159,7 @@ class Client:
         *,
         models: Sequence[str] | None = None,
         timeout: float | None = _DEFAULT,
-    ) -> "Reply | Fault":
+    ) -> Reply | Fault:
         """The first reply to any of several prompts, or to one prompt from any of several `models`.
 
         The losers are cancelled and awaited. If all fail: a Fault of kind ``race`` with all of theirs in `faults`.
@@ -202,15 +172,13 @@ class Client:
             requests = [self._request(prompt) for prompt in prompts]
         if not requests:
             raise RequestError("a race needs somebody to run it")
-        return _public(await race(self.attempt, requests, **{**self._flows, **_whole(timeout)}))
+        return outcome_of(await race(self.attempt, requests, **{**self._flows, **_whole(timeout)}))
 
-    def stream(self, prompt: Prompt, *, timeout: float | None = _DEFAULT) -> "Pieces":
+    def stream(self, prompt: Prompt, *, timeout: float | None = _DEFAULT) -> Pieces:
         """One reply piece by piece: ``async with client.stream("...") as pieces: async for piece in pieces``.
 
         Then `pieces.outcome` is the Reply or the Fault. `timeout` bounds all of it, in seconds.
         """
-        from millstream.runs.ask.pieces import Pieces
-
         wire = self.servers.wires[self.servers.pick(-1, self._clock())]
         whole = self._flows["deadline"] or self._flows["timeout"] if timeout is _DEFAULT else timeout
         body = self._body(prompt)
@@ -251,28 +219,21 @@ class Client:
         return len(request.data) / _CHARACTERS_PER_ID, float(most) if most else self._learned_ids
 
     def _request(self, prompt: Any, **more: Any) -> Request:
-        return Request(0, None, b"", msgspec.json.encode({**self._body(prompt), **more}))
+        """Raises RequestError for what is no prompt."""
+        body = {**self._body(prompt), **more}
+        try:
+            return Request(0, None, b"", in_order(body))
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"no prompt: {words(error)}") from None
 
     def _body(self, prompt: Any) -> dict[str, Any]:
-        """The request's body. Raises RequestError for what is no prompt."""
-        body: dict[str, Any] = {"model": self._model, **self.params}
-        if isinstance(prompt, Mapping):
-            given = dict(prompt)
-            text = given.pop("prompt", None)
-            messages = given.pop("messages", None)
-            body |= given
-            if messages is None and isinstance(text, str):
-                messages = [{"role": "user", "content": text}]
-        elif isinstance(prompt, str):
-            messages = [{"role": "user", "content": prompt}]
-        else:
-            messages = prompt
-        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-            raise RequestError(f"no prompt: {prompt!r:.80}; give a text, messages, or a mapping with one of the two")
+        try:
+            body = body_from(prompt, {"model": self._model, **self.params}, self._system)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
         if not body["model"]:
             raise RequestError("no model given: name one with model=")
-        system = [{"role": "system", "content": self._system}] if self._system else []
-        return {**body, "messages": [*system, *messages]}
+        return body
 
 
 class Outcomes(AsyncIterator[Reply | Fault]):
@@ -296,7 +257,7 @@ class Outcomes(AsyncIterator[Reply | Fault]):
         outcome = await anext(self._flow)
         if isinstance(outcome, Fault) and isinstance(outcome.error, WireError) and outcome.error.fatal:
             raise RunError(f"{sentence(named(outcome))} Stopped: every other request would end the same way")
-        return _public(outcome)
+        return outcome_of(outcome)
 
 
 def ask(prompts: Prompt | Iterable[Prompt], base_url: Any = None, **options: Any) -> Any:
@@ -313,23 +274,6 @@ def ask(prompts: Prompt | Iterable[Prompt], base_url: Any = None, **options: Any
             return await client.gather(prompts)
 
     return run(main())
-
-
-def _public(outcome: Done[Answer] | Fault) -> Reply | Fault:
-    if isinstance(outcome, Fault):
-        return named(outcome)
-    answer = outcome.value
-    return Reply(
-        outcome.index,
-        answer.text,
-        outcome.seconds,
-        outcome.attempts,
-        answer.model,
-        answer.usage,
-        answer.finish_reason,
-        answer.server,
-        answer.raw,
-    )
 
 
 def _whole(timeout: float | None) -> dict[str, Any]:

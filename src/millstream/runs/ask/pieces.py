@@ -3,14 +3,12 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from millstream.aio import Fault
 from millstream.llm.events import Stream
 from millstream.llm.wire import WireError, wait_before_retry
-
-if TYPE_CHECKING:
-    from millstream.runs.ask.client import Reply
+from millstream.runs.ask.requests import Reply, reply_of
 
 
 class Pieces(AsyncIterator[str]):
@@ -104,22 +102,10 @@ class Pieces(AsyncIterator[str]):
             await stream.__aexit__()
 
     def _succeed(self) -> None:
-        from millstream.runs.ask.client import Reply
-
         assert self._stream is not None
         answer = self._stream.answer
         assert answer is not None
-        self.outcome = Reply(
-            index=0,
-            text=answer.text,
-            latency=_now() - self._began,
-            attempts=self._attempts,
-            model=answer.model,
-            usage=answer.usage,
-            finish_reason=answer.finish_reason,
-            server=answer.server,
-            raw=answer.raw,
-        )
+        self.outcome = reply_of(answer, index=0, latency=_now() - self._began, attempts=self._attempts)
 
     def _fail(self, kind: str, message: str, error: Exception | None = None) -> None:
         self.outcome = Fault(0, kind, message, _now() - self._began, self._attempts, error)

@@ -4,64 +4,25 @@ No Python object outlives its batch. What has to be known of all rows, whether a
 for each.
 """
 
-import json
-import re
-import string
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from millstream.errors import RequestError, RunError
-from millstream.formats.batch import is_request, parse_line, parse_request
+from millstream.formats.batch import parse_line
 from millstream.formats.sources import InputShard, Truncated, chunks
-from millstream.llm.wire import CHAT
 from millstream.records import Ids
+from millstream.runs.ask.bodies import Bodies, Recipe, encode, hash_of_nothing, no_model, printable, text_of, words
+from millstream.runs.ask.requests import Request
 
 _ROWS = 1024
 _FIRST_BLOCK, _BLOCK = 4 << 10, 64 << 10  # bytes of lines in a batch: few at first, so that asking starts at once
 _LONGEST_LINE = 32 << 20
 _PERHAPS = 22  # bits of a hash
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-_encode = msgspec.json.Encoder(order="sorted").encode
-_GAP = msgspec.Raw(b"\0")  # a byte that nothing else puts into JSON
-_hash_of_nothing = blake2b(digest_size=16)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a row becomes the body of a request.
-
-    `template` makes the prompt of a row's fields, `system` goes before the messages, `params` into the body. Rows of
-    OpenAI's Batch format bring their body: there `model` and `params` only fill in what it lacks.
-    """
-
-    model: str | None = None
-    system: str | None = None
-    template: str | None = None
-    params: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Request(msgspec.Struct, eq=False, gc=False):
-    """One row of the prompts.
-
-    `index` is its number from 0, blank lines not counted; `id` its custom_id or else its id, as text; `key` the 16
-    bytes that name it in the journal; `data` the body for `path`, in canonical JSON. A row that makes no request has no
-    data but a `fault`: (kind, message). `row` is the row itself in JSON, if it is wanted. `server` is the client's own.
-    """
-
-    index: int
-    id: str | None
-    key: bytes
-    data: bytes
-    path: str = CHAT
-    fault: tuple[str, str] | None = None
-    row: bytes | None = None
-    server: int = -1
 
 
 def batches(
@@ -81,7 +42,7 @@ def batches(
     ...     _ = file.write(b"one\\n\\none\\n"), file.flush()
     ...     [[first, again]] = batches(InputShard(file.name, "a.txt", "text"), Recipe("m"))
     >>> first.data
-    b'{"messages":[{"content":"one","role":"user"}],"model":"m"}'
+    b'{"model":"m","messages":[{"role":"user","content":"one"}]}'
     >>> first.index, again.index, first.key == again.key
     (0, 1, False)
     """
@@ -93,7 +54,7 @@ class _Reader:
 
     def __init__(self, prompts: InputShard, recipe: Recipe, keep_rows: bool) -> None:
         self._prompts, self._keep_rows = prompts, keep_rows
-        self._bodies = _Bodies(recipe)
+        self._bodies = Bodies(recipe)
         if prompts.kind == "text" and self._bodies.fields - {"prompt"}:
             raise RequestError(f"{prompts.name} is text, a prompt a line: the template can only have {{prompt}}")
         self._count = 0
@@ -125,17 +86,22 @@ class _Reader:
         batch: list[Request] = []
         plain = _plain_row if self._bodies.template is None else _no_plain_row
         around, of_messages, index = self._bodies.around_text, self._bodies.of_messages, self._count
+        head, tail, begun, end = around or (b"", b"", hash_of_nothing, b"")
         for number, line in enumerate(lines, first):
             try:
                 row = plain(line)
                 if not line.isascii():
                     line.decode()
                 if row.messages is not None:
-                    data = of_messages(row.messages)
+                    data, digest, _ = of_messages(row.messages)
                 elif row.prompt is not None:
-                    # As _Bodies.of_text does, and below as _key: to call them takes a seventh of all time.
-                    head, tail = around or _no_model()
-                    data = head + _encode(row.prompt) + tail
+                    # As Bodies.of_text does, and below as Body.key: to call them takes a seventh of all time.
+                    if around is None:
+                        no_model()
+                    text = encode(row.prompt)
+                    data = head + text + tail
+                    digest = begun.copy()
+                    digest.update(text + end)
                 else:
                     raise ValueError
             except (ValueError, RecursionError):
@@ -143,8 +109,6 @@ class _Reader:
                     batch.append(self._of_line(index, number, line))
                     index += 1
                 continue
-            digest = _hash_of_nothing.copy()
-            digest.update(data)
             name: Any = row.id if row.custom_id is None else row.custom_id
             if name is not None:
                 name = str(name)
@@ -176,10 +140,10 @@ class _Reader:
             except UnicodeDecodeError as error:
                 batch.append(self._fault(index, number, None, line, error))
             else:
-                data = of_text(prompt if template is None else template.fill({"prompt": prompt}))
-                batch.append(Request(index, None, _key(data, CHAT, None), data))
+                body = of_text(prompt if template is None else template.fill({"prompt": prompt}))
+                batch.append(Request(index, None, body.key(None), body.data))
                 if self._keep_rows:
-                    batch[-1].row = _encode({"prompt": prompt})
+                    batch[-1].row = encode({"prompt": prompt})
             index += 1
         return batch
 
@@ -196,8 +160,8 @@ class _Reader:
         name = None
         try:
             name = _name_of(given)
-            path, data = self._bodies.of_row(given)
-            request = Request(index, name, _key(data, path, name), data, path)
+            body = self._bodies.of_row(given)
+            request = Request(index, name, body.key(name), body.data, body.path)
         except (ValueError, RecursionError) as error:
             request = self._fault(index, number, name, repr(given).encode() if line is None else line, error)
         if given.get("custom_id") is not None:
@@ -207,9 +171,8 @@ class _Reader:
         return request
 
     def _fault(self, index: int, number: int, name: str | None, raw: bytes, error: Exception) -> Request:
-        message = _printable(f"{self._place(number)}: {_words(error)}")
-        key = _key(b"!" + raw, CHAT, None)  # no body starts like this
-        return Request(index, None if name is None else _printable(name), key, b"", fault=("bad_row", message))
+        message = printable(f"{self._place(number)}: {words(error)}")
+        return Request(index, None if name is None else printable(name), _no_body(raw), b"", fault=("bad_row", message))
 
     def _place(self, number: int) -> str:
         return f"{self._prompts.name}, {'row' if self._prompts.kind == 'parquet' else 'line'} {number:,}"
@@ -230,17 +193,13 @@ class _Reader:
             if request.fault is None:
                 message = f"{self._place(number)}: an earlier row has the custom_id {request.id!r} too; rename one"
                 request.fault, request.data = ("duplicate_id", message), b""
-                request.key = _key(b"!" + request.key, CHAT, None)  # it may be asked when the other row is gone
+                request.key = _no_body(request.key)  # it may be asked when the other row is gone
 
 
-def _key(data: bytes, path: str, name: str | None) -> bytes:
-    """The hash of what a request is. Neither a raw line end nor a NUL is in `data`, which is JSON."""
-    digest = _hash_of_nothing.copy()
-    digest.update(data)
-    if path != CHAT:
-        digest.update(b"\n" + _encode(path))
-    if name is not None:
-        digest.update(b"\0" + name.encode())
+def _no_body(raw: bytes) -> bytes:
+    """The key of what makes no request: no body starts like this."""
+    digest = hash_of_nothing.copy()
+    digest.update(b"!" + raw)
     return digest.digest()
 
 
@@ -276,124 +235,6 @@ class _Seen:
         return result
 
 
-# Bodies -------------------------------------------------------------------------------------------------------------
-
-
-class _Template:
-    """Text with fields: only {name} is one, as {text.__class__} would look into objects; {{ and }} are braces."""
-
-    def __init__(self, text: str) -> None:
-        try:
-            self._parts = [(literal, name) for literal, name, *_ in _checked(string.Formatter().parse(text))]
-        except ValueError as error:
-            raise RequestError(f"the template {text!r:.80} is none: {error}; write {{{{ and }}}} for braces") from None
-        self.fields = frozenset(name for _, name in self._parts if name is not None)
-
-    def fill(self, given: Mapping[str, Any]) -> str:
-        """The text with a row's fields; other values than text as JSON. Raises ValueError for one that is not there."""
-        return "".join([literal + ("" if name is None else self._value(given, name)) for literal, name in self._parts])
-
-    def _value(self, given: Mapping[str, Any], name: str) -> str:
-        if name not in given:
-            raise ValueError(f"no field {name!r} for the template; there are {_names(given)}")
-        if given[name] is None:
-            raise ValueError(f"the field {name!r} is null, and the template wants it")
-        return _text(given[name])
-
-
-def _checked(parts: Any) -> Iterator[tuple[str, str | None]]:
-    for literal, name, spec, conversion in parts:
-        if name is not None and (not name or spec or conversion or re.search(r"[.\[\]]", name)):
-            raise ValueError(f"only plain fields such as {{name}} are filled in, not {{{name}...}}")
-        yield literal, name
-
-
-class _Bodies:
-    """The bodies that a recipe makes. What a row gives goes into a gap between bytes that are made once."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        if "messages" in recipe.params:
-            raise RequestError("'messages' cannot be a parameter: messages come from the prompts")
-        self.template = None if recipe.template is None else _Template(recipe.template)
-        self.fields = self.template.fields if self.template else frozenset()
-        self._given = {"model": recipe.model, **recipe.params}
-        try:
-            _canonical([self._given, recipe.system, recipe.template])
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"the settings cannot be sent: {_words(error)}") from None
-        system = [{"role": "system", "content": recipe.system}] if recipe.system else []
-        self.around_text = self._around([*system, {"role": "user", "content": _GAP}])
-        self._around_messages = self._around([*system, _GAP])
-
-    def _around(self, messages: list[Any]) -> tuple[bytes, bytes] | None:
-        if not self._given["model"]:
-            return None
-        head, tail = _encode({**self._given, "messages": messages}).split(b"\0")
-        return head, tail
-
-    def of_text(self, prompt: str) -> bytes:
-        head, tail = self.around_text or _no_model()
-        return head + _encode(prompt) + tail
-
-    def of_messages(self, messages: Any) -> bytes:
-        """Raises ValueError if they are none."""
-        head, tail = self._around_messages or _no_model()
-        return head + _canonical(_checked_messages(messages))[1:-1] + tail
-
-    def of_row(self, given: Mapping[str, Any]) -> tuple[str, bytes]:
-        """(path, body) of a row. Raises ValueError that says what is wrong with it."""
-        if is_request(given):
-            return self._of_batch(given)
-        if self.template is not None:
-            return CHAT, self.of_text(self.template.fill(given))
-        messages, prompt = given.get("messages"), given.get("prompt")
-        if messages is not None:
-            return CHAT, self.of_messages(messages)
-        if prompt is None:
-            raise ValueError(f"no 'prompt' or 'messages'; there are {_names(given)}: give --template")
-        if not isinstance(prompt, str):
-            raise ValueError(f"'prompt' is not text but {type(prompt).__name__}")
-        return CHAT, self.of_text(prompt)
-
-    def _of_batch(self, given: Mapping[str, Any]) -> tuple[str, bytes]:
-        _, path, body = parse_request(given)
-        if path == CHAT:
-            _checked_messages(body.get("messages"))
-        filled = {**self._given, **body}
-        if filled["model"] is None:
-            filled["model"] = self._given["model"]
-        if not isinstance(filled["model"], str):
-            raise ValueError("'body' names no model: put one in, or give --model")
-        return path, _canonical(filled)
-
-
-def _no_model() -> NoReturn:
-    raise RequestError("no model given: name one with --model")
-
-
-def _checked_messages(messages: Any) -> Any:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("'messages' is no list of messages")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError("'messages' has one that is no object with a 'role'")
-    return messages
-
-
-def _canonical(value: Any) -> bytes:
-    """A value in JSON with sorted keys. Raises ValueError for what JSON does not have."""
-    try:
-        data = _encode(value)
-    except TypeError as error:
-        raise ValueError(f"no JSON: {error}") from None
-    if b"null" in data:  # which may stand for what JSON does not have
-        try:
-            json.dumps(value, allow_nan=False, default=str)
-        except ValueError:
-            raise ValueError("NaN or Infinity, which JSON does not have") from None
-    return data
-
-
 # Rows ---------------------------------------------------------------------------------------------------------------
 
 
@@ -419,47 +260,18 @@ def _name_of(given: Mapping[str, Any]) -> str | None:
     name = given.get("custom_id")
     if name is None:
         name = given.get("id")
-    return None if name is None else _text(name)
-
-
-def _text(value: Any) -> str:
-    """A value as text; what is none, as in JSON. Raises ValueError for what JSON does not have."""
-    if isinstance(value, str):
-        return value
-    data = _canonical(value)
-    return str(msgspec.json.decode(data)) if data.startswith(b'"') else data.decode()  # a date has no quotes
+    return None if name is None else text_of(name)
 
 
 def _json_of(given: Mapping[str, Any], line: bytes | None) -> bytes | None:
     """A row in JSON, as it was read where it was; None for what only a lenient reader takes."""
     try:
         if line is None:
-            return _encode(given)
+            return encode(given)
         line.decode()
         return bytes(_any_json(line))
     except (ValueError, TypeError, RecursionError):
         return None
-
-
-def _words(error: Exception) -> str:
-    """What is wrong, for a person."""
-    if isinstance(error, UnicodeEncodeError):
-        return "half of a surrogate pair, which no server takes; mend the text"
-    if isinstance(error, UnicodeDecodeError):
-        return f"not valid UTF-8: {error.reason} at byte {error.start}; mend the text"
-    if isinstance(error, RecursionError):
-        return "nested too deep"
-    return str(error)
-
-
-def _names(given: Mapping[str, Any]) -> str:
-    names = ", ".join(map(str, given)) or "none"
-    return names if len(names) <= 200 else names[:200] + "..."
-
-
-def _printable(text: str) -> str:
-    """Text with halves of surrogate pairs written out."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 # Files --------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from millstream.runs.ask.client import Client
-from millstream.runs.ask.prompts import Request
+from millstream.runs.ask.requests import Request
 
 
 class Purse:

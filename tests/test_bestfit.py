@@ -267,7 +267,7 @@ def test_documents_of_one_id():
 
 
 @pytest.mark.parametrize("window", [1, 100, 3000])
-def test_a_document_longer_than_the_window_comes_as_it_is_read(window):
+def test_what_goes_beyond_the_window_comes_as_it_is_read(window):
     read = []
 
     def documents():
@@ -276,10 +276,17 @@ def test_a_document_longer_than_the_window_comes_as_it_is_read(window):
             yield list(range(10_001))
 
     stream = millstream.pack(documents(), 100, strategy="best-fit", pad_id=0, window=window)
-    assert next(stream).token_ids.tolist() == list(range(100))
+    samples = [next(stream)]
+    first = window // 100 * 100
+    assert samples[0].token_ids.tolist() == list(range(first, first + 100))
     assert read == [0]
     # Each is a window by itself, so its end is in a sample alone.
-    assert [len(sample.segments) for sample in stream] == [1] * (3 * 101 - 1)
+    samples += stream
+    assert [len(sample.segments) for sample in samples] == [1] * (3 * 101)
+    starts = [sample.segments[0].start for sample in samples[:101]]
+    beyond = list(range(first, 10_000, 100))
+    assert starts[: len(beyond)] == beyond
+    assert sorted(starts[len(beyond) :]) == [*range(0, first, 100), 10_000]
 
 
 def test_the_window_closes_at_the_document_that_fills_it():
@@ -341,6 +348,43 @@ def test_short_documents_count_for_more_and_long_ones_stay_where_they_are():
     # 1,000 ids of window are seven documents of at most 128.
     order = order_of([[1]] * 21, shuffle=3, shuffle_window=1000)
     assert [sorted(order[at : at + 7]) for at in (0, 7, 14)] == [[*range(at, at + 7)] for at in (0, 7, 14)]
+
+
+# --- evenly spread ---------------------------------------------------------
+
+SPREAD = [
+    Strategy(name, 512, pad_id=1, window=window, shuffle=seed, shuffle_window=window)
+    for name in STRATEGIES
+    for seed in (None, 11)
+    for window in (1 << 30, 1 << 20)
+]
+
+
+@pytest.mark.parametrize("strategy", SPREAD, ids=lambda s: f"{s.name}-{s.shuffle}-{s.window}")
+def test_what_samples_hold_does_not_depend_on_where_in_the_run_they_are(strategy):
+    """Documents in a sample, those longer than a sample, and padding: the same in every tenth of the run."""
+    rng = np.random.default_rng(8)
+    length = np.minimum(rng.lognormal(5, 1.3, 20_000).astype(np.int64) + 1, 20_000)
+    line = Line(strategy, np.dtype(np.uint16))
+    made = []
+    for low in range(0, len(length), 1000):
+        row = np.arange(low, low + 1000)
+        some = length[row]
+        batch = TokenBatch(np.zeros(some.sum(), np.uint16), some, row, row * 0, [""] * 1000, row * 0, row)
+        made += line.feed(batch)
+    made += line.flush()
+    count = np.concatenate([np.bincount(p.segments["sample"], minlength=len(p.ids)) for p in made])
+    long = np.concatenate(
+        [
+            np.bincount(p.segments["sample"], length[p.segments["document"].astype(np.int64)] > 512, len(p.ids))
+            for p in made
+        ]
+    )
+    filled = np.concatenate([np.bincount(p.segments["sample"], p.segments["length"], len(p.ids)) for p in made])
+    assert len(count) > 10_000
+    for measure in (count, long > 0, filled):
+        tenths = np.array([part.mean() for part in np.array_split(measure, 10)])
+        assert np.abs(tenths / measure.mean() - 1).max() < 0.15, tenths
 
 
 def test_a_permutation_is_the_same_everywhere():
@@ -412,9 +456,12 @@ def test_a_window_counts_as_memory():
     held = window_memory(wanted, 2, None)
     assert held >= 64 * MIB
     assert window_memory(Settings(strategy="best-fit", validation=0.5), 2, None) == 2 * held
-    assert window_memory(Settings(strategy="best-fit", shuffle=1), 2, None) == 2 * held
+    order = 32 * (32 << 20) // 2048  # of its samples: the shuffle has none
+    assert window_memory(Settings(strategy="best-fit", shuffle=1), 2, None) == 2 * held - order
     assert window_memory(Settings(), 2, None) == 0
     assert window_memory(wanted, 2, 1 * MIB) < held // 10  # so few ids never fill it
+    tiny = Settings(strategy="best-fit", window=32 << 20, seq_len=1)
+    assert window_memory(tiny, 2, None) > held + 512 * MIB  # the order of that many samples
     assert choose_workers(wanted, 50_257, 32 * MIB, None)[0] == 2
     with pytest.raises(RequestError, match="--memory"):
         choose_workers(wanted, 50_257, 32 * MIB, None, held)

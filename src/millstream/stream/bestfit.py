@@ -152,19 +152,20 @@ def closes_behind(weights: Ids, room: int) -> int:
 class BestFit:
     """Put documents into samples whole, by best-fit-decreasing within a window; pad what stays free.
 
-    A document longer than a sample gives full samples at once, and its end is placed like a short document. A window
-    closes at the end of the document with which it has `window` ids, by `weight`; its samples come in an order that
-    depends on `seed` and the window's first document, as the plan leaves them sorted by length. In a sample the
-    documents are in the order of the stream. At most `max_segments` of them are in one.
+    A document longer than a sample gives full samples, and its end is placed like a short document. A window closes at
+    the end of the document with which it has `window` ids, by `weight`; its samples come in an order that depends on
+    `seed`, the window's first document and the lengths in it: as they were made, long documents would come first, and
+    the rest sorted by length. What that last document has beyond the window's ids comes before them, as it is read. In
+    a sample the documents are in the order of the stream. At most `max_segments` of them are in one.
 
     >>> import numpy as np
-    >>> packer, row = BestFit(4, np.dtype(np.uint32), pad_id=9), np.arange(4)
+    >>> packer, row = BestFit(4, np.dtype(np.uint32), pad_id=0), np.arange(4)
     >>> ids, lengths = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9]), np.array([3, 1, 0, 5])
     >>> batch = TokenBatch(ids, lengths, row, row * 0, ["a", "b", "c", "d"], row, row)
-    >>> [packed.ids.tolist() for packed in packer.feed(batch)]
-    [[[5, 6, 7, 8]]]
-    >>> [sorted(packed.ids.tolist()) for packed in packer.flush()]
-    [[[1, 2, 3, 4], [9, 9, 9, 9]]]
+    >>> list(packer.feed(batch))
+    []
+    >>> [packed.ids.tolist() for packed in packer.flush()]
+    [[[5, 6, 7, 8], [9, 0, 0, 0], [1, 2, 3, 4]]]
     """
 
     def __init__(
@@ -183,13 +184,15 @@ class BestFit:
         self._pad, self._side = pad_id, pad_side
         self._window, self._most, self._seed = window, max_segments, seed
         self._held = np.empty(0, dtype)  # the unfinished piece of a document that goes on
-        self._pieces = np.empty(window + seq_len, dtype)  # memory that is not written to is not used
+        self._open_full = 0  # full samples of it that are in the window
+        # Ends from the front, full samples from the back; memory that is not written to is not used.
+        self._pieces = np.empty(window + seq_len, dtype)
+        self._full = self._pieces[len(self._pieces) % seq_len :].reshape(-1, seq_len)[::-1]
         self._begin()
 
     def _begin(self) -> None:
-        self._weight = self._filled = 0
-        self._ended: list[Ended] = []  # the documents with a piece in the window
-        self._lengths: list[Ids] = []  # of the pieces
+        self._weight = self._filled = self._samples = 0
+        self._parts: list[_Documents] = []
         self._first: tuple[int, State, int] | None = None  # document, its state, and samples before the window
 
     def feed(self, batch: TokenBatch, where: Where = nowhere) -> Iterator[Packed]:
@@ -202,52 +205,60 @@ class BestFit:
             high = high if closes else len(batch)
             if self._first is None:
                 self._first = (int(batch.ordinal[low]), where(low), self.samples)
-            yield from self._take(batch.rows(low, high))
+            before = (int(weights[high - 2]) if high - low > 1 else counted) - counted
+            yield from self._take(batch.rows(low, high), self._window - self._weight - before)
             upto = int(weights[min(high, len(weights)) - 1]) if len(weights) else 0
             self._weight += upto - counted
             low, counted = high, upto
             if closes:
                 yield from self._close(where(high))
 
-    def _take(self, batch: TokenBatch) -> Iterator[Packed]:
-        """Take documents into the window; the full samples of long ones."""
-        n, first = self.seq_len, self.samples
+    def _take(self, batch: TokenBatch, room: int) -> Iterator[Packed]:
+        """Take documents into the window, where the last one has `room` ids; its full samples beyond that."""
+        n = self.seq_len
         flat = joined(self._held, batch)
         full = flat.length // n
         rest = flat.length - full * n
         runs = Runs(flat.ids, np.concatenate([[0], np.cumsum(np.stack([full * n, rest], axis=1))]))
-        ends = np.arange(len(batch)) < len(batch) - batch.open
-        after = np.cumsum(full) + first
-        self._held = runs.take(np.flatnonzero(~ends) * 2 + 1)
-        ended = Ended(
-            batch.ordinal,
-            batch.doc_ids,
-            batch.source,
-            batch.offset,
-            flat.start + flat.length,
-            after - (full > 0),
-            flat.start + flat.length > n,
+        samples = runs.take(np.flatnonzero(full) * 2).reshape(-1, n)
+        begun = int(flat.start[-1]) // n
+        beyond = int(full[-1]) - min(max(0, room // n - begun), int(full[-1]))
+        inside = len(samples) - beyond
+        self._full[self._samples : self._samples + inside] = samples[:inside]
+        self._samples += inside
+        full[-1] -= beyond
+        first = int(full[-1])  # of those of the last document that are beyond the window
+        full[0] += self._open_full
+        ended, open_row = len(batch) - batch.open, slice(len(batch) - batch.open, None)
+        self._open_full = int(full[open_row].sum())
+        self._held = runs.take(np.arange(len(batch))[open_row] * 2 + 1)
+        self._keep(runs.take(np.flatnonzero(rest[:ended]) * 2 + 1))
+        self._parts.append(
+            _Documents(
+                Ended(
+                    batch.ordinal[:ended],
+                    batch.doc_ids[:ended],
+                    batch.source[:ended],
+                    batch.offset[:ended],
+                    (flat.start + flat.length)[:ended],
+                    np.zeros(ended, np.int64),
+                    (flat.start + flat.length > n)[:ended],
+                ),
+                full[:ended],
+            )
         )
-        kept = ends & (rest > 0)
-        if kept.any():
-            self._keep(ended.where(kept), rest[kept], runs.take(np.flatnonzero(kept) * 2 + 1))
-        done = ends & (rest == 0)
-        if not (full.any() or done.any()):
-            return
-        self.samples = int(after[-1])
-        row = np.repeat(np.arange(len(full)), full)
-        number = np.arange(len(row))
-        segments = np.empty(len(row), SEGMENT)
-        segments["document"] = batch.ordinal[row]
-        segments["start"] = flat.start[row] + (number - (after - full - first)[row]) * n
-        segments["length"] = n
-        segments["sample"] = number
-        samples = runs.take(np.flatnonzero(full) * 2).reshape(-1, n).copy()
-        yield Packed(first, samples, segments, ended.where(done), self._state())
+        if beyond:
+            segments = np.empty(beyond, SEGMENT)
+            segments["document"] = batch.ordinal[-1]
+            segments["start"] = int(flat.start[-1]) + (first + np.arange(beyond)) * n
+            segments["length"] = n
+            segments["sample"] = np.arange(beyond)
+            number = self.samples
+            self.samples += beyond
+            nothing = self._parts[-1].ended.where(np.zeros(ended, bool))
+            yield Packed(number, samples[inside:].copy(), segments, nothing, self._state())
 
-    def _keep(self, ended: Ended, length: Ids, ids: Ids) -> None:
-        self._ended.append(ended)
-        self._lengths.append(length)
+    def _keep(self, ids: Ids) -> None:
         self._pieces[self._filled : self._filled + len(ids)] = ids
         self._filled += len(ids)
 
@@ -267,30 +278,20 @@ class BestFit:
         """Place the window's pieces and hand out its samples, a chunk at a time; `behind` is the next one's state."""
         assert self._first
         n, base = self.seq_len, self.samples
-        if self._lengths:
-            documents, length = _all(self._ended), np.concatenate(self._lengths)
-            bins, count = assign(length, n, self._most)
-            bins = permutation(count, self._seed, self._first[0], "bins")[bins]
-            order = _ordered(bins)
-            bounds = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=count))])
-            runs = Runs(self._pieces[: self._filled], np.concatenate([[0], np.cumsum(length)]))
-            state = self._state(base + count, behind)
-            step = max(1, CHUNK // n)
-            for low in range(0, count, step):
-                high = min(low + step, count)
-                chosen = order[bounds[low] : bounds[high]]
-                segments = np.empty(len(chosen), SEGMENT)
-                segments["document"] = documents.ordinal[chosen]
-                segments["start"] = (documents.length - length)[chosen]
-                segments["length"] = length[chosen]
-                segments["sample"] = bins[chosen] - low
-                used = np.bincount(segments["sample"], segments["length"], high - low).astype(np.int64)
-                ids = padded(runs.take(chosen), used, n, self._pad, self._side)
-                in_order = np.sort(chosen)
-                ended = documents.where(in_order)
-                ended.last_sample = bins[in_order] + base
-                self.samples = base + high
-                yield Packed(base + low, ids, segments, ended, state)
+        window = _Window(self._parts, n, self._most, self._seed, self._first[0])
+        runs = Runs(self._pieces[: self._filled], np.concatenate([[0], np.cumsum(window.rest)]))
+        state = self._state(base + window.count, behind)
+        step = max(1, CHUNK // n)
+        for low in range(0, max(window.count, 1), step):
+            high = min(low + step, window.count)
+            segments, pieces = window.segments(low, high)
+            is_full = window.at[low:high] < window.full
+            used = np.bincount(segments["sample"], segments["length"], high - low).astype(np.int64)
+            ids = np.empty((high - low, n), self._pieces.dtype)
+            ids[is_full] = self._full[window.at[low:high][is_full]]
+            ids[~is_full] = padded(runs.take(pieces), used[~is_full], n, self._pad, self._side)
+            self.samples = base + high
+            yield Packed(base + low, ids, segments, window.ended(low, high, base), state)
         self._begin()
 
     def flush(self) -> Iterator[Packed]:
@@ -300,6 +301,81 @@ class BestFit:
 
     def finish(self) -> Remainder:
         return Remainder(np.empty(0, self._pieces.dtype), np.empty(0, SEGMENT))
+
+
+class _Documents(NamedTuple):
+    """Documents that ended in a window, and how many of the full samples of each are in it."""
+
+    ended: Ended
+    full: Ids
+
+
+class _Window:
+    """Where a window's documents went: `count` samples, of which number k is full one `at[k]` of those that long
+    documents filled, in order, or, from `full` on, one of those that hold the ends; `rest` are the ends' lengths.
+    """
+
+    def __init__(self, parts: list[_Documents], n: int, most: int | None, seed: int, ordinal: int) -> None:
+        self._n = n
+        self._documents = _all([part.ended for part in parts])
+        self._full = np.concatenate([part.full for part in parts])
+        self._stops = np.cumsum(self._full)  # of each document's full samples
+        ends = self._documents.length % n
+        self._rows = np.flatnonzero(ends)  # the documents with an end
+        self.rest = ends[self._rows]
+        bins, opened = assign(self.rest, n, most)
+        self._order = _ordered(bins)  # the ends, bin by bin
+        self._sizes = np.bincount(bins, minlength=opened)
+        self._begins = np.cumsum(self._sizes) - self._sizes
+        self.full = int(self._full.sum())
+        self.count = self.full + opened
+        place = permutation(self.count, seed, ordinal, "bins")
+        self.at = np.empty_like(place)
+        self.at[place] = np.arange(self.count)
+        self._last = self._last_samples(place, bins)
+        self._by_last = _ordered(self._last + 1)
+
+    def _last_samples(self, place: Ids, bins: Ids) -> Ids:
+        """The last sample that has ids of each document; -1 if they are all before the window, 0 if it has none."""
+        length, some = self._documents.length, self._full > 0
+        last = np.where(length > 0, -1, 0)
+        last[self._rows] = place[self.full + bins]
+        if some.any():
+            latest = np.maximum.reduceat(place[: self.full], (self._stops - self._full)[some])
+            last[some] = np.maximum(last[some], latest)
+        return last
+
+    def segments(self, low: int, high: int) -> tuple[Ids, Ids]:
+        """(segments of the samples from `low` to before `high`, the ends among them), sample by sample."""
+        at = self.at[low:high]
+        is_full = at < self.full
+        counts = np.ones(len(at), np.int64)
+        counts[~is_full] = self._sizes[at[~is_full] - self.full]
+        sample = np.repeat(np.arange(len(at)), counts)
+        number, full = at[sample], is_full[sample]
+        nth = np.arange(len(sample)) - (np.cumsum(counts) - counts)[sample]
+        pieces = self._order[self._begins[number[~full] - self.full] + nth[~full]]
+        row = np.empty(len(sample), np.int64)
+        row[full] = np.searchsorted(self._stops, number[full], side="right")
+        row[~full] = self._rows[pieces]
+        segments = np.empty(len(sample), SEGMENT)
+        segments["document"] = self._documents.ordinal[row]
+        rest = self._documents.length[row] % self._n
+        in_order = (number - (self._stops - self._full)[row]) * self._n
+        segments["start"] = np.where(full, in_order, self._documents.length[row] - rest)
+        segments["length"] = np.where(full, self._n, rest)
+        segments["sample"] = sample
+        return segments, pieces
+
+    def ended(self, low: int, high: int, base: int) -> Ended:
+        """The documents of which the samples from `low` to before `high` have the last ids, in their order; `base` is
+        the number of the window's first sample."""
+        last = self._last[self._by_last]
+        bounds = np.searchsorted(last, [low if low else -1, high if high < self.count else self.count + 1])
+        rows = self._by_last[bounds[0] : bounds[1]]
+        found = self._documents.where(rows)
+        found.last_sample = base + np.maximum(self._last[rows], 0)
+        return found
 
 
 def _all(parts: list[Ended]) -> Ended:

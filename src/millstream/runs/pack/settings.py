@@ -1,6 +1,7 @@
 """What a pack run is asked for: checked, and split into what decides the bytes and what does not."""
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -26,6 +27,7 @@ ID_MEMORY = 640
 GPT2_IDS = 50_257
 DOCUMENT_COPIES = 10
 HELD_DOCUMENT = 320  # what is kept of each document in a window besides its ids, until the window is handed out
+HELD_SAMPLE = 32  # bytes, of each in a window of best-fit: their order
 WORTH_A_WORKER = 24 * MIB
 """Bytes of input below which starting another process takes longer than it saves."""
 
@@ -259,10 +261,12 @@ def paces(fraction: float) -> tuple[float, float]:
 
 def window_memory(settings: Settings, itemsize: int, total_bytes: int | None) -> int:
     """Bytes that windows need at most, for ids of `itemsize` bytes; `total_bytes` of input, None if that is unknown."""
-    ids = sum(window for window in windows(settings) if window)
-    if total_bytes is not None:  # roughly, and no text has more ids than bytes
-        ids = min(ids, 2 * total_bytes)
-    return int(ids * (itemsize + HELD_DOCUMENT / LEAST) * sum(paces(settings.validation)))
+    most = math.inf if total_bytes is None else 2 * total_bytes  # roughly, and no text has more ids than bytes
+    best_fit, shuffled = (window or 0 for window in windows(settings))
+    ids = min(best_fit + shuffled, most)
+    samples = min(best_fit, most) / settings.seq_len
+    held = ids * (itemsize + HELD_DOCUMENT / LEAST) + samples * HELD_SAMPLE
+    return int(held * sum(paces(settings.validation)))
 
 
 def choose_workers(

@@ -223,6 +223,10 @@ def pack_summary(report: Report) -> str:
         lines.append(f"  time       {_shares(report)}")
         if report.compared:
             lines.append(f"  compared   {_scaled(report.compared)}B with the reference engine: all ids equal")
+    if report.not_compared_such_as:
+        name, why = report.not_compared_such_as
+        count = _count(report.not_compared, "document")
+        lines.append(f"  compared   {count} not, such as {name!r}, which the fast engine alone encodes: {why}")
     lines += [f"  hint       {hint}" for hint in report.hints]
     return "\n".join(lines)
 

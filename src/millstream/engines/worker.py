@@ -1,11 +1,13 @@
 """A worker process of the local engine: units come on standard input, results go to standard output."""
 
 import os
+import pickle
 import queue
 import threading
 from typing import Any
 
 from millstream.engines.local import keep_freed_memory, receive, send
+from millstream.errors import RunError
 
 
 def main() -> None:
@@ -41,5 +43,14 @@ def main() -> None:
         try:
             answer = (number, False, function(unit))
         except BaseException as error:
-            answer = (number, True, error)
+            answer = (number, True, portable(error))
         answers.put(answer)
+
+
+def portable(error: BaseException) -> BaseException:
+    """The error, or one with its words if it cannot be sent: the classes of some libraries cannot be imported."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except (pickle.PickleError, AttributeError, ImportError, TypeError, ValueError):
+        return RunError(f"{type(error).__name__}: {error}")

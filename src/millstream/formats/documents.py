@@ -80,6 +80,30 @@ def _add_fault(
     batch.count += 1
 
 
+def leave_out(batch: TextBatch, unit: tuple[Slice, ...], failed: dict[int, str], reason: str) -> None:
+    """Turn rows of a decoded `unit` into faults: `failed` has a message for each. Not for rows of cut documents."""
+    for row, message in failed.items():
+        source, offset = batch.source[row], batch.offset[row]
+        line, name = _line_of(batch, unit, source, offset), next(p.name for p in unit if p.source == source)
+        doc_id = batch.doc_ids[row]
+        batch.faults.append(Fault(batch.position[row], reason, message, name, offset, line, doc_id, source))
+    batch.faults.sort()
+    for column in (batch.texts, batch.doc_ids, batch.position, batch.source, batch.offset):
+        for row in sorted(failed, reverse=True):
+            del column[row]
+
+
+def _line_of(batch: TextBatch, unit: tuple[Slice, ...], source: int, offset: int) -> int:
+    """The line at `offset` of JSONL, counted from the beginning of the unit; 0 for what has no lines."""
+    before = 0
+    for piece, (_, lines) in zip(unit, batch.lines, strict=True):
+        if piece.source == source and piece.kind == "jsonl":
+            if piece.start <= offset < piece.start + piece.size:
+                return before + slice_bytes(piece)[: offset - piece.start].count(b"\n") + 1
+            before += lines
+    return 0
+
+
 def slice_bytes(piece: Slice) -> bytes:
     if piece.data is not None:
         return piece.data

@@ -21,7 +21,11 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """How a run ended. `ledger` is the manifest's; `stages` are seconds of work by stage, over all processes."""
+    """How a run ended. `ledger` is the manifest's; `stages` are seconds of work by stage, over all processes.
+
+    `compared` bytes were compared with the reference engine; `not_compared` documents were not, as it cannot encode
+    them, `not_compared_such_as` has the id of one and what it said.
+    """
 
     out: str
     complete: bool
@@ -41,6 +45,8 @@ class Report:
     hints: list[str]
     tokenizer: str | None
     validation: dict[str, Any] | None = None
+    not_compared: int = 0
+    not_compared_such_as: tuple[str, str] | None = None
     exports: list[dict[str, Any]] = field(default_factory=list)
 
     @property

@@ -3,10 +3,11 @@
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from millstream.errors import EngineMismatch
+from millstream.errors import EngineMismatch, Unusable
 from millstream.records import LEARNED, Ids
 from millstream.stream.chat import Rendered
 from millstream.stream.encoders import Engine, HuggingFace
@@ -144,13 +145,73 @@ def like_the_last(ids: Ids, lengths: Ids) -> None:
     ids[stops - 1] |= ids[stops - 2] & np.uint32(LEARNED)
 
 
-Encoding = Callable[[Engine], tuple[Ids, Ids]]
+Encoding = Callable[[Engine, Sequence[Any]], tuple[Ids, Ids]]
+"""Documents to (ids back to back, length of each) with an engine; raises Unusable if it cannot encode one of them."""
 
 
-def compare(tokenizer: Tokenizer, reference: Engine, encode: Encoding, names: Sequence[str]) -> None:
-    """Encode the same documents with both engines. Raises EngineMismatch, naming the first that differs."""
-    ours, our_lengths = encode(tokenizer.engine)
-    theirs, their_lengths = encode(reference)
+class Attempt(NamedTuple):
+    """Documents as ids: those of all rows but `failed`, back to back, and their lengths.
+
+    By row, what an engine said: `failed` can be encoded by neither, `rescued` by the other one only.
+    """
+
+    ids: Ids
+    length: Ids
+    failed: dict[int, str]
+    rescued: dict[int, str]
+
+
+def attempt(encode: Encoding, items: Sequence[Any], engine: Engine, other: Callable[[], Engine | None]) -> Attempt:
+    """Encode `items` with `engine`, in one call; those that it cannot encode, found one by one, with the `other`."""
+    try:
+        return Attempt(*encode(engine, items), {}, {})
+    except Unusable:
+        pass
+    made: list[Ids] = []
+    failed: dict[int, str] = {}
+    rescued: dict[int, str] = {}
+    for row in range(len(items)):
+        one = items[row : row + 1]
+        try:
+            made.append(encode(engine, one)[0])
+        except Unusable as error:
+            failed[row] = error.message
+        if row in failed and (second := other()):
+            try:
+                made.append(encode(second, one)[0])
+                rescued[row] = failed.pop(row)
+            except Unusable as error:
+                failed[row] += f"; {error.message}"
+    length = np.fromiter(map(len, made), np.int64, len(made))
+    return Attempt(np.concatenate(made) if made else np.zeros(0, np.uint32), length, failed, rescued)
+
+
+def compare(
+    tokenizer: Tokenizer, reference: Engine, encode: Encoding, items: Sequence[Any], names: Sequence[str]
+) -> dict[int, str]:
+    """Encode the same documents with both engines. Raises EngineMismatch, naming the first that differs.
+
+    Those that the reference cannot encode are not compared: what it said, by row.
+    """
+    try:
+        _compare(tokenizer, reference, encode, items, names)
+        return {}
+    except Unusable:
+        pass
+    missed = {}
+    for row in range(len(items)):
+        try:
+            _compare(tokenizer, reference, encode, items[row : row + 1], names[row : row + 1])
+        except Unusable as error:
+            missed[row] = error.message
+    return missed
+
+
+def _compare(
+    tokenizer: Tokenizer, reference: Engine, encode: Encoding, items: Sequence[Any], names: Sequence[str]
+) -> None:
+    ours, our_lengths = encode(tokenizer.engine, items)
+    theirs, their_lengths = encode(reference, items)
     if not (np.array_equal(our_lengths, their_lengths) and np.array_equal(ours, theirs)):
         our_stops, their_stops = np.cumsum(our_lengths), np.cumsum(their_lengths)
         for name, a, n, b, m in zip(names, our_stops, our_lengths, their_stops, their_lengths, strict=True):

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from millstream.errors import RunError
-from millstream.formats.documents import Fields, decode
+from millstream.formats.documents import Fields, decode, leave_out
 from millstream.records import Fault, Ids, Slice, TextBatch
 from millstream.stream.encoders import Engine
-from millstream.stream.tokenize import compare, encode_rendered, like_the_last, surround
+from millstream.stream.tokenize import Encoding, attempt, compare, encode_rendered, like_the_last, surround
 from millstream.stream.tokenizers import Tokenizer, load_tokenizer
 
 CHECK_FIRST = 1_000_000
@@ -24,7 +25,8 @@ _CHECK_SIZE = 4 << 20  # longer texts are left out: the reference would need sec
 @dataclass(slots=True)
 class Encoded:
     """The result of one unit, in columns. `position` numbers documents and faults together, from 0 (-1: goes on with
-    the document before); `in_validation` is empty without a validation subset."""
+    the document before); `in_validation` is empty without a validation subset. `compared` bytes were compared with the
+    reference; `not_compared` has the ids of documents that it could not encode, and what it said."""
 
     ids: Ids
     length: Ids
@@ -40,6 +42,7 @@ class Encoded:
     open: bool
     size: int
     compared: int = 0
+    not_compared: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -69,9 +72,9 @@ class Encode:
         clock.append(time.perf_counter())
         tokenizer = engine_of(self.tokenizer, self.sha256, self.engine) if self.tokenizer else None
         if tokenizer and not self.fields.ids:
-            ids, length = self._encode(tokenizer, batch.texts, tokenizer.engine)
-            ids = ids.astype(np.uint32 if self.masked else tokenizer.dtype)
+            ids, length, rescued = self._tokenize(tokenizer, unit, batch)
         else:
+            rescued = set[int]()
             length = np.fromiter(map(len, batch.ids), np.int64, len(batch.ids))
             dtype = tokenizer.dtype if tokenizer else np.dtype(np.uint32)
             ids = np.concatenate(batch.ids).astype(dtype) if batch.ids else np.zeros(0, dtype)
@@ -79,7 +82,7 @@ class Encode:
         if self.masked and self.eos is not None:
             like_the_last(ids, length)
         clock.append(time.perf_counter())
-        compared = self._compare(tokenizer, batch, check_all) if tokenizer else 0
+        compared, missed = self._compare(tokenizer, batch, check_all, rescued) if tokenizer else (0, {})
         clock.append(time.perf_counter())
         parts = ("decode", "tokenize", "compare")
         return Encoded(
@@ -97,29 +100,68 @@ class Encode:
             batch.open,
             sum(piece.size for piece in unit),
             compared,
+            missed,
             {part: b - a for part, a, b in zip(parts, clock, clock[1:], strict=False)},
         )
 
-    def _encode(self, tokenizer: Tokenizer, texts: list[Any], engine: Engine) -> tuple[Ids, Ids]:
-        if not self.fields.of_row:
-            return engine.encode(texts)
-        if not self.masked:
-            texts = [text._replace(learned=()) for text in texts]
-        return encode_rendered(tokenizer, texts, engine)
+    def _tokenize(self, tokenizer: Tokenizer, unit: tuple[Slice, ...], batch: TextBatch) -> tuple[Ids, Ids, set[int]]:
+        """(ids, lengths, rows that only the other engine could encode) of a batch.
 
-    def _compare(self, tokenizer: Tokenizer, batch: TextBatch, check_all: bool) -> int:
+        What neither can encode becomes a fault of the batch. With the reference alone, what it cannot encode though the
+        fast engine can is an error: which documents are faults does not depend on the engine.
+        """
+        encoding = self._encoding(tokenizer)
+        ids, length, failed, rescued = attempt(encoding, batch.texts, tokenizer.engine, self._other_engine)
+        for row, message in rescued.items() if self.engine == "reference" else ():
+            raise RunError(
+                f"document {batch.doc_ids[row]!r}: {message}. The fast engine can: pack without --engine reference"
+            )
+        if failed:
+            cut = {0} if batch.opened else set()
+            cut |= {len(batch.texts) - 1} if batch.open else set()
+            for row in cut & failed.keys():
+                raise RunError(f"document {batch.doc_ids[row]!r}, whose beginning is packed already: {failed[row]}")
+            leave_out(batch, unit, failed, "tokenizer")
+        behind = {row - sum(bad < row for bad in failed) for row in rescued}
+        return ids.astype(np.uint32 if self.masked else tokenizer.dtype), length, behind
+
+    def _other_engine(self) -> Engine | None:
+        """The reference, or the fast one where the reference packs; None if the tokenizer has only one engine."""
+        assert self.tokenizer
+        tokenizer = engine_of(self.tokenizer, self.sha256, "fast")
+        if tokenizer.reference is None:
+            return None
+        return tokenizer.engine if self.engine == "reference" else _reference(tokenizer)
+
+    def _encoding(self, tokenizer: Tokenizer) -> Encoding:
+        def encode(engine: Engine, texts: Sequence[Any]) -> tuple[Ids, Ids]:
+            if not self.fields.of_row:
+                return engine.encode(texts)
+            if not self.masked:
+                texts = [text._replace(learned=()) for text in texts]
+            return encode_rendered(tokenizer, texts, engine)
+
+        return encode
+
+    def _compare(
+        self, tokenizer: Tokenizer, batch: TextBatch, check_all: bool, without: set[int]
+    ) -> tuple[int, dict[str, str]]:
+        """(bytes of the documents that were compared with the reference, what it said of those that it cannot encode)
+        of a batch, or of a sample of it; `without` these rows."""
         if tokenizer.reference is None or not batch.texts:
-            return 0
+            return 0, {}
         # A multiplicative hash of the place, so that the choice depends on the corpus and not on the batches.
         place = np.array(batch.offset, np.uint64) + np.array(batch.source, np.uint64) * np.uint64(0x5851F42D)
         hashed = (place + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)
         chosen = np.full(len(place), True) if check_all else hashed % np.uint64(_CHECK_EVERY) == 0
+        chosen[list(without)] = False
         rows = [row for row in np.flatnonzero(chosen).tolist() if self._size(batch.texts[row]) <= _CHECK_SIZE]
         if not rows:
-            return 0
+            return 0, {}
         texts, names = [batch.texts[row] for row in rows], [batch.doc_ids[row] for row in rows]
-        compare(tokenizer, _reference(tokenizer), lambda engine: self._encode(tokenizer, texts, engine), names)
-        return sum(map(self._size, texts))
+        missed = compare(tokenizer, _reference(tokenizer), self._encoding(tokenizer), texts, names)
+        size = sum(self._size(text) for row, text in enumerate(texts) if row not in missed)
+        return size, {names[row]: message for row, message in missed.items()}
 
     def _size(self, text: Any) -> int:
         return len(text.text if self.fields.of_row else text)

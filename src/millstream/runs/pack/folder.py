@@ -183,6 +183,21 @@ def refuse_if_different(out: str, found: dict[str, Any], identity: dict[str, Any
         )
 
 
+NOT_COMPARED = "not compared"
+"""The journal's event for documents that only the fast engine can encode: what the reference said, by their ids."""
+
+
+def refuse_unknown_to_reference(out: str) -> None:
+    """Raises ResumeRefused if an unfinished run has met documents that the reference engine cannot encode."""
+    met = {name: why for event in Journal.events(out, NOT_COMPARED) for name, why in event["documents"].items()}
+    for name, why in met.items():
+        more = f" and {len(met) - 1:,} more" if len(met) > 1 else ""
+        raise ResumeRefused(
+            f"{out} cannot go on with --engine reference: document {name!r}{more} was packed by the fast engine alone, "
+            f"as {why}. Give the same command without it, or another --out"
+        )
+
+
 def _flag(key: str) -> str:
     named = {"pad_id": "--pad-id", "exports": "--format"}
     return named.get(key) or "--" + key.removesuffix("_id").replace("_", "-")

@@ -31,7 +31,17 @@ from millstream.formats.slices import Limits, slices, units
 from millstream.formats.sources import InputShard, expand, rough_total
 from millstream.records import LEARNED, Cursor, Fault, Slice, TokenBatch
 from millstream.runs.pack.encode import CHECK_FIRST, Encode, Encoded
-from millstream.runs.pack.folder import Inputs, claim, clear, delete_run, first_mark, found_run, refuse_if_different
+from millstream.runs.pack.folder import (
+    NOT_COMPARED,
+    Inputs,
+    claim,
+    clear,
+    delete_run,
+    first_mark,
+    found_run,
+    refuse_if_different,
+    refuse_unknown_to_reference,
+)
 from millstream.runs.pack.ledger import make_ledger
 from millstream.runs.pack.settings import (
     MIB,
@@ -108,6 +118,8 @@ class PackRun:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.started = time.perf_counter()
         self.compared = 0
+        self.not_compared = 0
+        self.not_compared_such_as: tuple[str, str] | None = None
 
     @property
     def max_document(self) -> int:
@@ -122,6 +134,8 @@ class PackRun:
                 self._write_tokenizer()
                 return self._go(None, journal)
             refuse_if_different(self.out, found, self.identity, self.inputs)
+            if not found["complete"] and self.settings.engine == "reference":
+                refuse_unknown_to_reference(self.out)
             if found["complete"]:
                 return self._report(found["ledger"], found["subsets"], found.get("exports", []), already=True)
             return self._go(found, journal)
@@ -240,6 +254,8 @@ class PackRun:
             for encoded in self._timed("wait", results):
                 read = afters.pop(0)
                 after, batch, bad = self._number(encoded, mark, read)
+                if encoded.not_compared:
+                    journal.write(NOT_COMPARED, documents=encoded.not_compared)
                 compared = read[:2] >= known
                 try:
                     self._record(bad, faults)
@@ -346,6 +362,8 @@ class PackRun:
         for stage, seconds in encoded.seconds.items():
             self.seconds[stage] += seconds
         self.compared += encoded.compared
+        self.not_compared += len(encoded.not_compared)
+        self.not_compared_such_as = self.not_compared_such_as or next(iter(encoded.not_compared.items()), None)
         after = Mark(
             cursor,
             mark.ordinal + count,
@@ -513,6 +531,8 @@ class PackRun:
             workers=self.workers,
             workers_why=self.workers_why,
             compared=self.compared,
+            not_compared=self.not_compared,
+            not_compared_such_as=self.not_compared_such_as,
             hints=hints,
             tokenizer=self.tokenizer.name if self.tokenizer else None,
             validation=validation,

@@ -1,5 +1,6 @@
 """What packing a corpus would give, before it is done: from the lengths of its documents, or of some of them."""
 
+import contextlib
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from millstream.errors import DataError, RequestError, RunError
+from millstream.errors import DataError, RequestError, RunError, Unusable
 from millstream.formats.documents import Fields
 from millstream.formats.slices import Limits
 from millstream.formats.sources import InputShard, expand, rough_total
@@ -199,7 +200,10 @@ def _reader(settings: Settings, tokenizer: Tokenizer | None, sample: int, seed: 
         masked=settings.masked,
     )
     if tokenizer and encode.tokenizer and not settings.ids_field:
-        engine_of(encode.tokenizer, tokenizer.sha256, settings.engine).engine.encode(["loaded before time is taken"])
+        with contextlib.suppress(Unusable):
+            engine_of(encode.tokenizer, tokenizer.sha256, settings.engine).engine.encode(
+                ["loaded before time is taken"]
+            )
     limits = Limits(longest, longest if text_too else None, bool(tokenizer and tokenizer.safe_cuts))
     return BlockReader(encode, limits, columns_of(settings), sample, seed)
 

@@ -8,7 +8,7 @@ import itertools
 import os
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -21,9 +21,10 @@ from millstream.formats.sources import expand
 from millstream.records import Cursor, Document, Ids, TokenBatch, unmarked
 from millstream.samples import Sample, Segment
 from millstream.stream.bestfit import WINDOW
+from millstream.stream.encoders import Engine
 from millstream.stream.line import STRATEGIES, Line, Strategy
 from millstream.stream.pack import Packed, State
-from millstream.stream.tokenize import encode_rendered, like_the_last, surround
+from millstream.stream.tokenize import Attempt, attempt, encode_rendered, like_the_last, surround
 from millstream.stream.tokenizers import load_tokenizer
 
 T = TypeVar("T")
@@ -206,22 +207,30 @@ def tokenize(
             raise RequestError("chat=True wants rows with messages, and read() gives texts: give the rows themselves")
         loaded.chat.check()
 
-    def encoded(texts: list[Any]) -> tuple[Ids, Ids]:
-        if not chat:
-            ids, length = loaded.engine.encode(texts)
-            return surround(ids.astype(loaded.dtype), length, bos_id, eos_id)
-        ids, length = surround(*encode_rendered(loaded, texts), bos_id, eos_id)
-        if eos:
+    def encoding(engine: Engine, texts: Sequence[Any]) -> tuple[Ids, Ids]:
+        return encode_rendered(loaded, texts, engine) if chat else engine.encode(texts)
+
+    def reference() -> Engine | None:
+        return loaded.reference_engine if loaded.reference else None
+
+    def surrounded(found: Attempt, rows: int) -> tuple[Ids, Ids]:
+        length = found.length[:rows]
+        ids, length = surround(found.ids[: length.sum()], length, bos_id, eos_id)
+        if chat and eos:
             like_the_last(ids, length)
-        return ids, length
+        return ids if chat else ids.astype(loaded.dtype), length
 
     def batches(state: State | None) -> Iterator[_Tokens]:
         ordinal = state["item"] if state else 0
         content = loaded.chat.render if chat else partial(_text_of, field=text_field)
         for batch in _text_batches(documents, content, id_field, state):
-            ids, length = encoded(batch.texts)
-            tokens = _token_batch(ids, length, ordinal, batch.ids)
+            found = attempt(encoding, batch.texts, loaded.engine, reference)
+            good = min(found.failed, default=len(batch.texts))
+            ids, length = surrounded(found, good)
+            tokens = _token_batch(ids, length, ordinal, batch.ids[:good])
             yield _Tokens(tokens, _with_item(batch.states, ordinal), loaded.dtype if chat else None)
+            if found.failed:  # what came before it is handed out first
+                raise DataError(f"document {batch.ids[good]!r}: {found.failed[good]}")
             ordinal += len(length)
 
     return Stream(batches, _id_items, state)
@@ -254,13 +263,16 @@ def _text_batches(
         return
     ordinal = state["item"] if state else 0
     for items in _doubling(documents, ordinal, _rough_size):
-        texts = []
+        texts: list[Any] = []
+        names: list[str] = []
         for number, item in enumerate(items, ordinal):
             try:
                 texts.append(content(item))
             except Unusable as error:
+                if texts:  # what came before it is handed out first
+                    yield _Texts(texts, names, _fixed_state, ordinal)
                 raise DataError(f"document {number}: {error.message}") from error
-        names = [_name_of(item, id_field, n) for n, item in enumerate(items, ordinal)]
+            names.append(_name_of(item, id_field, number))
         yield _Texts(texts, names, _fixed_state, ordinal)
         ordinal += len(items)
 

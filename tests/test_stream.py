@@ -190,11 +190,27 @@ def test_a_stream_may_be_cut_into_chunks_anywhere(texts, end, noise, sizes):
 @given(TEXTS, st.data())
 def test_no_stream_that_lost_its_end_is_taken_for_a_whole_one(texts, data):
     content = written([*map(event, texts), event("", "stop")]).rstrip()
-    kept = data.draw(st.integers(0, len(content) - 1))
+    told_how_it_ended = len(content.removesuffix(b"data: [DONE]").rstrip())
+    kept = data.draw(st.integers(0, told_how_it_ended - 1))
     with pytest.raises(WireError) as failed:
         read([content[:kept]])
     assert told(failed.value) == ("cut", 200, True, False)
     assert read([content])[0] == texts  # an end of line is not asked for
+
+
+@pytest.mark.parametrize("done", ["", "data: [DONE]", "data: [DONE]\n\n", 'data: {"usage": {"total_tokens": 3}}'])
+def test_a_stream_that_told_how_it_ended_may_leave_the_last_word_out(done):
+    events = written([event("a"), event("b", "length")], done=done).rstrip(b"\n")
+    pieces, stream = read([events])
+    assert (pieces, stream.answer.text, stream.finish_reason) == (["a", "b"], "ab", "length")
+    assert stream.usage == ({"total_tokens": 3} if "usage" in done else {})
+
+
+@pytest.mark.parametrize("rest", ["data: {", "da", ": by", 'data: {"usage": {"total_tokens": 3}'])
+def test_a_stream_that_ends_in_the_middle_of_a_line_was_cut(rest):
+    with pytest.raises(WireError) as failed:
+        read([written([event("a", "stop")], done=rest).rstrip(b"\n")])
+    assert told(failed.value) == ("cut", 200, True, False)
 
 
 ENDS = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from millstream.cli.types import INTERRUPTED, WITH_FAULTS, needs_ask_extra
+from millstream.cli.types import INTERRUPTED, SIZE, WITH_FAULTS, needs_ask_extra
 from millstream.errors import MillstreamError, RequestError
 
 
@@ -52,6 +52,9 @@ from millstream.errors import MillstreamError, RequestError
 @click.option("--retry-faults", is_flag=True, help="Ask again what an earlier run could not get answered.")
 @click.option("--keep-input", is_flag=True, help="Put the prompt's own fields into its row, under input.")
 @click.option("--batch-format", is_flag=True, help="Write rows as OpenAI's Batch API does.")
+@click.option(
+    "--max-reply", type=SIZE, default="64MiB", show_default=True, metavar="SIZE", help="Bytes of a reply at most."
+)
 @click.option("--journal", type=click.Path(), metavar="DIR", help="Where to keep what is answered [default: FILE.run].")
 @click.option("--json", "as_json", is_flag=True, help="Print the closing report as JSON.")
 def ask(

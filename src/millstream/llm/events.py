@@ -6,8 +6,25 @@ from typing import Any
 import msgspec
 
 from millstream.llm.peers import Peer
-from millstream.llm.replies import Answer, Incoming, Message, answer_in, instead_of_text, whole
-from millstream.llm.verdicts import WireError, mapping
+from millstream.llm.replies import (
+    GIVEN_UP,
+    MOST,
+    Answer,
+    Incoming,
+    Message,
+    answer_in,
+    instead_of_text,
+    message_of,
+    not_whole,
+    too_large,
+    unusable,
+    whole,
+)
+from millstream.llm.tolerant import BLANK, fitted, json_of, text_in, usage_of, whole_letters, word_of
+from millstream.llm.verdicts import WireError
+
+_EVENTS = (b"data", b"event", b"id", b"retry", b":")  # how server-sent events begin
+_FIRST_HALVES = ("\ud800", "\udbff")  # of surrogate pairs: from, to
 
 
 class Stream(AsyncIterator[str]):
@@ -17,10 +34,11 @@ class Stream(AsyncIterator[str]):
     says that it does. The connection is closed with the block.
     """
 
-    def __init__(self, peer: Peer, begin: Callable[[], Awaitable[Incoming]]) -> None:
-        self._peer, self._begin = peer, begin
+    def __init__(self, peer: Peer, begin: Callable[[], Awaitable[Incoming]], most: int = MOST) -> None:
+        self._peer, self._begin, self._most = peer, begin, most
         self._incoming: Incoming | None = None
-        self._events = _Events(peer)
+        self._events = _Events(peer, most)
+        self._begun = False
         self._ready: Iterator[str] = iter(())
         self._said: list[str] = []
         self.answer: Answer | None = None
@@ -29,11 +47,7 @@ class Stream(AsyncIterator[str]):
         incoming = self._incoming = await self._begin()
         try:
             if incoming.status != 200:
-                raise self._peer.refused(incoming.status, await whole(incoming), incoming.headers)
-            form = incoming.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-            if form in ("application/json", "text/html"):  # it does not stream, or it is none of those servers
-                self.answer = answer_in(self._peer, await whole(incoming))
-                self._ready = iter([self.answer.text] if self.answer.text else [])
+                raise self._peer.refused(incoming.status, await whole(self._peer, incoming), incoming.headers)
         except BaseException:
             await self.__aexit__()
             raise
@@ -55,11 +69,37 @@ class Stream(AsyncIterator[str]):
                 self.answer = self._events.ended("".join(self._said))
                 continue
             assert self._incoming, "use it inside `async with`"
-            try:
-                chunk = await self._incoming.chunk()
-            except WireError as error:
-                raise self._events.cut(str(error).removeprefix(f"{self._peer.url}: ")) from None
-            self._ready = self._events.pieces(chunk)
+            chunk = await self._chunk(self._incoming)
+            if not self._begun:
+                chunk = await self._first(self._incoming, chunk)
+            if self.answer is None:
+                self._ready = self._events.pieces(chunk)
+
+    async def _first(self, incoming: Incoming, chunk: bytes) -> bytes:
+        """The first bytes that are not blank. If they begin no event, all of it is read as a whole reply.
+
+        What they look like decides, as what servers and proxies say of it in Content-Type is often not so.
+        """
+        blank = 0
+        while chunk and not chunk.lstrip(BLANK):
+            blank += len(chunk)
+            if blank > self._most:
+                raise too_large(self._peer, self._most)
+            chunk = await self._chunk(incoming)
+        self._begun = True
+        chunk = chunk.lstrip(BLANK)
+        form = incoming.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        declared = form in ("application/json", "text/html")  # it does not stream, or it is none of those servers
+        if chunk.startswith((b"{", b"[", b"<")) or (declared and not chunk.startswith(_EVENTS)):
+            self.answer = answer_in(self._peer, chunk + await whole(self._peer, incoming, self._most))
+            self._ready = iter([self.answer.text] if self.answer.text else [])
+        return chunk
+
+    async def _chunk(self, incoming: Incoming) -> bytes:
+        try:
+            return await incoming.chunk()
+        except WireError as error:
+            raise self._events.cut(str(error).removeprefix(f"{self._peer.url}: ")) from None
 
     @property
     def model(self) -> str | None:
@@ -78,9 +118,12 @@ class Stream(AsyncIterator[str]):
 class _Events:
     """The server-sent events of one reply: bytes in, cut anywhere; pieces of text out."""
 
-    def __init__(self, peer: Peer) -> None:
-        self._peer = peer
-        self._rest = b""  # the begin of a line whose end is not here yet
+    def __init__(self, peer: Peer, most: int) -> None:
+        self._peer, self._most = peer, most
+        self._bytes = 0
+        self._rest: list[bytes] = []  # the begin of a line whose end is not here yet
+        self._data = b""  # of an event that goes on in its next line
+        self._half = ""  # of a letter that goes on in the next piece
         self._is_error = False
         self._has_choice = self._has_text = False
         self.done = False
@@ -96,38 +139,76 @@ class _Events:
 
         Raises WireError for an error event, for what is no event, and at an end that came too early.
         """
-        lines = (self._rest + chunk).splitlines(keepends=True)
-        self._rest = lines.pop() if lines and not lines[-1].endswith((b"\n", b"\r")) else b""
-        for line in lines:
-            field, _, value = line.partition(b":")
-            data = value.strip()
-            if field == b"event":
-                self._is_error = data == b"error"
-            if field == b"data" and data and not self.done and (piece := self._piece(data)):
+        self._bytes += len(chunk)
+        if self._bytes > self._most:
+            raise too_large(self._peer, self._most)
+        for line in self._lines(chunk):
+            if not self.done and (piece := self._line(line)):
                 yield piece
         if not chunk and not self.done:
-            self.done = self._rest.replace(b" ", b"") == b"data:[DONE]"  # without an end of line
-            if not self.done:
+            if self._data or self.finish_reason is None:
                 raise self.cut("it ended without [DONE]")
+            self.done = True  # not all servers say so, but this one has told how the reply ended
+        if self.done and self._half:
+            self._half = ""
+            yield "\ufffd"
+
+    def _lines(self, chunk: bytes) -> list[bytes]:
+        """The lines that end in this chunk; at the end, what was left of one."""
+        if chunk and b"\n" not in chunk and b"\r" not in chunk:
+            self._rest.append(chunk)
+            return []
+        lines = b"".join([*self._rest, chunk]).splitlines(keepends=True)
+        # A line end may be half here: \r, and \n with the next chunk.
+        self._rest = [lines.pop()] if chunk and not lines[-1].endswith(b"\n") else []
+        return lines
+
+    def _line(self, line: bytes) -> str | None:
+        """The piece of text that ends in this line."""
+        field, _, value = line.partition(b":")
+        if field == b"data" and (value := value.rstrip(b"\r\n").removeprefix(b" ")):
+            return self._piece(value)
+        if line.strip() and not line.endswith((b"\n", b"\r")):
+            raise self.cut("it ended in the middle of a line")
+        if field == b"event":
+            self._is_error = value.strip() == b"error"
+        elif self._data and not line.strip():
+            raise unusable(self._peer, "a stream with an event that is none", self.usage)
+        return None
 
     def _piece(self, data: bytes) -> str | None:
-        if data == b"[DONE]":
+        if data.strip() == b"[DONE]" and not self._data:
             self.done = True
             return None
+        data = b"\n".join([self._data, data]) if self._data else data
         try:
             event = _decode_event(data)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            raise self._peer.error(
-                "unusable", "a stream with an event that is none", status=200, retry=True, usage=self.usage
-            ) from None
+        except (ValueError, RecursionError):
+            try:
+                found = json_of(data, mend=False)
+            except ValueError:
+                self._data = data  # perhaps its next line has the rest
+                return None
+            event = self._tolerantly(found)
+        self._data = b""
         if event.error or self._is_error:
-            failed = self._peer.failed(event.error or mapping(data))
-            failed.usage = self.usage
-            raise failed
+            raise not_whole(self._peer, event.error or json_of(data), None, self.usage)
+        return self._told(event)
+
+    def _tolerantly(self, found: Any) -> "_Event":
+        """What there is of an event that is not quite as it should be; null is none."""
+        given = found if isinstance(found, Mapping) else {}
+        choices = given.get("choices") or []
+        if not isinstance(choices, list):
+            raise unusable(self._peer, "a stream with an event that is none", self.usage)
+        return fitted(_Event, given, choices=[_piece_of(choice) for choice in choices if choice is not None])
+
+    def _told(self, event: "_Event") -> str | None:
         self.model = event.model or self.model
-        if type(event.usage) is dict:
-            self.usage = event.usage
+        self.usage = usage_of(event.usage) or self.usage
         for choice in event.choices:
+            if choice.error:
+                raise not_whole(self._peer, choice.error, None, self.usage)
             if choice.index == 0:
                 return self._said(choice)
         return None
@@ -140,10 +221,18 @@ class _Events:
             self._refused += filter(None, [delta.refused])
             self._thought += filter(None, [delta.thought])
             self._called.add(delta.called or [])
-        said = choice.text if delta is None else delta.content
-        text: str | None = said if isinstance(said, str) else instead_of_text(delta)
+        text = choice.text if delta is None else delta.content
+        if text is None:
+            text = instead_of_text(delta)
         self._has_text = self._has_text or text is not None
-        return text
+        return self._with_half(text) if text else text
+
+    def _with_half(self, text: str) -> str:
+        """A piece of text without the half of a letter that it may end in: it goes before the next piece."""
+        text, self._half = self._half + text, ""
+        if _FIRST_HALVES[0] <= text[-1] <= _FIRST_HALVES[1]:
+            text, self._half = text[:-1], text[-1]
+        return whole_letters(text)
 
     def cut(self, reason: str) -> WireError:
         return self._peer.error("cut", f"the stream was cut: {reason}", status=200, retry=True, usage=self.usage)
@@ -151,11 +240,11 @@ class _Events:
     def ended(self, text: str) -> Answer:
         """The stream said that it ended: all of it as one answer."""
         if not self._has_choice:
-            raise self._unusable("a stream without choices")
+            raise unusable(self._peer, "a stream without choices", self.usage)
         if self.finish_reason is None:
             raise self.cut("it ended without a finish_reason")
-        if not self._has_text:
-            raise self._unusable("a reply without text")
+        if not self._has_text or self.finish_reason in GIVEN_UP:
+            raise not_whole(self._peer, None, self.finish_reason, self.usage)
         told = {
             "refusal": "".join(self._refused) or None,
             "tool_calls": self._called.whole or None,
@@ -165,9 +254,6 @@ class _Events:
         choices = [{"index": 0, "message": message, "finish_reason": self.finish_reason}]
         raw = msgspec.json.encode({"model": self.model, "choices": choices, "usage": self.usage})
         return Answer(text, self.model, self.usage, self.finish_reason, raw, self._peer.url, **told)  # type: ignore[arg-type]
-
-    def _unusable(self, reason: str) -> WireError:
-        return self._peer.error("unusable", reason, status=200, retry=True, usage=self.usage)
 
 
 class _ToolCalls:
@@ -220,15 +306,28 @@ def streamed(body: Mapping[str, Any] | bytes) -> dict[str, Any]:
 class _PieceOfChoice(msgspec.Struct):
     index: int = 0
     delta: Message | None = None
-    text: Any = None
-    finish_reason: Any = None
+    text: str | None = None
+    finish_reason: str | None = None
+    error: Any = None
 
 
 class _Event(msgspec.Struct):
     choices: list[_PieceOfChoice] = []
-    model: Any = None
+    model: str | None = None
     usage: Any = None
     error: Any = None
 
 
 _decode_event = msgspec.json.Decoder(_Event).decode
+
+
+def _piece_of(given: Any) -> _PieceOfChoice:
+    named = given if isinstance(given, Mapping) else {}
+    delta = named.get("delta")
+    return fitted(
+        _PieceOfChoice,
+        named,
+        delta=None if delta is None else message_of(delta),
+        text=text_in(named.get("text")),
+        finish_reason=word_of(named.get("finish_reason")),
+    )

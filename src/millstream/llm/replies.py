@@ -6,7 +6,18 @@ from typing import Any, Protocol
 import msgspec
 
 from millstream.llm.peers import Peer
-from millstream.llm.verdicts import WireError, mapping
+from millstream.llm.tolerant import BLANK, fitted, mapping, text_in, thought_in, usage_of, word_of
+from millstream.llm.verdicts import WireError
+
+MOST = 64 << 20
+"""Bytes of a reply, unpacked, unless told otherwise."""
+
+_MOST_OF_ERROR = 1 << 20  # bytes that are read of a reply that is no answer
+GIVEN_UP = {"error", "abort"}  # what servers call the end of a reply that they did not end
+_FINAL = {  # finish_reason -> what it means if there is no text: another attempt would be paid for and end the same way
+    "length": "no text: all of max_tokens went into thinking; give it more",
+    "content_filter": "no text: the server's content filter took it away",
+}
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -33,8 +44,7 @@ class Answer(msgspec.Struct, frozen=True):
     @property
     def body(self) -> dict[str, Any]:
         """The whole reply, decoded anew each time."""
-        found: dict[str, Any] = msgspec.json.decode(self.raw.decode(errors="replace"))
-        return found
+        return mapping(self.raw)
 
 
 class Incoming(Protocol):
@@ -51,12 +61,26 @@ class Incoming(Protocol):
     async def close(self) -> None: ...
 
 
-async def whole(incoming: Incoming) -> bytes:
-    """All of the body."""
-    chunks = []
+async def whole(peer: Peer, incoming: Incoming, most: int = MOST) -> bytes:
+    """All of the body, of at most so many bytes: memory must not hang on what a server sends. Raises WireError.
+
+    Of a reply with another status than 200 only the beginning is of use, and more of it is not read.
+    """
+    failed = incoming.status != 200
+    chunks, size = [], 0
     while chunk := await incoming.chunk():
         chunks.append(chunk)
+        size += len(chunk)
+        if failed and size >= _MOST_OF_ERROR:
+            break
+        if size > most:
+            raise too_large(peer, most)
     return b"".join(chunks)
+
+
+def too_large(peer: Peer, most: int) -> WireError:
+    """Another attempt would bring as much."""
+    return peer.error("unusable", f"a reply of over {most:,} bytes, the most that is read (--max-reply)", status=200)
 
 
 def answer_in(peer: Peer, content: bytes) -> Answer:
@@ -67,13 +91,15 @@ def answer_in(peer: Peer, content: bytes) -> Answer:
     """
     try:
         body = _decode(content)
-        choice = body.choices[0]
-    except (msgspec.DecodeError, UnicodeDecodeError, IndexError):
-        raise unusable(peer, content) from None
+    except (ValueError, RecursionError):
+        body = _tolerantly(content)
+    usage = usage_of(body.usage)
+    if not body.choices:
+        raise peer.failed(body.error) if body.error else unusable(peer, _looks_like(content), usage)
+    choice = body.choices[0]
     text = _text_of(choice)
-    if text is None:
-        raise unusable(peer, content, "a reply without text")
-    usage = body.usage if type(body.usage) is dict else {}
+    if body.error or choice.error or text is None or choice.finish_reason in GIVEN_UP:
+        raise not_whole(peer, body.error or choice.error, choice.finish_reason, usage)
     message = choice.message or _NO_MESSAGE
     several = body.choices if len(body.choices) > 1 else ()
     return Answer(
@@ -91,14 +117,22 @@ def answer_in(peer: Peer, content: bytes) -> Answer:
     )
 
 
-def unusable(peer: Peer, content: bytes, reason: str | None = None) -> WireError:
-    """What to say of a reply with status 200 that is no answer."""
-    body = mapping(content)
-    if error := body.get("error"):
-        return peer.failed(error)
-    usage = body.get("usage")
-    usage = usage if isinstance(usage, dict) else None
-    return peer.error("unusable", reason or _looks_like(content), status=200, retry=True, usage=usage)
+def not_whole(peer: Peer, error: Any, finish_reason: str | None, usage: dict[str, Any]) -> WireError:
+    """What to say of a reply that came to its end, and is no answer: it has an error in it, or no text."""
+    if error:
+        failed = peer.failed(error)
+        failed.usage = usage
+        return failed
+    if finish_reason in GIVEN_UP:
+        return unusable(peer, f"the server gave this reply up, with finish_reason {finish_reason!r}", usage)
+    if finish_reason in _FINAL:
+        return peer.error(finish_reason, _FINAL[finish_reason], status=200, usage=usage)
+    return unusable(peer, "a reply without text", usage)
+
+
+def unusable(peer: Peer, reason: str, usage: dict[str, Any]) -> WireError:
+    """What to say of a reply with status 200 that is no answer, and may be one the next time."""
+    return peer.error("unusable", reason, status=200, retry=True, usage=usage)
 
 
 class Message(msgspec.Struct):
@@ -107,15 +141,15 @@ class Message(msgspec.Struct):
     What the model thought is called `reasoning_content` by DeepSeek and most, `reasoning` by OpenRouter and newer vLLM.
     """
 
-    content: Any = None
+    content: str | None = None
     tool_calls: Any = None
-    refusal: Any = None
-    reasoning_content: Any = None
-    reasoning: Any = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     @property
     def refused(self) -> str | None:
-        return self.refusal if isinstance(self.refusal, str) and self.refusal else None
+        return self.refusal or None
 
     @property
     def called(self) -> list[Any] | None:
@@ -123,10 +157,7 @@ class Message(msgspec.Struct):
 
     @property
     def thought(self) -> str | None:
-        for text in (self.reasoning_content, self.reasoning):
-            if isinstance(text, str) and text:
-                return text
-        return None
+        return self.reasoning_content or self.reasoning or None
 
 
 _NO_MESSAGE = Message()
@@ -134,36 +165,67 @@ _NO_MESSAGE = Message()
 
 class _Choice(msgspec.Struct):
     message: Message | None = None
-    text: Any = None
-    finish_reason: Any = None
+    text: str | None = None
+    finish_reason: str | None = None
+    error: Any = None
 
 
 class _Body(msgspec.Struct):
-    choices: list[_Choice]
-    model: Any = None
+    choices: list[_Choice] = []
+    model: str | None = None
     usage: Any = None
+    error: Any = None
 
 
 _decode = msgspec.json.Decoder(_Body).decode  # only what is needed: a third of the time of decoding all
 
 
+def _tolerantly(content: bytes) -> _Body:
+    """What there is of a body in a reply that is not quite as it should be."""
+    found = mapping(content)
+    choices = found.get("choices")
+    return fitted(_Body, found, choices=list(map(_choice_of, choices)) if isinstance(choices, list) else [])
+
+
+def _choice_of(given: Any) -> _Choice:
+    named = given if isinstance(given, Mapping) else {}
+    message = named.get("message")
+    return fitted(
+        _Choice,
+        named,
+        message=None if message is None else message_of(message),
+        text=text_in(named.get("text")),
+        finish_reason=word_of(named.get("finish_reason")),
+    )
+
+
+def message_of(given: Any) -> Message:
+    """A message of any form: its content may have come in parts, or alone."""
+    if not isinstance(given, Mapping):
+        return Message(content=text_in(given))
+    content = given.get("content")
+    found = fitted(Message, given, content=text_in(content))
+    found.reasoning_content = found.thought or thought_in(content)
+    return found
+
+
 def _text_of(choice: _Choice) -> str | None:
     message = choice.message
     text = choice.text if message is None else message.content
-    return text if isinstance(text, str) else instead_of_text(message)
+    return instead_of_text(message) if text is None else text
 
 
 def instead_of_text(message: Message | None) -> str | None:
     """The model may have refused or called a tool where it should have said something."""
     if message is None:
         return None
-    if isinstance(message.refusal, str):
+    if message.refusal is not None:
         return message.refusal
     return "" if message.tool_calls else None
 
 
 def _looks_like(content: bytes) -> str:
-    start = content[:200].lstrip().lower()
+    start = content[:200].lstrip(BLANK).lower()
     if not start:
         return "an empty reply"
     if start.startswith((b"<!doctype", b"<html")):

@@ -13,7 +13,7 @@ import msgspec
 from millstream.llm.addresses import CHAT, secrets_of, without_login
 from millstream.llm.events import Stream, streamed
 from millstream.llm.peers import Peer
-from millstream.llm.replies import Answer, answer_in, whole
+from millstream.llm.replies import MOST, Answer, answer_in, whole
 
 _RAISE = {  # the SDK and the libraries that it may send with, and what they raise
     "openai": ("OpenAIError",),
@@ -30,7 +30,8 @@ class SdkWire:
     brings: `openai` is imported by nobody else.
     """
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, *, most: int = MOST) -> None:
+        self._most = most
         self._client = client.with_options(max_retries=0, timeout=None)
         self.base_url, self._login = without_login(str(client.base_url))
 
@@ -47,7 +48,7 @@ class SdkWire:
         """Make one attempt with a mapping, or with bytes that are JSON already. Raises WireError."""
         response = await self._begin(body, path)
         try:
-            content = await whole(response)
+            content = await whole(self._peer(), response, self._most)
         finally:
             await response.close()
         if response.status != 200:
@@ -56,7 +57,7 @@ class SdkWire:
 
     def pieces(self, body: Mapping[str, Any] | bytes, path: str = CHAT) -> Stream:
         """One attempt whose text comes piece by piece; see `Wire.pieces`."""
-        return Stream(self._peer(), lambda: self._begin(streamed(body), path))
+        return Stream(self._peer(), lambda: self._begin(streamed(body), path), self._most)
 
     async def _begin(self, body: Mapping[str, Any] | bytes, path: str) -> "_Response":
         peer = self._peer()

@@ -9,7 +9,7 @@ import re
 import time
 from typing import Any, NamedTuple
 
-import msgspec
+from millstream.llm.tolerant import mapping
 
 _AGAIN = {408, 409, 425, 429}  # and all from 500 on
 _KINDS = {
@@ -123,14 +123,6 @@ def said_by(error: Any) -> Said:
         kind if isinstance(kind, str) else None,
         True,
     )
-
-
-def mapping(content: bytes) -> dict[str, Any]:
-    try:
-        found = msgspec.json.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def seconds_of(retry_after: str | None) -> float | None:

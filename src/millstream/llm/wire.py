@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, DummyCookieJar, TCPConnector
+from aiohttp.hdrs import CONTENT_ENCODING
 from yarl import URL
 
 from millstream.errors import RequestError
 from millstream.llm.addresses import CHAT, basic, secrets_of, without_login
 from millstream.llm.events import Stream, streamed
 from millstream.llm.peers import Peer
-from millstream.llm.replies import Answer, answer_in
+from millstream.llm.replies import MOST, Answer, answer_in, unusable, whole
+from millstream.llm.unpacking import BadPacking, Unpacker
 from millstream.llm.verdicts import WireError, seconds_of
 
 __all__ = ["CHAT", "Answer", "Stream", "Wire", "WireError", "seconds_of", "wait_before_retry"]
@@ -25,6 +27,7 @@ __all__ = ["CHAT", "Answer", "Stream", "Wire", "WireError", "seconds_of", "wait_
 FIRST_WAIT = 0.5
 LONGEST_WAIT = 60.0
 
+_LONGEST_HEADER = 64 << 10  # bytes; proxies and policies make them long
 _AT_ONCE = 1 << 20  # bytes; aiohttp warns of more in one piece
 
 
@@ -32,10 +35,12 @@ class Wire:
     """A connection pool to one server, for one event loop: ``async with Wire(url) as wire: await wire.send(body)``.
 
     The number of connections is not limited here: whoever calls `send` bounds how many run at once. A user and password
-    in the URL are sent instead of the key. Raises RequestError for what is no URL, and for a key that cannot be sent.
+    in the URL are sent instead of the key. A reply has at most `most` bytes. Raises RequestError for what is no URL,
+    and for a key that cannot be sent.
     """
 
-    def __init__(self, base_url: str, api_key: str | None = None) -> None:
+    def __init__(self, base_url: str, api_key: str | None = None, *, most: int = MOST) -> None:
+        self._most = most
         self.base_url, login = without_login(base_url)
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise RequestError("the API key has a line break or a letter that is not ASCII; was it copied whole?")
@@ -63,6 +68,9 @@ class Wire:
             timeout=ClientTimeout(total=None),  # the caller's clock is the only one
             headers=self._headers,
             cookie_jar=DummyCookieJar(),
+            auto_decompress=False,  # it would unpack any amount at once
+            max_line_size=_LONGEST_HEADER,
+            max_field_size=_LONGEST_HEADER,
         )
         return self
 
@@ -74,12 +82,23 @@ class Wire:
         """Make one attempt with a mapping, or with bytes that are JSON already. Raises WireError."""
         try:
             async with self._post(body, path) as response:
-                content = await response.read()
+                content = await self._content(response)
         except (ClientError, OSError) as error:
             raise self._peer.lost(error) from None  # its cause may hold the key
         if response.status != 200:
             raise self._peer.refused(response.status, content, response.headers)
         return answer_in(self._peer, content)
+
+    async def _content(self, response: ClientResponse) -> bytes:
+        """The body of a reply, as far as it is read."""
+        size = response.content_length
+        if size is not None and size <= self._most and CONTENT_ENCODING not in response.headers:
+            return await response.read()
+        incoming = _Response(response, self._peer)
+        try:
+            return await whole(self._peer, incoming, self._most)
+        finally:
+            await incoming.close()
 
     def pieces(self, body: Mapping[str, Any] | bytes, path: str = CHAT) -> Stream:
         """One attempt whose text comes piece by piece: ``async with wire.pieces(body) as pieces: async for piece ...``.
@@ -93,7 +112,7 @@ class Wire:
             except (ClientError, OSError) as error:
                 raise self._peer.lost(error) from None
 
-        return Stream(self._peer, begin)
+        return Stream(self._peer, begin, self._most)
 
     def _post(self, body: Mapping[str, Any] | bytes, path: str) -> Any:
         assert self._session, "use it inside `async with`"
@@ -112,12 +131,29 @@ class _Response:
         self._response, self._peer = response, peer
         self.status: int = response.status
         self.headers: Mapping[str, str] = response.headers
+        packing = response.headers.get(CONTENT_ENCODING, "identity").strip().lower()
+        self._packing = "" if packing == "identity" else packing
+        self._unpacker: Unpacker | None = None
 
     async def chunk(self) -> bytes:
         try:
-            return await self._response.content.readany()
+            return await (self._unpacked() if self._packing else self._response.content.readany())
+        except BadPacking as error:
+            if self.status != 200:
+                return b""  # its status says enough
+            raise unusable(self._peer, str(error), {}) from None
         except (ClientError, OSError) as error:
             raise self._peer.lost(error) from None
+
+    async def _unpacked(self) -> bytes:
+        unpacker = self._unpacker = self._unpacker or Unpacker(self._packing)
+        while not (chunk := unpacker.chunk()):
+            packed = await self._response.content.readany()
+            if not packed:
+                unpacker.end()
+                break
+            unpacker.feed(packed)
+        return chunk
 
     async def close(self) -> None:
         self._response.close()

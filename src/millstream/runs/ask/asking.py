@@ -74,6 +74,7 @@ def ask_to(
         hedge=settings.hedge,
         schema=settings.schema,
         params=settings.params,
+        max_reply=settings.max_reply,
     )
     recipe = Recipe(settings.model, settings.system, settings.template, client.params)
     folder = journal or (None if out == "-" else f"{out}.run")

@@ -25,6 +25,7 @@ from millstream.aio.limits import Adaptive, Fixed
 from millstream.aio.rates import All, Rate, RetryBudget, per_minute
 from millstream.bridge import run
 from millstream.errors import RequestError, RunError
+from millstream.llm.replies import MOST
 from millstream.llm.wire import Answer, Wire, WireError, wait_before_retry
 from millstream.runs.ask.bodies import body_from, in_order, words
 from millstream.runs.ask.pieces import Pieces
@@ -56,7 +57,7 @@ class Client:
     `in_flight` attempts run at once, over all that the client does; ``"auto"`` finds out how many. `timeout` bounds one
     attempt, `deadline` a request with all its retries and waits (seconds; None: no bound); `attempts` are made at most.
     `rpm` and `tpm` bound the requests and the ids of a minute. `hedge` asks slow requests a second time, at another
-    server if there is one, and takes the first reply.
+    server if there is one, and takes the first reply. A reply has at most `max_reply` bytes, unpacked.
 
     A request that fails is a `Fault`, never an exception.
     """
@@ -78,12 +79,13 @@ class Client:
         hedge: bool = False,
         schema: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
+        max_reply: int = MOST,
         seed: int | None = None,
     ) -> None:
         found = base_url or os.environ.get("OPENAI_BASE_URL") or []
         places = [found] if isinstance(found, str) or not isinstance(found, Sequence) else found
         key = api_key or os.environ.get("OPENAI_API_KEY")
-        self.servers = Servers([_wire(one, key) for one in places])
+        self.servers = Servers([_wire(one, key, max_reply) for one in places])
         self._model, self._system = model, system
         self.params = dict(params or {})  # of every request's body
         self._attempts, self._draw = attempts, random.Random(seed)
@@ -281,13 +283,13 @@ def _whole(timeout: float | None) -> dict[str, Any]:
     return {} if timeout is _DEFAULT else {"timeout": None, "deadline": timeout}
 
 
-def _wire(place: Any, key: str | None) -> Any:
+def _wire(place: Any, key: str | None, most: int) -> Any:
     """A wire to a base URL, or one that goes through an `openai.AsyncOpenAI`."""
     if isinstance(place, str):
-        return Wire(place, key)
+        return Wire(place, key, most=most)
     from millstream.llm.sdk import SdkWire
 
-    return SdkWire(place)
+    return SdkWire(place, most=most)
 
 
 def _count(total: Counter[str], usage: Mapping[str, Any]) -> None:

@@ -11,7 +11,8 @@ class AskSettings:
 
     `timeout` bounds one attempt and `deadline` a request with all its retries, in seconds; None: no bound. `price` is
     that of a million ids in prompts and in replies; `max_cost`, in the same money, is never exceeded by what servers
-    report. `keep_input` puts the row's own fields beside the answer.
+    report. `keep_input` puts the row's own fields beside the answer. `max_reply` is the
+    most bytes that are read of a reply.
     """
 
     model: str | None = None
@@ -35,3 +36,4 @@ class AskSettings:
     retry_faults: bool = False
     batch_format: bool = False
     keep_input: bool = False
+    max_reply: int = 64 << 20

@@ -1,6 +1,7 @@
 """What the tests of flows share: servers with a script, sources of every kind, and a loop that takes no complaint."""
 
 import asyncio
+import math
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
@@ -116,7 +117,12 @@ class Server:
 
 
 def patient(attempts: int, wait: float = 0.25):
-    return lambda error, tried: wait * tried if tried < attempts else None
+    return lambda error, job: wait * job.attempts if job.attempts < attempts else None
+
+
+def hopeful(attempts: int):
+    """Held after so many, until another succeeds."""
+    return lambda error, job: 0.25 if job.attempts % (attempts + 1) else math.inf
 
 
 class Source:

@@ -42,7 +42,9 @@ class Server:
 
 
 def patient(attempts: int):
-    return lambda error, tried: 0.25 * tried if tried < attempts and isinstance(error, ConnectionError) else None
+    return lambda error, job: (
+        0.25 * job.attempts if job.attempts < attempts and isinstance(error, ConnectionError) else None
+    )
 
 
 @settings(max_examples=80, deadline=None)
@@ -104,7 +106,7 @@ def test_a_timeout_is_a_fault_and_the_lectures_word_is_one_line_away():
 
 def test_a_deadline_bounds_all_attempts_together():
     async def main():
-        outcomes = await gather(Server([(1.0, 99)]), [0], deadline=5.0, delay=lambda error, tried: 1.0)
+        outcomes = await gather(Server([(1.0, 99)]), [0], deadline=5.0, delay=lambda error, job: 1.0)
         return outcomes[0], asyncio.get_running_loop().time()
 
     fault, now = run(main())
@@ -140,7 +142,7 @@ def test_backoff_holds_no_slot():
     server = Server([(1.0, 1), (1.0, 0), (1.0, 0)])
 
     async def main():
-        async with as_completed(server, range(3), in_flight=1, delay=lambda error, tried: 10.0) as outcomes:
+        async with as_completed(server, range(3), in_flight=1, delay=lambda error, job: 10.0) as outcomes:
             return [outcome.index async for outcome in outcomes], asyncio.get_running_loop().time()
 
     assert run(main()) == ([1, 2, 0], 12.0)

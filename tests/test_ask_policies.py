@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -15,8 +16,10 @@ from test_asking import command, journalled, prompts_file, rows_of, serving, set
 from millstream.errors import RequestError, RunError
 from millstream.formats.batch import read_outcome
 from millstream.llm.simulator import Behaviour, parse_fault, parse_latency
+from millstream.llm.wire import WireError, wait_before_retry
 from millstream.runs.ask.asking import ask_to
 from millstream.runs.ask.client import Client
+from millstream.runs.ask.servers import Servers
 
 
 @pytest.mark.parametrize("fault", ["400:1", "html:1", "500:1", "garbage:1"])
@@ -264,3 +267,22 @@ def test_wrong_flags_are_one_line_and_exit_2(tmp_path, flags, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_thousands_of_failures_in_a_row_are_only_failures():
+    """The waits double with each; they must not do so beyond what a float holds."""
+
+    class Gone:
+        async def send(self, data, path):
+            raise WireError("connection", "refused", retry=True)
+
+    async def main():
+        servers = Servers([Gone(), Gone()])
+        for _ in range(3000):
+            with pytest.raises(WireError):
+                await servers.send(0, b"", "", lambda: 0.0)
+        return servers.pick(-1, 59.0), servers.pick(-1, 61.0)
+
+    assert asyncio.run(main()) == (1, 0)
+    error = WireError("connection", "refused", retry=True)
+    assert 0.0 <= wait_before_retry(error, 3000, 5000, random.Random(0)) <= 60.0

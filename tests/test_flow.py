@@ -6,13 +6,13 @@ import itertools
 from collections import Counter
 
 import pytest
-from flows import FOREVER, Server, Source, clock, held, kinds, patient, read, run
+from flows import FOREVER, Server, Source, clock, held, hopeful, kinds, patient, read, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millstream.aio import Flow, Reply
-from millstream.aio.flow import Places
 from millstream.aio.hedging import Hedge
+from millstream.aio.places import Places
 from millstream.aio.rates import All, Bucket, Rate, RetryBudget, per_minute
 
 ENDS = ["ok"] * 4 + ["fail", "hang", "stubborn", "deaf", "cancel", "falsy", "mute", "own", "numbered", "end", "many"]
@@ -29,7 +29,10 @@ PLAIN = {
     "window_bytes": st.sampled_from([None, 1, 2]),
     "canaries": st.integers(0, 3),
     "head_start": st.sampled_from([0.0, 0.6, 5.0]),
-    "delay": st.builds(patient, st.integers(1, 4), st.sampled_from([0.0, 0.25])),
+    "delay": st.one_of(
+        st.builds(patient, st.integers(1, 4), st.sampled_from([0.0, 0.25])), st.builds(hopeful, st.integers(0, 3))
+    ),
+    "longest_wait": st.sampled_from([0.1, 0.6, float("inf")]),
     "gate": st.one_of(
         st.none(),
         st.builds(Rate, st.builds(per_minute, st.sampled_from([10, 600, 10_000]))),
@@ -76,10 +79,10 @@ def check(flow, server, outcomes, hedged):
     spent = flow.spent
     assert spent.attempts == sum(outcome.attempts for outcome in outcomes)
     assert spent.wasted == spent.attempts - sum(isinstance(outcome, Reply) for outcome in outcomes)
-    assert min(spent.queue, spent.backoff, spent.slot, spent.server, spent.stall) >= 0.0
+    assert min(spent.queue, spent.backoff, spent.budget, spent.slot, spent.server, spent.stall) >= 0.0
     if not hedged:
         assert spent.retries == sum(max(outcome.attempts - 1, 0) for outcome in outcomes)
-        until_done = spent.queue + spent.backoff + spent.slot + spent.server
+        until_done = spent.queue + spent.backoff + spent.budget + spent.slot + spent.server
         assert until_done == pytest.approx(sum(outcome.seconds for outcome in outcomes), abs=1e-6)
 
 
@@ -372,13 +375,13 @@ HANG, FAIL = [("hang", 0.0)], [("fail", 0.1)] * 100
 DEADLINES = {
     "an attempt": (HANG, {}),
     "a retry": ([("fail", 0.7)] * 100, {"delay": patient(100, 0.1)}),
-    "a place": (FAIL, {"in_flight": 1, "delay": lambda error, tried: 0.1}),
+    "a place": (FAIL, {"in_flight": 1, "delay": lambda error, job: 0.1}),
     "the gate": (HANG, {"gate": Rate(Bucket(1 / 7, 1.0))}),
     "a gate that is shut": (HANG, {"gate": Rate(Bucket(1e-9, 1.0))}),
-    "the budget": (FAIL, {"delay": lambda error, tried: 0.0, "budget": RetryBudget(0.0, 1e-9, 1.0)}),
+    "the budget": (FAIL, {"delay": lambda error, job: 0.0, "budget": RetryBudget(0.0, 1e-9, 1.0)}),
     "the budget, with a gate": (
         FAIL,
-        {"delay": lambda error, tried: 0.0, "budget": RetryBudget(0.0, 0.2, 1.0), "gate": Rate(Bucket(1.0, 1.0))},
+        {"delay": lambda error, job: 0.0, "budget": RetryBudget(0.0, 0.2, 1.0), "gate": Rate(Bucket(1.0, 1.0))},
     ),
     "a hedge": (HANG, {"hedge": eager_hedge(Server([HANG] * 9))}),
     "canaries": (HANG, {"canaries": 1, "head_start": 1000.0}),
@@ -434,7 +437,7 @@ def test_the_time_that_a_source_takes_is_not_taken_from_its_items():
 def test_all_time_of_all_requests_is_accounted_for():
     """By hand, for one request in flight at a time, one start in 2 s, and a reader who takes 3 s."""
     server = Server([[("fail", 1.0), ("ok", 1.0)], [("ok", 5.0)]])
-    flow = Flow(server, range(2), in_flight=1, delay=lambda error, tried: 1.5, gate=Rate(per_minute(30)), in_order=True)
+    flow = Flow(server, range(2), in_flight=1, delay=lambda error, job: 1.5, gate=Rate(per_minute(30)), in_order=True)
     run(read(flow, pause=3.0))
     # 0: 0-1 fails, due at 2.5, free at 7, done at 8, handed out at 8. 1: admitted at 1, 2-7, handed out at 11.
     spent = flow.spent

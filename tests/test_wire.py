@@ -355,8 +355,8 @@ def test_everything_is_answered_in_the_end_by_a_server_that_mostly_fails():
     )
     draw = random.Random(0)
 
-    def delay(error: Exception, attempts: int) -> float | None:
-        wait = wait_before_retry(error, attempts, 40, draw)
+    def delay(error, job):
+        wait = wait_before_retry(error, job.attempts, 40, draw)
         return wait and wait / 1000
 
     async def main():
@@ -377,7 +377,9 @@ def test_final_errors_are_not_asked_again():
         async with running(Behaviour(faults=(parse_fault("400:1"),))) as server, Wire(server.url) as wire:
             draw = random.Random(0)
             outcomes = await gather(
-                lambda text: wire.send(body(text)), CAPITALS, delay=lambda e, n: wait_before_retry(e, n, 5, draw)
+                lambda text: wire.send(body(text)),
+                CAPITALS,
+                delay=lambda e, job: wait_before_retry(e, job.attempts, 5, draw),
             )
             return outcomes, server.stats.requests
 

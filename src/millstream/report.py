@@ -138,6 +138,8 @@ def ask_summary(report: AskReport) -> str:
         lines.append(f"  hedges     {spent['hedges']:,} slow requests asked twice, {spent['hedges_won']:,} the quicker")
     if asked:
         lines.append(f"  time       {_times(spent)}")
+    if spent["budget"] >= _TOLD:
+        lines.append(f"  held back  retries, {spent['budget']:,.1f} s in all, by the retry budget")
     if report.limits:
         lines.append(f"  in flight  {_limits(report.limits)}")
     for kind, count in report.faults.items():
@@ -153,10 +155,12 @@ def _damaged(report: AskReport) -> str:
     return f"{_count(report.damaged, 'line')} ({', '.join(map('{:,}'.format, report.damaged_lines))}{more})"
 
 
+_TOLD = 0.05  # seconds; shorter waits are no news
 _WHERE = {
     "server": "server",
     "queue": "rate limit",
     "backoff": "backoff",
+    "budget": "retry budget",
     "slot": "for a place",
     "stall": "for its turn or the reader",
 }

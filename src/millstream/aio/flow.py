@@ -11,7 +11,7 @@ There is no task that schedules: whatever changes something (an attempt that end
 import asyncio
 import heapq
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -22,83 +22,21 @@ from collections.abc import (
     Iterable,
     Iterator,
 )
-from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 from millstream.aio.hedging import Hedge
-from millstream.aio.limits import Fixed, Limit
+from millstream.aio.jobs import Attempt, Delay, Ended, Job, Spent, Stretches, fault_of, never
+from millstream.aio.limits import Limit
 from millstream.aio.outcomes import Fault, Outcome, Reply
+from millstream.aio.places import Places, default_window
 from millstream.aio.rates import Gate, RetryBudget
 
 T = TypeVar("T")
 R = TypeVar("R")
 Function = Callable[[T], Awaitable[R]]
 Items = Iterable[T] | AsyncIterable[T]
-Delay = Callable[[Exception, int], float | None]
-"""(what an attempt raised, attempts so far) -> seconds to wait before the next one, or None to give up."""
-
 
 _LONG = 0.05  # seconds that starting attempts may keep the loop busy
-
-
-def never(error: Exception, attempts: int) -> None:
-    """The `Delay` of calls that are not repeated."""
-
-
-def default_window(in_flight: int) -> int:
-    """Requests admitted and not handed out: enough that a slow head stalls nothing soon, in bounded memory."""
-    return max(4 * in_flight, 256)
-
-
-@dataclass(slots=True)
-class Spent:
-    """Where the time of all requests went, in seconds, and what was tried.
-
-    queue    from admission to the first attempt: for a rate limit
-    backoff  between two attempts, until the next was due
-    slot     due, but no place in flight, no retry budget or no rate was free
-    server   attempts in flight
-    stall    done, but not handed out: for its turn, or for the reader
-    hedges   second attempts at slow requests; `hedges_won` those that were quicker
-    wasted   attempts whose end nobody took: they failed, or lost to a hedge
-    """
-
-    queue: float = 0.0
-    backoff: float = 0.0
-    slot: float = 0.0
-    server: float = 0.0
-    stall: float = 0.0
-    attempts: int = 0
-    retries: int = 0
-    hedges: int = 0
-    hedges_won: int = 0
-    wasted: int = 0
-
-
-class Places:
-    """The attempts that run at once, shared by all flows that are given the same."""
-
-    def __init__(self, limit: "int | Limit") -> None:
-        self.limit: Limit = Fixed(limit) if isinstance(limit, int) else limit
-        self.taken = 0
-        self._waiting: OrderedDict[Callable[[], None], None] = OrderedDict()  # want one, first come first served
-
-    def full(self, pump: Callable[[], None]) -> bool:
-        """Whether none is free; then `pump` is called when one is."""
-        if self.taken < self.limit.now:
-            self._waiting.pop(pump, None)
-            return False
-        self._waiting.setdefault(pump)
-        return True
-
-    def forget(self, pump: Callable[[], None]) -> None:
-        self._waiting.pop(pump, None)
-
-    def give_back(self) -> None:
-        self.taken -= 1
-        while self._waiting and self.taken < self.limit.now:
-            pump, _ = self._waiting.popitem(last=False)
-            pump()
 
 
 class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
@@ -113,6 +51,10 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
     requests go first: the others follow with the first reply, or after `head_start` seconds in which no attempt failed.
     `weigh` says how many bytes a reply holds; from `window_bytes` of replies that wait to be handed out, nothing more
     is admitted. A `batched` source is an async one of lists of items, pulled a list at a time.
+
+    `delay` says how long to wait after a failure. A request whose wait is infinite, or above `longest_wait`, is held:
+    the first until another request succeeds, the second for its time, both only as long as anything else is left to do.
+    Then they end in faults that are marked `held`. `watch` is told every outcome at once, in the order of completion.
 
     An exception of the *source* is raised to the reader, after the outcomes of what was admitted before it.
     """
@@ -135,6 +77,8 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         hedge: Hedge | None = None,
         canaries: int = 0,
         head_start: float = 5.0,
+        longest_wait: float = math.inf,
+        watch: Callable[[Outcome[R], float], None] | None = None,
         batched: bool = False,
     ) -> None:
         self._places = in_flight if isinstance(in_flight, Places) else Places(in_flight)
@@ -144,18 +88,21 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._timeout, self._deadline, self._delay = timeout, deadline, delay
         self._gate, self._budget, self._hedge = gate, budget, hedge
         self._canaries, self._head_start = canaries, head_start
+        self._longest_wait, self._watch = longest_wait, watch
         self._batched = batched
         self._stock: deque[T] = deque()  # pulled, and not yet admitted
         self.spent = Spent()
         self.waits_for = "nothing"  # what keeps it from starting more, in a few words
         self._source: Iterator[T] | AsyncIterator[T] | None = None
         self._pulling: asyncio.Task[T] | None = None
-        self._running: dict[asyncio.Task[R], _Attempt[T]] = {}
-        self._head: _Job[T] | None = None  # it is its turn, but the gate is not open yet
-        self._retries: list[tuple[float, int, _Job[T]]] = []  # a heap by the time they are due
-        self._slow: deque[tuple[_Job[T], int]] = deque()  # to be hedged, and the attempts they had then
-        self._done: deque[_Ended] = deque()  # to be handed out
-        self._early: dict[int, _Ended] = {}  # of an ordered flow: not yet their turn
+        self._running: dict[asyncio.Task[R], Attempt[T]] = {}
+        self._head: Job[T] | None = None  # it is its turn, but the gate is not open yet
+        self._retries: list[tuple[float, int, Job[T]]] = []  # a heap by the time they are due
+        self._held: dict[Job[T], None] = {}  # for a success, or for longer than is waited for them alone
+        self._scarcity = Stretches()  # when retries that were due waited for the budget
+        self._slow: deque[tuple[Job[T], int]] = deque()  # to be hedged, and the attempts they had then
+        self._done: deque[Ended] = deque()  # to be handed out
+        self._early: dict[int, Ended] = {}  # of an ordered flow: not yet their turn
         self._bytes = 0  # of both
         self._next = 0  # index of the next item to admit
         self._turn = 0  # of an ordered flow: index of the next outcome to hand out
@@ -236,14 +183,16 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         if self._pulling:
             self._pulling.cancel()
         waiting, self._head, self._retries = self._waiting, None, []
+        self._held.clear()
         for job in waiting:
             self._turn_away(job, self._loop.time())
         self._ready.set()
 
     @property
-    def _waiting(self) -> "list[_Job[T]]":
+    def _waiting(self) -> "list[Job[T]]":
         """Admitted, but neither in flight nor settled."""
-        found = [*([self._head] if self._head else []), *(job for _, _, job in self._retries)]
+        retries = (job for _, _, job in self._retries)
+        found = dict.fromkeys([*([self._head] if self._head else []), *retries, *self._held])
         return [job for job in found if not job.settled]
 
     # Starting -------------------------------------------------------------------------------------------------------
@@ -277,7 +226,10 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
             job, wake = self._next_job()
             now = self._loop.time()  # pulling an item took its time
             if job is None:
-                return wake
+                if not self._held or not self._is_all_held():
+                    return wake
+                self._give_up_held(now)
+                continue
             self._head = None
             if job.until is not None and now >= job.until:
                 self._give_up(job, now)
@@ -295,6 +247,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
                 self._head, self.waits_for = job, "the rate limit"
                 self._mind_deadline(job)
                 return now + wait if wait != math.inf else None
+        self._scarcity.end(self._loop.time())  # from now on, what is due waits for a place
         self.waits_for = "places in flight"
         if self._handed == self._next and not self._stock and not self._exhausted:
             self._pull_in()  # if nothing is left, the reader must not wait for a place to learn it
@@ -311,7 +264,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._alarm = None
         self._pump()
 
-    def _next_job(self) -> "tuple[_Job[T] | None, float | None]":
+    def _next_job(self) -> "tuple[Job[T] | None, float | None]":
         """Whose turn it is: what already waits at the gate, retries that are due, then new ones; or when to look."""
         now = self._loop.time()
         if self._head is not None:
@@ -321,33 +274,38 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         if self._retries and self._retries[0][0] <= now:
             wait = self._budget.wait(now) if self._budget else 0.0
             if wait <= 0.0:
+                job = heapq.heappop(self._retries)[2]
+                self._held.pop(job, None)
                 if self._budget:
                     self._budget.take(now)
-                return heapq.heappop(self._retries)[2], None
+                    job.tokens += 1
+                return job, None
             wake: float | None = now + wait
+            self._scarcity.begin(now)
         else:
             wait, wake = 0.0, self._retries[0][0] if self._retries else None
+            self._scarcity.end(now)
         if now >= self._others_from and not self.spent.wasted:
             self._canaries = 0  # slow is not wrong
         if self._canaries and now < self._others_from:
             wake = self._others_from if wake is None else min(wake, self._others_from)
-        job = self._admit()
-        if job is None and wait > 0.0:
+        new = self._admit()
+        if new is None and wait > 0.0:
             self.waits_for = "the retry budget"
-        return job, wake
+        return new, wake
 
-    def _mind_deadline(self, job: "_Job[T]") -> None:
+    def _mind_deadline(self, job: "Job[T]") -> None:
         """It waits; its deadline comes even if nothing else happens."""
         if job.until is not None and job.alarm is None:
             job.alarm = self._loop.call_at(job.until, self._late, job)
 
-    def _late(self, job: "_Job[T]") -> None:
+    def _late(self, job: "Job[T]") -> None:
         if self._head is job:
             self._head = None
         self._give_up(job, self._loop.time())
         self._pump()
 
-    def _admit(self) -> "_Job[T] | None":
+    def _admit(self) -> "Job[T] | None":
         """The next item as a job; None if there is no room, or none yet."""
         if self._exhausted:
             self.waits_for = "the last ones"
@@ -368,7 +326,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._next += 1
         now = self._loop.time()
         until = None if self._deadline is None else now + self._deadline
-        return _Job(self._next - 1, self._stock.popleft(), now, until)
+        return Job(self._next - 1, self._stock.popleft(), now, until)
 
     def _pull_in(self) -> None:
         """The next item of the source, or its next batch, goes into the stock; if there is one, and at once."""
@@ -403,12 +361,14 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._exhausted, self._failure = True, failure
         self._ready.set()
 
-    def _start(self, job: "_Job[T]", now: float) -> None:
+    def _start(self, job: "Job[T]", now: float) -> None:
         self._waited(job, now)
         if job.attempts:
             self.spent.retries += 1
-        elif self._budget:
-            self._budget.earn(now)
+        else:
+            job.before = now
+            if self._budget:
+                self._budget.earn(now)
         self._attempt(job, now, self._function)
         if self._hedge is not None:
             self._hedge.count()
@@ -416,24 +376,27 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
             if after is not None and self._hedge.allowed:
                 job.alarm = self._loop.call_later(after, self._is_slow, job)
 
-    def _waited(self, job: "_Job[T]", now: float) -> None:
+    def _waited(self, job: "Job[T]", now: float) -> None:
         """It waits no more: it is attempted, or it is settled."""
         job.forget_alarm()
         due = min(job.due, now)
         if job.attempts == 0:
             self.spent.queue += now - job.since
         else:
+            held_back = min(now - due, self._scarcity.until(now) - job.scarcity)
+            job.held_back += held_back
             self.spent.backoff += due - job.since
-            self.spent.slot += now - due
+            self.spent.budget += held_back
+            self.spent.slot += now - due - held_back
         job.since = now
 
-    def _is_slow(self, job: "_Job[T]") -> None:
+    def _is_slow(self, job: "Job[T]") -> None:
         """It gets a second attempt with the next place that is free, ahead of new requests."""
         job.alarm = None
         self._slow.append((job, job.attempts))
         self._pump()
 
-    def _hedge_it(self, job: "_Job[T]", attempts: int) -> None:
+    def _hedge_it(self, job: "Job[T]", attempts: int) -> None:
         """A second attempt, if the first still runs, and the share, the gate and the server's state allow it."""
         hedge, now = self._hedge, self._loop.time()
         assert hedge is not None
@@ -446,7 +409,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self.spent.hedges += 1
         self._attempt(job, now, hedge.function, is_hedge=True)
 
-    def _attempt(self, job: "_Job[T]", now: float, function: Function[T, R], is_hedge: bool = False) -> None:
+    def _attempt(self, job: "Job[T]", now: float, function: Function[T, R], is_hedge: bool = False) -> None:
         permit = self._gate.take(job.item, now) if self._gate else None
         job.attempts += 1
         self._places.taken += 1
@@ -455,7 +418,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         if self._timeout is not None and (until is None or now + self._timeout < until):
             until = now + self._timeout
         task: asyncio.Task[R] = self._loop.create_task(_within(until, function, job.item))
-        self._running[task] = _Attempt(job, now, self._limit.started(now), permit, is_hedge)
+        self._running[task] = Attempt(job, now, self._limit.started(now), permit, is_hedge)
         job.tasks.append(task)
         task.add_done_callback(self._attempt_ended)
 
@@ -471,7 +434,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._places.give_back()
         self._pump()
 
-    def _settle(self, task: "asyncio.Task[R]", attempt: "_Attempt[T]", now: float) -> None:
+    def _settle(self, task: "asyncio.Task[R]", attempt: "Attempt[T]", now: float) -> None:
         job = attempt.job
         self.spent.server += now - attempt.began
         error = None if task.cancelled() else task.exception()
@@ -491,7 +454,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
             self.spent.wasted += 1
             self._failed(job, error, now)
 
-    def _succeeded(self, attempt: "_Attempt[T]", value: R, now: float) -> None:
+    def _succeeded(self, attempt: "Attempt[T]", value: R, now: float) -> None:
         job = attempt.job
         job.settled = True
         self._canaries = 0
@@ -502,37 +465,71 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         if self._hedge is not None:
             # A hedge that won says of the first attempt only that it would have taken longer.
             self._hedge.learn(now - job.since)
+        if job.tokens and self._budget:
+            self._budget.give_back(job.tokens, now)
+        if self._held:
+            self._release_held(now)
         self._deliver(Reply(job.index, value, now - job.began, job.attempts), now)
 
-    def _failed(self, job: "_Job[T]", error: Exception | None, now: float) -> None:
+    def _failed(self, job: "Job[T]", error: Exception | None, now: float) -> None:
         """One attempt failed (error None: it was cancelled from outside)."""
         if job.tasks:
             return  # the other one of a hedged pair may still succeed
         late = job.until is not None and now >= job.until
-        wait = None if late or error is None else self._delay(error, job.attempts)
-        if wait is not None and (job.until is None or now + wait < job.until):
-            job.since, job.due = now, now + wait
-            if self._stopped:
-                self._turn_away(job, now)
-                return
-            heapq.heappush(self._retries, (job.due, job.index, job))
-            self._mind_deadline(job)
+        wait = None if late or error is None else self._delay(error, job)
+        if wait is not None and (job.until is None or wait == math.inf or now + wait < job.until):
+            job.last, job.before = error, now
+            self._wait(job, wait, now)
             return
         job.settled = True
         seconds = now - job.began
         if error is None:
             fault = Fault(job.index, "cancelled", "the call was cancelled", seconds, job.attempts)
         else:
-            fault = _fault(job, error, seconds, late)
+            fault = fault_of(job, error, seconds, late=late)
         self._deliver(fault, now)
 
-    def _give_up(self, job: "_Job[T]", now: float) -> None:
+    def _wait(self, job: "Job[T]", wait: float, now: float) -> None:
+        """Until its next attempt is due, or it is known that there is none."""
+        job.since, job.due, job.scarcity = now, now + wait, self._scarcity.until(now)
+        if self._stopped:
+            self._turn_away(job, now)
+            return
+        if wait > self._longest_wait or wait == math.inf:
+            self._held[job] = None
+        if wait != math.inf:
+            heapq.heappush(self._retries, (job.due, job.index, job))
+        self._mind_deadline(job)
+
+    def _release_held(self, now: float) -> None:
+        """A request succeeded: whoever waited for that may try again. The retry budget spreads them."""
+        for job in [job for job in self._held if job.due == math.inf]:
+            del self._held[job]
+            job.due = now
+            heapq.heappush(self._retries, (now, job.index, job))
+
+    def _is_all_held(self) -> bool:
+        """Nothing runs, and nothing else is due or can be admitted, whatever time brings."""
+        if self._running or self._head is not None or self._done or self._pulling is not None:
+            return False
+        return all(job in self._held for _, _, job in self._retries if not job.settled)
+
+    def _give_up_held(self, now: float) -> None:
+        held, self._held, self._retries = list(self._held), {}, []
+        for job in held:
+            job.settled = True
+            self._waited(job, now)
+            assert job.last is not None
+            self._deliver(fault_of(job, job.last, now - job.began, late=False, held=True), now)
+
+    def _give_up(self, job: "Job[T]", now: float) -> None:
         """The deadline came while it waits."""
         job.settled = True
+        self._held.pop(job, None)
         self._waited(job, now)
-        self._deliver(_fault(job, TimeoutError(), now - job.began, True), now)
+        self._deliver(fault_of(job, TimeoutError(), now - job.began, late=True), now)
 
-    def _turn_away(self, job: "_Job[T]", now: float) -> None:
+    def _turn_away(self, job: "Job[T]", now: float) -> None:
         """It is not going to be tried (again): the flow was stopped."""
         job.settled = True
         self._waited(job, now)
@@ -542,7 +539,9 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
     def _deliver(self, outcome: Outcome[R], now: float) -> None:
         size = self._weigh(outcome.value) if self._weigh and isinstance(outcome, Reply) else 0
         self._bytes += size
-        ended = _Ended(outcome, now, size)
+        if self._watch is not None:
+            self._watch(outcome, now)
+        ended = Ended(outcome, now, size)
         if not self._in_order:
             self._done.append(ended)
         else:
@@ -552,39 +551,6 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
                 self._turn += 1
         if self._done:
             self._ready.set()
-
-
-class _Job(Generic[T]):
-    """A request on its way: its number, what to call the function with, and how far it has come (times in seconds)."""
-
-    __slots__ = ("alarm", "attempts", "began", "due", "index", "item", "settled", "since", "tasks", "until")
-
-    def __init__(self, index: int, item: T, began: float, until: float | None) -> None:
-        self.index, self.item, self.began, self.until = index, item, began, until
-        self.since = self.due = began  # when it began to wait or to be attempted; when the next attempt may begin
-        self.attempts = 0
-        self.settled = False
-        self.tasks: list[asyncio.Task[Any]] = []
-        self.alarm: asyncio.TimerHandle | None = None  # for a hedge while it runs, for its deadline while it waits
-
-    def forget_alarm(self) -> None:
-        if self.alarm is not None:
-            self.alarm.cancel()
-            self.alarm = None
-
-
-class _Attempt(NamedTuple, Generic[T]):
-    job: _Job[T]
-    began: float
-    ticket: int
-    permit: Any
-    is_hedge: bool
-
-
-class _Ended(NamedTuple):
-    outcome: Any
-    at: float
-    bytes: int
 
 
 class _End(Exception):
@@ -601,21 +567,3 @@ async def _pull(source: AsyncIterator[T]) -> T:
 async def _within(until: float | None, function: Function[T, R], item: T) -> R:
     async with asyncio.timeout_at(until):
         return await function(item)
-
-
-def _fault(job: _Job[Any], error: Exception, seconds: float, late: bool) -> Fault:
-    kind = getattr(error, "kind", None)
-    if isinstance(error, TimeoutError) and (late or not kind):
-        kind = "timeout"
-        message = f"no answer within {seconds:.3g} s, in {job.attempts} attempt{'' if job.attempts == 1 else 's'}"
-    else:
-        kind, message = kind if isinstance(kind, str) else "error", _words(error)
-    return Fault(job.index, kind, message, seconds, job.attempts, error)
-
-
-def _words(error: Exception) -> str:
-    name = type(error).__name__
-    try:
-        return f"{name}: {error}"
-    except Exception:  # of its `__str__`, which is no better than the rest of it
-        return name

@@ -21,7 +21,8 @@ class Fault:
     """How request number `index` failed, as data.
 
     `kind` is timeout, deadline, cancelled, error, or what the function's own errors call themselves (their attribute
-    `kind`); `error` is the exception of the last attempt. `faults` are those of a race in which nobody won.
+    `kind`); `error` is the exception of the last attempt. `faults` are those of a race in which nobody won. `held`: it
+    was given up only because nothing else was left to do; asked again later, it may succeed.
     """
 
     index: int
@@ -31,6 +32,7 @@ class Fault:
     attempts: int = 1
     error: Any = None
     faults: "tuple[Fault, ...]" = ()
+    held: bool = False
 
 
 Outcome: TypeAlias = Reply[R] | Fault

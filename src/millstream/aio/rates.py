@@ -129,7 +129,8 @@ class All:
 class RetryBudget:
     """Retries as a share of first attempts, and some a second besides: a storm of them is delayed, never failed.
 
-    The idea of a share is that of Finagle's retry budgets; there, retries over it are given up.
+    The idea of a share is that of Finagle's retry budgets; there, retries over it are given up. A request that succeeds
+    gives back what its retries took: those helped, and only retries in vain make a storm.
 
     >>> budget = RetryBudget(share=0.2, per_second=10.0, saved=2.0)
     >>> [budget.take(0.0), budget.take(0.0), budget.wait(0.0)]
@@ -146,6 +147,10 @@ class RetryBudget:
     def earn(self, now: float) -> None:
         """A first attempt began."""
         self._bucket.give(self._share, now)
+
+    def give_back(self, tokens: int, now: float) -> None:
+        """A request succeeded whose retries took so many."""
+        self._bucket.give(tokens, now)
 
     def wait(self, now: float) -> float:
         return self._bucket.wait(1.0, now)

@@ -35,7 +35,7 @@ class Peer:
         self._secrets = [_pattern(secret) for secret in sorted(filter(None, secrets), key=len, reverse=True)]
 
     def error(self, kind: str, message: str, **more: Any) -> WireError:
-        return WireError(kind, f"{self.url}: {message}", **more)
+        return WireError(kind, f"{self.url}: {message}", **{"brief": message, **more})
 
     def shown(self, words: str) -> str:
         """Somebody else's words, fit for a message: in one line, not too long, without secrets."""
@@ -78,7 +78,7 @@ class Peer:
         words = self.shown(said.message).rstrip(".")
         message = f"{what}{words and f': {words}'}{found.advice and f'; {found.advice}'}"
         kind, retry, fatal, _ = found
-        return self.error(kind, message, status=status, retry=retry, fatal=fatal, retry_after=retry_after)
+        return self.error(kind, message, status=status, retry=retry, fatal=fatal, retry_after=retry_after, brief=what)
 
     def lost(self, error: BaseException) -> WireError:
         """No reply, or not a whole one: what the network or the HTTP library raised, as a WireError."""

@@ -44,7 +44,8 @@ class WireError(Exception):
     """One attempt that failed. `kind` is one word, `status` the HTTP status if there was one.
 
     `retry`: asking again makes sense; `fatal`: every other request would fail likewise; `retry_after`: the seconds the
-    server wants to be left alone; `usage`: what was paid for all the same, in the server's words.
+    server wants to be left alone; `usage`: what was paid for all the same, in the server's words; `brief`: the message,
+    where it is told beside others.
     """
 
     def __init__(
@@ -57,10 +58,11 @@ class WireError(Exception):
         fatal: bool = False,
         retry_after: float | None = None,
         usage: dict[str, Any] | None = None,
+        brief: str | None = None,
     ) -> None:
         super().__init__(message)
         self.kind, self.status, self.retry, self.fatal = kind, status, retry, fatal
-        self.retry_after = retry_after
+        self.retry_after, self.brief = retry_after, brief or message
         self.usage: dict[str, Any] = usage or {}
 
 

@@ -26,6 +26,7 @@ __all__ = ["CHAT", "Answer", "Stream", "Wire", "WireError", "seconds_of", "wait_
 
 FIRST_WAIT = 0.5
 LONGEST_WAIT = 60.0
+_DOUBLINGS = 30  # lead beyond any wait, and 2.0**1024 is an error
 
 _LONGEST_HEADER = 64 << 10  # bytes; proxies and policies make them long
 _AT_ONCE = 1 << 20  # bytes; aiohttp warns of more in one piece
@@ -174,6 +175,6 @@ def wait_before_retry(error: Exception, attempts: int, most: int, draw: random.R
     again = error.retry if isinstance(error, WireError) else isinstance(error, TimeoutError)
     if not again or attempts >= most:
         return None
-    wait = draw.uniform(0.0, min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempts))
+    wait = draw.uniform(0.0, min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(attempts, _DOUBLINGS)))
     asked = getattr(error, "retry_after", None)
     return wait if asked is None else asked + wait

@@ -80,7 +80,7 @@ class AskReport:
 
     `again` are outcomes taken from the journal of an earlier run; ids are those of this one, as the servers count them,
     `ids_wasted` of replies that could not be used. `spent` is where the time went, in seconds over all requests (see
-    `millstream.aio.flow.Spent`); `limits` are the (second, attempts in flight) of an adaptive run. `stopped` says why
+    `millstream.aio.jobs.Spent`); `limits` are the (second, attempts in flight) of an adaptive run. `stopped` says why
     it ended before its prompts did: "interrupted" or "too dear". `damaged` counts the lines of the journal that nothing
     could be made of, `damaged_lines` are the numbers of the first few.
     """

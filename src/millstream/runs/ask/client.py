@@ -19,9 +19,10 @@ from collections.abc import (
 from typing import Any, Literal, TypeAlias
 
 from millstream.aio import Fault, Flow, race
-from millstream.aio.flow import Places
 from millstream.aio.hedging import Hedge
+from millstream.aio.jobs import Job
 from millstream.aio.limits import Adaptive, Fixed
+from millstream.aio.places import Places
 from millstream.aio.rates import All, Rate, RetryBudget, per_minute
 from millstream.bridge import run
 from millstream.errors import RequestError, RunError
@@ -209,11 +210,11 @@ class Client:
         self._learned_ids += 0.05 * ((answer.usage.get("completion_tokens") or 0) - self._learned_ids)
         return answer
 
-    def _delay(self, error: Exception, attempts: int) -> float | None:
+    def _delay(self, error: Exception, job: Job[Request]) -> float | None:
         most = self._attempts
         if not self.used and isinstance(error, WireError) and error.kind == "connection":
             most = min(most, _FIRST_CONNECTIONS)
-        return wait_before_retry(error, attempts, most, self._draw)
+        return wait_before_retry(error, job.attempts, most, self._draw)
 
     def likely_ids(self, request: Request) -> tuple[float, float]:
         """Ids in a request and in its reply, as far as one can know beforehand: its limit, else what replies had."""

@@ -8,6 +8,7 @@ from millstream.llm.wire import Answer, Wire, WireError
 _AWAY = 3  # connections in a row that fail until a server is left alone
 _REST = 5.0  # seconds for which it is, at first; twice as long each time, up to a minute
 _LONGEST_REST = 60.0
+_DOUBLINGS = 4  # that many lead beyond it; in an outage thousands fail in a row, and 2.0**1024 is an error
 
 
 class Servers:
@@ -42,7 +43,8 @@ class Servers:
             if error.kind == "connection":
                 self._failures[index] += 1
                 if self._failures[index] >= _AWAY:
-                    rest = min(_LONGEST_REST, _REST * 2.0 ** (self._failures[index] - _AWAY))
+                    doublings = min(self._failures[index] - _AWAY, _DOUBLINGS)
+                    rest = min(_LONGEST_REST, _REST * 2.0**doublings)
                     self._rests_until[index] = clock() + rest
             raise
         self._failures[index] = 0

@@ -1,7 +1,11 @@
 """What the tests of `Wire`, of streams and of `SdkWire` share: requests, faults and what they end with, odd servers."""
 
 import asyncio
+import itertools
 from contextlib import asynccontextmanager
+
+import msgspec
+from aiohttp import web
 
 from millstream.llm.simulator import Behaviour, parse_fault
 
@@ -70,3 +74,31 @@ async def answering(reply, ssl=None):
     finally:
         server.close()
         await server.wait_closed()
+
+
+def said(text="yes", **choice):
+    """The body of a reply."""
+    choices = [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop", **choice}]
+    return {"model": "m", "choices": choices, "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
+
+
+@asynccontextmanager
+async def deciding(decide):
+    """The base URL of a server that answers each request with what `decide` says of its body and its number from 0:
+    (status, body)."""
+    count = itertools.count()
+
+    async def handle(request):
+        status, body = decide(msgspec.json.decode(await request.read()), next(count))
+        return web.Response(status=status, body=msgspec.json.encode(body), content_type="application/json")
+
+    app = web.Application()
+    app.router.add_post("/v1/{rest:.*}", handle)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    finally:
+        await runner.cleanup()

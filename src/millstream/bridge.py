@@ -1,6 +1,7 @@
 """The one door between synchronous and asynchronous code: event loops are started here and nowhere else."""
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -24,16 +25,35 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     # A loop cannot wait for itself: another thread runs one of its own while this one waits.
     result: list[T] = []
     failure: list[BaseException] = []
+    ended = threading.Event()
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+
+    async def inside() -> T:
+        task = asyncio.current_task()
+        assert task
+        running.append((asyncio.get_running_loop(), task))
+        return await main
 
     def in_thread() -> None:
         try:
-            result.append(asyncio.run(main))
+            result.append(asyncio.run(inside()))
         except BaseException as error:
             failure.append(error)
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=in_thread, name="millstream")
     thread.start()
-    thread.join()
+    try:
+        ended.wait()  # a `join` that is interrupted takes the thread for ended, before Python 3.13
+    except KeyboardInterrupt:  # the other thread, which knows nothing of it, must not go on
+        for loop, task in running:
+            with contextlib.suppress(RuntimeError):  # closed by now
+                loop.call_soon_threadsafe(task.cancel)
+        ended.wait()
+        raise
+    finally:
+        thread.join()
     if failure:
         raise failure[0]
     return result[0]

@@ -4,6 +4,7 @@
     ├── RequestError       2   the request was wrong: a flag, a setting, a folder that is not ours
     │   └── ResumeRefused  2   going on would change the bytes; names what differs
     └── RunError           1   the data, the disk or a worker failed; what is on disk is whole
+        ├── AskStopped     1   a server refuses what every request shares; `outcomes` has what came until then
         ├── DataError      1   a document or an input shard cannot be read; names the place
         ├── EngineMismatch 1   two tokenizer engines disagree on a document; names both
         ├── LedgerError    1   what went in is not what came out
@@ -12,6 +13,8 @@
 A fault of a single document is no exception but data (`millstream.records.Fault`); only ``on_error="stop"`` turns the
 first one into a `DataError`. `Unusable` is how the place that finds a fault tells the reader, and goes no further.
 """
+
+from typing import Any
 
 
 class MillstreamError(Exception):
@@ -30,6 +33,12 @@ class ResumeRefused(RequestError):
 
 class RunError(MillstreamError):
     pass
+
+
+class AskStopped(RunError):
+    def __init__(self, message: str, outcomes: list[Any]) -> None:
+        super().__init__(message)
+        self.outcomes = outcomes
 
 
 class DataError(RunError):

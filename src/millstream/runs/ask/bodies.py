@@ -167,6 +167,8 @@ def body_from(prompt: Any, given: Mapping[str, Any], system: str | None) -> dict
     if isinstance(prompt, Mapping):
         own = dict(prompt)
         text, messages = own.pop("prompt", None), own.pop("messages", None)
+        if own.get("model", "") is None:
+            del own["model"]
         body |= own
         if messages is None and isinstance(text, str):
             messages = [{"role": "user", "content": text}]

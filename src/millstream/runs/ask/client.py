@@ -16,6 +16,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from itertools import count
 from typing import Any, Literal, TypeAlias
 
 from millstream.aio import Fault, Flow, race
@@ -25,14 +26,14 @@ from millstream.aio.limits import Adaptive, Fixed
 from millstream.aio.places import Places
 from millstream.aio.rates import All, Rate, RetryBudget, per_minute
 from millstream.bridge import run
-from millstream.errors import RequestError, RunError
+from millstream.errors import RequestError
 from millstream.llm.replies import MOST
 from millstream.llm.wire import Answer, Wire, WireError, wait_before_retry
 from millstream.runs.ask.bodies import body_from, in_order, words
+from millstream.runs.ask.outcomes import Outcomes, collected, leave_with
 from millstream.runs.ask.pieces import Pieces
 from millstream.runs.ask.requests import Reply, Request, outcome_of
 from millstream.runs.ask.servers import Servers
-from millstream.runs.ask.tripwire import named, sentence
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A text (what the user says), a list of messages, or a mapping with "prompt" or "messages" and other parameters."""
@@ -140,21 +141,24 @@ class Client:
     async def gather(
         self, prompts: Iterable[Prompt] | AsyncIterable[Prompt], *, timeout: float | None = _DEFAULT
     ) -> list[Reply | Fault]:
-        """All outcomes, in the prompts' order; `timeout` as in `ask`, for each. Raises RunError as `Outcomes` does."""
-        async with self.ordered(prompts, timeout=timeout) as outcomes:
-            return [outcome async for outcome in outcomes]
+        """All outcomes, in the prompts' order; `timeout` as in `ask`, for each.
+
+        A prompt that is none is a Fault of kind ``bad_row`` in its place. Raises AskStopped as `Outcomes` does; that,
+        and whatever else ends it early, carries what came until then in `outcomes`.
+        """
+        return await collected(self.as_completed(prompts, timeout=timeout), [])
 
     def as_completed(
         self, prompts: Iterable[Prompt] | AsyncIterable[Prompt], *, timeout: float | None = _DEFAULT
-    ) -> "Outcomes":
+    ) -> Outcomes:
         """Outcomes as they come: ``async with client.as_completed(prompts) as outcomes: async for ... in outcomes``."""
-        return Outcomes(self.flow(_mapped(self._request, prompts), **_whole(timeout)))
+        return Outcomes(self.flow(self._requests(prompts), **_whole(timeout)))
 
     def ordered(
         self, prompts: Iterable[Prompt] | AsyncIterable[Prompt], *, timeout: float | None = _DEFAULT
-    ) -> "Outcomes":
+    ) -> Outcomes:
         """Outcomes in the prompts' order, each as soon as its turn has come."""
-        return Outcomes(self.flow(_mapped(self._request, prompts), in_order=True, **_whole(timeout)))
+        return Outcomes(self.flow(self._requests(prompts), in_order=True, **_whole(timeout)))
 
     async def race(
         self,
@@ -169,10 +173,10 @@ class Client:
         """
         if models is not None:
             requests = [self._request(prompts, model=model) for model in models]
-        elif isinstance(prompts, str | Mapping):
+        elif _is_one(prompts):
             raise RequestError("a race needs several prompts, or one prompt and several models")
         else:
-            requests = [self._request(prompt) for prompt in prompts]
+            requests = [self._request_or_fault(prompt, at) for at, prompt in enumerate(_several(prompts))]
         if not requests:
             raise RequestError("a race needs somebody to run it")
         return outcome_of(await race(self.attempt, requests, **{**self._flows, **_whole(timeout)}))
@@ -184,7 +188,7 @@ class Client:
         """
         wire = self.servers.wires[self.servers.pick(-1, self._clock())]
         whole = self._flows["deadline"] or self._flows["timeout"] if timeout is _DEFAULT else timeout
-        body = self._body(prompt)
+        body = _written(self._body(prompt))
         return Pieces(wire, body, timeout=whole, attempts=self._attempts, draw=self._draw)
 
     # The parts of it ------------------------------------------------------------------------------------------------
@@ -221,62 +225,69 @@ class Client:
         most = self.params.get("max_completion_tokens") or self.params.get("max_tokens")
         return len(request.data) / _CHARACTERS_PER_ID, float(most) if most else self._learned_ids
 
-    def _request(self, prompt: Any, **more: Any) -> Request:
-        """Raises RequestError for what is no prompt."""
-        body = {**self._body(prompt), **more}
-        try:
-            return Request(0, None, b"", in_order(body))
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"no prompt: {words(error)}") from None
+    def _requests(self, prompts: Any) -> Any:
+        """The requests of many prompts, of either kind of iterable; what is no prompt is a fault in its place."""
+        numbers = count()
+        return _mapped(lambda prompt: self._request_or_fault(prompt, next(numbers)), _several(prompts))
 
-    def _body(self, prompt: Any) -> dict[str, Any]:
+    def _request_or_fault(self, prompt: Any, number: int) -> Request:
         try:
-            body = body_from(prompt, {"model": self._model, **self.params}, self._system)
+            return self._request(prompt)
+        except RequestError as error:
+            if not number and not isinstance(error, NotAPrompt):
+                raise  # nobody has named a model: that is told before anything is paid
+            return Request(0, None, b"", b"", fault=("bad_row", str(error)))
+
+    def _request(self, prompt: Any, **more: Any) -> Request:
+        """Raises NotAPrompt, and RequestError if no model is named."""
+        body = self._body(prompt, **more)
+        if body.get("stream"):
+            raise NotAPrompt(
+                "no prompt: 'stream' cannot be a parameter here; for one reply in pieces there is stream()"
+            )
+        return Request(0, None, b"", _written(body))
+
+    def _body(self, prompt: Any, **more: Any) -> dict[str, Any]:
+        try:
+            body = {**body_from(prompt, {"model": self._model, **self.params}, self._system), **more}
         except ValueError as error:
-            raise RequestError(str(error)) from None
+            raise NotAPrompt(str(error)) from None
         if not body["model"]:
             raise RequestError("no model given: name one with model=")
         return body
 
 
-class Outcomes(AsyncIterator[Reply | Fault]):
-    """The outcomes of a run of requests, inside ``async with``; after the block nothing of it is alive.
-
-    Raises RunError, once, at the first fault that every other request would share: a wrong key, no such model, no
-    quota left.
-    """
-
-    def __init__(self, flow: Flow[Any, Answer]) -> None:
-        self._flow = flow
-
-    async def __aenter__(self) -> "Outcomes":
-        await self._flow.__aenter__()
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self._flow.__aexit__(*error)
-
-    async def __anext__(self) -> Reply | Fault:
-        outcome = await anext(self._flow)
-        if isinstance(outcome, Fault) and isinstance(outcome.error, WireError) and outcome.error.fatal:
-            raise RunError(f"{sentence(named(outcome))} Stopped: every other request would end the same way")
-        return outcome_of(outcome)
+class NotAPrompt(RequestError):
+    """What was given in a prompt's place makes no request."""
 
 
 def ask(prompts: Prompt | Iterable[Prompt], base_url: Any = None, **options: Any) -> Any:
     """Ask from synchronous code, a notebook with a running loop included.
 
-    One prompt gives its outcome, several give a list in their order; `options` are those of `Client`.
+    One prompt, which may be a list of messages, gives its outcome; several give a list in their order. `options` are
+    those of `Client`. What ends it early, Ctrl-C too, carries what came until then in its `outcomes`.
     """
-    one = isinstance(prompts, str | Mapping)
+    found: list[Reply | Fault] = []
 
     async def main() -> Any:
         async with Client(base_url, **options) as client:
-            if one:
+            if _is_one(prompts):
                 return await client.ask(prompts)  # type: ignore[arg-type]
-            return await client.gather(prompts)
+            return await collected(client.as_completed(prompts), found)
 
-    return run(main())
+    try:
+        return run(main())
+    except KeyboardInterrupt as stopped:  # the loop has seen another exception, and raised this one for it
+        leave_with(stopped, found)
+        raise
+
+
+def _is_one(prompts: Any) -> bool:
+    """Whether it is one prompt: a text, a mapping, or a list of messages, which have a role."""
+    if isinstance(prompts, str | Mapping):
+        return True
+    several = isinstance(prompts, Sequence) and not isinstance(prompts, bytes | bytearray)
+    return several and bool(prompts) and all(isinstance(each, Mapping) and "role" in each for each in prompts)
 
 
 def _whole(timeout: float | None) -> dict[str, Any]:
@@ -309,6 +320,20 @@ def _work(answer: Answer) -> float:
 def _ids_of(answer: Answer) -> float | None:
     total = answer.usage.get("total_tokens")
     return float(total) if isinstance(total, int) else None
+
+
+def _several(prompts: Any) -> Any:
+    """Raises RequestError for what is no iterable of prompts; of a text the letters would be asked."""
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable | AsyncIterable):
+        raise RequestError(f"several prompts are wanted, not {prompts!r:.80}; for one there is ask()")
+    return prompts
+
+
+def _written(body: dict[str, Any]) -> bytes:
+    try:
+        return in_order(body)
+    except (ValueError, RecursionError) as error:
+        raise NotAPrompt(f"no prompt: {words(error)}") from None
 
 
 def _mapped(function: Any, items: Iterable[Any] | AsyncIterable[Any]) -> Any:

@@ -1,6 +1,7 @@
 """Show a person a plan: what was read, a picture of the documents' lengths, and what each strategy would give."""
 
 import math
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -46,8 +47,8 @@ def _between(number: Estimate, what: str) -> str:
     """A number of something; an estimate to four digits."""
     if number.exact:
         return f"{number.value:,} {what.removesuffix('s') if number.value == 1 else what}"
-    value, low, high = (f"{int(float(f'{n:.4g}')):,}" for n in number)
-    return f"about {value} {what} ({low} to {high})"
+    value, *ends = (f"{int(float(f'{n:.4g}')):,}" for n in number if math.isfinite(n))
+    return f"about {value} {what}{f' ({ends[0]} to {ends[1]})' if ends else ''}"
 
 
 def _picture(plan: Plan, widest: int) -> Table:
@@ -55,7 +56,7 @@ def _picture(plan: Plan, widest: int) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("ids up to", justify="right", no_wrap=True)
     table.add_column("", width=widest, no_wrap=True)
-    for name in ("documents", "" if plan.exact else "±", "", "of the ids"):
+    for name in ("documents", "±" if plan.ids.told and not plan.exact else "", "", "of the ids"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     documents = sum(bin.documents.value for bin in plan.lengths) or 1
@@ -69,7 +70,7 @@ def _picture(plan: Plan, widest: int) -> Table:
             f"{row.longest:,}",
             Text(bar(row.documents.value / most, widest), style="cyan"),
             f"{row.documents.value:,}",
-            "" if row.documents.exact else f"{row.documents.error:,}",
+            f"{row.documents.error:,}" if row.documents.told and not row.documents.exact else "",
             f"{row.documents.value / documents:.1%}",
             f"{row.ids.value / ids:.1%}",
             Text(f"◂ {', '.join(f'{n:,}' for n in inside)}{fit}" if inside else "", style="yellow"),
@@ -96,8 +97,8 @@ def _choices(plan: Plan) -> Table:
     for choice in plan.choices:
         first = "" if choice.seq_len == before else f"{choice.seq_len:,}"
         table.add_row(first, choice.strategy, *_row(choice))
-        if not plan.exact:
-            table.add_row("", "", *_errors(choice), style="dim")
+        if any(errors := _errors(choice)):
+            table.add_row("", "", *errors, style="dim")
         before = choice.seq_len
     return table
 
@@ -117,18 +118,17 @@ def _row(choice: Choice) -> list[str]:
 
 def _errors(choice: Choice) -> list[str]:
     """How far off each of `_row` may be; nothing where a number is certain."""
-    size = choice.bytes
-    shown = [
-        (choice.samples, f"{choice.samples.error:,}"),
-        (choice.padding, f"{choice.padding.error:.2%}"),
-        (choice.truncation, f"{choice.truncation.error:.1%}"),
-        (choice.needless, f"{choice.needless.error:.1%}"),
-        (choice.concatenation, f"{choice.concatenation.error:.1%}"),
-        (choice.documents_per_sample, f"{choice.documents_per_sample.error:.2g}"),
-        (size, decimal(round(size.error))),
-        (choice.seconds, clock(choice.seconds.error)),
+    shown: list[tuple[Estimate, Callable[[float], str]]] = [
+        (choice.samples, "{:,}".format),
+        (choice.padding, "{:.2%}".format),
+        (choice.truncation, "{:.1%}".format),
+        (choice.needless, "{:.1%}".format),
+        (choice.concatenation, "{:.1%}".format),
+        (choice.documents_per_sample, "{:.2g}".format),
+        (choice.bytes, lambda error: decimal(round(error))),
+        (choice.seconds, clock),
     ]
-    return ["" if number.exact else f"±{text}" for number, text in shown]
+    return [f"±{text(number.error)}" if number.told and not number.exact else "" for number, text in shown]
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -140,7 +140,7 @@ def _notes(plan: Plan) -> list[str]:
         "joined     documents that share a sample with another one",
         f"time       at least: reading and tokenizing with {workers} at {rate} each; packing and writing come on top",
     ]
-    if not plan.exact:
+    if plan.ids.told and not plan.exact:
         meaning.append("± and to   the true number lies between, with 95% confidence")
     return [*(f"note       {note}" for note in plan.notes), *meaning]
 

@@ -4,8 +4,6 @@ A document belongs to the block that it begins in and is read to its end, so tha
 often among those that are read. What cannot be sought is read from the front.
 """
 
-import contextlib
-import io
 import itertools
 import math
 import os
@@ -13,24 +11,35 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
 
 import numpy as np
 
 from millstream.errors import RequestError
-from millstream.formats.slices import Limits, safe_cut, slices, too_long, units
-from millstream.formats.sources import READ, InputShard, Truncated, chunks, gunzip, rough_size, unzstd
+from millstream.formats.slices import Limits, slices, too_long, units
+from millstream.formats.sources import READ, InputShard, rough_size
 from millstream.records import Cursor, Fault, Ids, Slice
 from millstream.runs.pack.encode import Encode
+from millstream.runs.pack.stretches import (
+    RowGroup,
+    drawn,
+    expansion,
+    lines_between,
+    lines_of,
+    row_groups,
+    rows_of,
+    text_front,
+    text_size,
+    told_size,
+    within,
+)
 
 BLOCKS = 256
 """Blocks that are read of every kind of input, if there are so many."""
 ENOUGH = 16
 """Input shards or row groups, read from the front, that are enough to tell how far they differ."""
 SMALLEST = 1 << 12
-_SIP = 1 << 10
-LOOK = 16
-"""Times as much as is tokenized of what is packed is unpacked to see how well it packs: beginnings pack worse."""
+LOOK, UNPACK = 16, 256 << 20
+"""Of what is packed, so many times as much is unpacked as is tokenized, or so many bytes if they are more."""
 
 
 @dataclass(slots=True)
@@ -53,13 +62,15 @@ class Block:
 class Part:
     """Input shards of one kind: their size in all, in bytes as they are measured, and the blocks that were read.
 
-    `whole`: everything was read. `documents`: how many there are, where that is known beforehand.
+    `whole`: everything was read. `documents`: how many there are, where that is known beforehand. `front`: only the
+    beginnings of its shards could be read, which says nothing of how far off the rest is.
     """
 
     total: float
     blocks: list[Block]
     whole: bool
     documents: int | None = None
+    front: bool = False
 
     @property
     def scale(self) -> float:
@@ -98,7 +109,10 @@ class BlockReader:
             broken = shard.uri != "-" and not os.access(shard.uri, os.R_OK)
             key = ("broken", None, False) if broken else (shard.kind, shard.packed, shard.uri == "-")
             kinds.setdefault(key, []).append(shard)
-        rough = {key: sum(map(rough_size, some)) + (self._budget if key[2] else 0) for key, some in kinds.items()}
+        rough = {
+            key: sum(likely_sizes(some) if key[0] != "broken" else [0]) + (self._budget if key[2] else 0)
+            for key, some in kinds.items()
+        }
         found = []
         for key, some in kinds.items():
             budget = max(BLOCKS * SMALLEST // 16, self._budget * rough[key] // max(1, sum(rough.values())))
@@ -111,7 +125,7 @@ class BlockReader:
         if kind == "parquet":
             return self._groups
         if kind == "jsonl":
-            return self._fronts if packed else self._lines
+            return self._packed if packed else self._lines
         return self._texts
 
     def _fits(self, shards: list[InputShard]) -> bool:
@@ -132,7 +146,7 @@ class BlockReader:
             yield from self._slices(shard)
             return
         end = 0
-        for piece in _within(self._slices(shard), budget):
+        for piece in within(self._slices(shard), budget):
             yield piece
             end = piece.stop
         if end >= budget:
@@ -154,7 +168,7 @@ class BlockReader:
         """JSON lines: blocks of bytes, numbered through all shards."""
         stops = np.cumsum([os.path.getsize(shard.uri) for shard in shards]).tolist()
         starts, total = [0, *stops[:-1]], stops[-1]
-        size = min(max(budget // BLOCKS, SMALLEST), READ)
+        size = _block_size(budget)
         count = -(-total // size)
         chosen = self._chosen(count, budget // size)
         blocks = []
@@ -172,8 +186,10 @@ class BlockReader:
     def _texts(self, shards: list[InputShard], budget: int) -> Iterator[Part]:
         """Plain text: whole files, each as likely as any other; very long ones from the front."""
         sizes = [os.path.getsize(shard.uri) for shard in shards]
-        longest = max(SMALLEST, budget // ENOUGH)
-        cost = sum(min(rough_size(shard), longest) for shard in shards)
+        likely = likely_sizes(shards)
+        few = len(shards) * budget < ENOUGH * sum(likely)  # texts of usual length would be read
+        longest = max(SMALLEST, budget // (ENOUGH if few else 4))
+        cost = sum(min(size, longest) for size in likely)
         chosen = self._chosen(len(shards), max(ENOUGH, len(shards) * budget // max(1, cost)))
         blocks, long = [], 0
         for place, (number, times) in enumerate(chosen):
@@ -185,9 +201,10 @@ class BlockReader:
             blocks.append(replace(block, size=size, weight=times, cluster=place * BLOCKS // len(chosen)))
         if long:
             self.notes.append(
-                f"{long:,} texts of over {longest >> 10:,} KiB were read in part: their lengths are estimated"
+                f"{long:,} texts of over {longest >> 10:,} KiB were read in part: their lengths are guessed from their "
+                "beginnings, and how far off they are cannot be told"
             )
-        yield self._found(Part(sum(sizes), blocks, len(chosen) == len(shards) and not long, len(shards)))
+        yield self._found(Part(sum(sizes), blocks, len(chosen) == len(shards) and not long, len(shards), long > 0))
 
     def _front(self, shard: InputShard, size: int, longest: int) -> Block:
         """A text that is judged by its beginning."""
@@ -201,79 +218,99 @@ class BlockReader:
         block.seconds *= more
         return block
 
-    def _fronts(self, shards: list[InputShard], budget: int) -> Iterator[Part]:
-        """Packed JSON lines: the same fraction of many shards, from the front, measured in packed bytes."""
-        sizes = [os.path.getsize(shard.uri) for shard in shards]
-        chosen = self._chosen(len(shards), BLOCKS)
-        fraction = budget / max(1, sum(rough_size(shards[number]) for number, _ in chosen))
-        blocks, whole = [], len(chosen) == len(shards)
+    def _packed(self, shards: list[InputShard], budget: int) -> Iterator[Part]:
+        """Packed JSON lines, measured in packed bytes: lines from anywhere in whole files, which are unpacked for it.
+
+        Where these would be too few, lines from anywhere in the fronts.
+        """
+        sizes, likely = [os.path.getsize(shard.uri) for shard in shards], likely_sizes(shards)
+        chosen, front = self._to_unpack(len(shards), sum(likely), budget)
+        every = max(1, round(sum(likely[number] for number, _ in chosen) / budget))
+        stop = _unpacked_at_most(budget) // len(chosen)
+        if front:
+            every = max(1, sum(min(stop, likely[number]) for number, _ in chosen) // budget)
+        blocks, whole = [], every == 1 and len(chosen) == len(shards)
         for cluster, (number, times) in enumerate(chosen):
             shard, size = shards[number], sizes[number]
-            wanted = max(1, int(rough_size(shard) * fraction))
-            pieces = _lines_of(_within(self._slices(shard), wanted), max(SMALLEST, wanted // ENOUGH))
-            mine = [self._block([piece]) for piece in pieces]
-            unpacked = sum(block.size for block in mine)
-            packed = 1 / expansion(shard, max(wanted, LOOK * budget // len(chosen)))
-            read = size if unpacked < wanted else min(size, unpacked * packed)
+            pieces = within(self._slices(shard), stop) if front else self._slices(shard)
+            mine, unpacked = self._spread(lines_of(pieces, _block_size(budget)), every)
+            read = float(size)
+            if front and unpacked >= stop:
+                read = min(size, unpacked * size / (told_size(shard) or size * expansion(shard, stop)))
             whole &= read == size
             for block in mine:
                 block.size *= read / unpacked if unpacked else 0.0
-                block.weight, block.cluster = times, cluster
+                block.weight, block.cluster = block.weight * times, 0 if len(chosen) == len(shards) else cluster
             blocks += mine
-        if not whole:
-            self.notes.append("packed files can only be read from the front: the estimate rests on their beginnings")
-        yield self._found(Part(sum(sizes), blocks, whole))
+        front &= not whole
+        if front:
+            self.notes.append(
+                "packed files can only be read from the front, and these are large: the numbers rest on their "
+                "beginnings, and how far off they are cannot be told"
+            )
+        yield self._found(Part(sum(sizes), blocks, whole, front=front))
+
+    def _to_unpack(self, count: int, size: int, budget: int) -> tuple[list[tuple[int, int]], bool]:
+        """Which of `count` files or row groups, of `size` bytes in all, to unpack, as `_chosen` has it; and whether
+        these are too few to be whole, so that only their fronts are read."""
+        fit = min(count, BLOCKS, int(count * _unpacked_at_most(budget) / max(1, size)))
+        front = fit < min(count, ENOUGH)
+        return self._chosen(count, ENOUGH if front else fit), front
+
+    def _spread(self, pieces: Iterator[Slice], every: int) -> tuple[list[Block], int]:
+        """Blocks of one of every `every` slices, each with the number it stands for; and where the last slice ends."""
+        end = 0
+
+        def passed() -> Iterator[Slice]:
+            nonlocal end
+            for piece in pieces:
+                end = piece.stop
+                yield piece
+
+        taken = drawn(passed(), every, self._random)
+        return [replace(self._block([piece]), weight=weight) for piece, weight in taken], end
 
     def _groups(self, shards: list[InputShard], budget: int) -> Iterator[Part]:
-        """Parquet: row groups, large ones from the front, measured in bytes of the column with the text."""
-        broken, groups = [], []
+        """Parquet: rows from anywhere in row groups, measured in bytes of the column with the text."""
+        broken: list[InputShard] = []
+        groups: list[RowGroup] = []
         for shard in shards:
             found = row_groups(shard, self._columns[:-1])
             if found is None:
                 broken.append(shard)
             else:
-                groups += [(shard, *group) for group in found]
+                groups += found
         if broken:
             yield next(self._as_they_are(broken, budget))
-        total = sum(size for *_, size in groups)
-        wanted = max(BLOCKS // 4, len(groups) * budget // max(1, total))
-        chosen = self._chosen(len(groups), wanted)
-        fraction = min(1.0, budget / max(1, sum(groups[number][3] for number, _ in chosen)))
-        blocks = []
-        for cluster, (number, times) in enumerate(chosen):
-            shard, group, rows, size = groups[number]
-            for piece in self._rows(shard, group, rows, size, fraction):
-                block = self._block([piece])
-                block.size *= size / rows
-                block.weight, block.cluster = times * rows / math.ceil(rows * fraction), cluster
-                blocks.append(block)
-        if fraction < 1:
-            self.notes.append("row groups were read from the front: the estimate rests on their beginnings")
         if groups:
-            whole = fraction == 1 and len(chosen) == len(groups)
-            yield self._found(Part(total, blocks, whole, sum(rows for _, _, rows, _ in groups)))
+            yield self._found(self._rows(groups, budget))
 
-    def _rows(self, shard: InputShard, group: int, rows: int, size: int, fraction: float) -> Iterator[Slice]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        row, wanted = 0, math.ceil(rows * fraction)
-        try:
-            with pq.ParquetFile(shard.uri, pre_buffer=False, buffer_size=READ) as file:
-                step = max(1, min(wanted // ENOUGH, READ * rows // max(1, size)))
-                columns = [name for name in self._columns[:-1] if name in file.schema_arrow.names]
-                for batch in file.iter_batches(step, row_groups=[group], columns=columns):
-                    batch = batch.slice(0, wanted - row)
-                    sink = pa.BufferOutputStream()
-                    with pa.ipc.new_stream(sink, batch.schema) as writer:
-                        writer.write_batch(batch)
-                    start, row = row, row + batch.num_rows
-                    yield Slice(0, shard.uri, shard.name, "rows", start, row, sink.getvalue().to_pybytes())
-                    if row >= wanted:
-                        return
-        except (OSError, pa.ArrowException) as error:
-            fault = ("corrupt", f"row group {group} cannot be read: {error}")
-            yield Slice(0, shard.uri, shard.name, "rows", row, rows, b"", fault=fault)
+    def _rows(self, groups: list[RowGroup], budget: int) -> Part:
+        total, rows = sum(group.size for group in groups), sum(group.rows for group in groups)
+        chosen, front = self._to_unpack(len(groups), total, budget)
+        stop = _unpacked_at_most(budget) // len(chosen) if front else total
+        every = max(1, round(sum(min(stop, groups[number].size) for number, _ in chosen) / budget))
+        blocks, whole = [], every == 1 and len(chosen) == len(groups)
+        for cluster, (number, times) in enumerate(chosen):
+            group = groups[number]
+            step = max(1, min(group.rows // ENOUGH, group.rows * _block_size(budget) // group.size))
+            pieces = rows_of(group, self._columns[:-1], step)
+            if front:
+                pieces = within(pieces, math.ceil(group.rows * min(1.0, stop / group.size)))
+            mine, read = self._spread(pieces, every)
+            whole &= read == group.rows
+            for block in mine:
+                block.size *= group.size / group.rows
+                block.weight *= times * group.rows / max(1, read)
+                block.cluster = 0 if len(chosen) == len(groups) else cluster
+            blocks += mine
+        front &= not whole
+        if front:
+            self.notes.append(
+                "row groups are large and were read from the front: the numbers rest on their beginnings, and how far "
+                "off they are cannot be told"
+            )
+        return Part(total, blocks, whole, rows, front)
 
     @staticmethod
     def _found(part: Part) -> Part:
@@ -310,122 +347,21 @@ class BlockReader:
             self.examples.setdefault(fault.reason, f"{fault.source} at {fault.offset:,}: {fault.message}")
 
 
-def text_size(shard: InputShard, columns: tuple[str, ...], most: int) -> int:
-    """Bytes of text in an input shard, of a Parquet file in these `columns`; something above `most` if it has more.
-    0 where it cannot be told."""
-    if shard.uri == "-":
-        return 0
-    if shard.kind == "parquet":
-        return sum(size for *_, size in row_groups(shard, columns) or [])
-    size = 0
-    with contextlib.suppress(OSError, Truncated):
-        if shard.packed is None:
-            return os.path.getsize(shard.uri)
-        for chunk in chunks(shard):
-            size += len(chunk)
-            if size > most:
-                break
-    return size
+def likely_sizes(shards: list[InputShard]) -> list[int]:
+    """Bytes of text in each input shard, as the file tells, or as the beginnings of a few that don't let one guess."""
+    told = [None if shard.uri == "-" else told_size(shard) for shard in shards]
+    guessed = [shard for shard, size in zip(shards, told, strict=True) if shard.packed and size is None]
+    few = guessed[:: max(1, len(guessed) // ENOUGH)]
+    times = sum(expansion(shard, READ) for shard in few) / len(few) if few else 1.0
+    return [
+        round(os.path.getsize(shard.uri) * times) if size is None and shard.packed else size or rough_size(shard)
+        for shard, size in zip(shards, told, strict=True)
+    ]
 
 
-def lines_between(shard: InputShard, low: int, high: int, longest: int) -> Iterator[Slice]:
-    """The lines that begin at bytes from `low` to before `high`, in one slice; no more is read than that, and of the
-    last one no more is held than shows that it is over `longest` bytes. Raises OSError."""
-    with open(shard.uri, "rb") as file:
-        if low:
-            file.seek(low - 1)
-            _pass_line(file)
-        start = file.tell()
-        if start >= high:
-            return
-        data = file.read(high - start)
-        if data[-1:] != b"\n":
-            data += file.readline(longest + 2)
-        if data[-1:] != b"\n":
-            _pass_line(file)
-        if data:
-            yield Slice(0, shard.uri, shard.name, "jsonl", start, file.tell(), data)
+def _unpacked_at_most(budget: int) -> int:
+    return max(LOOK * budget, UNPACK)
 
 
-def _pass_line(file: BinaryIO) -> None:
-    while (piece := file.readline(READ)) and not piece.endswith(b"\n"):
-        pass
-
-
-def text_front(shard: InputShard, size: int) -> Slice:
-    """About the first `size` bytes of a text, cut where it can be cut, as if they were all of it. Raises OSError."""
-    data = b""
-    with contextlib.suppress(Truncated):
-        for piece in chunks(shard):
-            data += piece
-            if len(data) > size:
-                break
-    stop = min(size, len(data) - 1)
-    while stop > size - 4 and data[stop] & 0xC0 == 0x80:  # within a character
-        stop -= 1
-    stop = safe_cut(data[:stop]) or stop
-    return Slice(0, shard.uri, shard.name, shard.kind, 0, stop, data[:stop])
-
-
-def _within(pieces: Iterator[Slice], stop: int) -> Iterator[Slice]:
-    """The slices of documents that begin before byte `stop` of their shard; lines are cut off behind the last one."""
-    for piece in pieces:
-        if piece.start >= stop:
-            return
-        if piece.kind == "jsonl" and piece.stop > stop and piece.data:
-            end = piece.data.find(b"\n", stop - 1 - piece.start) + 1 or len(piece.data)
-            yield replace(piece, data=piece.data[:end], stop=piece.start + end)
-            return
-        yield piece
-
-
-def _lines_of(pieces: Iterator[Slice], size: int) -> Iterator[Slice]:
-    """The same lines, in slices of about `size` bytes."""
-    for piece in pieces:
-        data, start = piece.data or b"", 0
-        while piece.fault is None and len(data) - start > size:
-            stop = data.find(b"\n", start + size - 1) + 1 or len(data)
-            yield replace(piece, data=data[start:stop], start=piece.start + start, stop=piece.start + stop)
-            start = stop
-        if piece.fault or start < len(data):
-            yield replace(piece, data=data[start:], start=piece.start + start)
-
-
-class _Sips(io.BufferedReader):
-    """Reads little at once, so that `tell` says how much was needed."""
-
-    def read1(self, size: int = -1, /) -> bytes:
-        return super().read1(_SIP)
-
-
-def expansion(shard: InputShard, most: int) -> float:
-    """Bytes that a packed shard unpacks to for each of its own, up to its byte `most` unpacked. Raises OSError."""
-    unpacked = 0
-    with contextlib.suppress(Truncated), _Sips(open(shard.uri, "rb", buffering=0)) as file:
-        for piece in (gunzip if shard.packed == "gzip" else unzstd)(file):
-            unpacked += len(piece)
-            if unpacked >= most:
-                return unpacked / file.tell()
-    return max(1, unpacked) / max(1, os.path.getsize(shard.uri))
-
-
-def row_groups(shard: InputShard, columns: tuple[str, ...]) -> list[tuple[int, int, int]] | None:
-    """(number, rows, bytes in `columns`) of the row groups of a Parquet file; None if it has none of these columns or
-    cannot be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(shard.uri) as file:
-            if not set(columns) & set(file.schema_arrow.names):
-                return None
-            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-    except (OSError, pa.ArrowException):
-        return None
-    return [(n, group.num_rows, _columns_size(group, columns)) for n, group in enumerate(groups) if group.num_rows]
-
-
-def _columns_size(group: Any, columns: tuple[str, ...]) -> int:
-    every = [group.column(number) for number in range(group.num_columns)]
-    mine = [c for c in every if c.path_in_schema.partition(".")[0] in columns]
-    return max(1, sum(int(c.total_uncompressed_size) for c in mine))
+def _block_size(budget: int) -> int:
+    return min(max(budget // BLOCKS, SMALLEST), READ)

@@ -1,5 +1,6 @@
 """From the blocks of a corpus that were read to all of it: totals and ratios, each with its interval."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,12 +10,15 @@ from millstream.records import Ids
 from millstream.runs.pack.blocks import ENOUGH, Part
 
 RESAMPLES = 1000
+OUTSIDE = 0.5
+"""Percent of the resamples that lie below an interval, and above."""
 DOCUMENTS = "documents"
 """The total that may be known beforehand: of documents, the faulty ones among them."""
 
 
 class Estimate(NamedTuple):
-    """A number, and between which two it lies with 95 % confidence; all three are equal if it was counted."""
+    """A number, and between which two it lies 95 times in 100; all three are equal if it was counted, and the two are
+    NaN where nothing can be said."""
 
     value: float
     low: float
@@ -25,13 +29,22 @@ class Estimate(NamedTuple):
         return self.low == self.high
 
     @property
+    def told(self) -> bool:
+        """Whether anything is known of how far off it may be."""
+        return not math.isnan(self.low)
+
+    @property
     def error(self) -> float:
         """How far off it may be."""
         return max(self.high - self.value, self.value - self.low)
 
     def give_or_take(self, more: float) -> "Estimate":
         """The same, as far off again; no less than 0."""
-        return Estimate(self.value, max(self.low - more, 0), self.high + more)
+        return self.within(self.low - more, self.high + more)
+
+    def within(self, low: float, high: float) -> "Estimate":
+        """The same, between these two at least; no less than 0."""
+        return Estimate(self.value, max(min(low, self.low), 0), max(high, self.high)) if self.told else self
 
 
 class _Drawn(NamedTuple):
@@ -110,7 +123,8 @@ class Corpus:
             columns.append((y - found[-1] * z) / below)
         value, low, high = self._intervals(np.stack(columns, axis=1))
         value[len(value) - len(found) :] = found
-        each = [Estimate(v, max(v + a, 0.0), v + b) for v, a, b in np.stack([value, low, high], axis=1).tolist()]
+        low, high = np.maximum(value + low, 0.0), value + high
+        each = [Estimate(*row) for row in np.stack([value, low, high], axis=1).tolist()]
         first = 1 + len(totals)
         return dict(zip([DOCUMENTS, *totals], each[:first], strict=True)), dict(zip(ratios, each[first:], strict=True))
 
@@ -123,7 +137,7 @@ class Corpus:
             low = high
         total, variance, off, variances = (np.sum(column, axis=0) for column in zip(*found, strict=True))
         errors = np.divide(off, np.sqrt(variances), out=np.zeros_like(off), where=variances > 0)
-        low_off, high_off = -np.percentile(errors, [97.5, 2.5], axis=0) * np.sqrt(variance)
+        low_off, high_off = -np.percentile(errors, [100 - OUTSIDE, OUTSIDE], axis=0) * np.sqrt(variance)
         return total, np.minimum(low_off, 0), np.maximum(high_off, 0)
 
     def _drawn(self, part: Part, sums: Ids) -> _Drawn:
@@ -139,6 +153,9 @@ class Corpus:
         if clusters.max() + 1 >= ENOUGH:
             x, y = np.bincount(clusters, x), np.stack([np.bincount(clusters, column) for column in y.T], axis=1)
         n = len(x)
+        if part.front:
+            drawn = _Drawn(total, np.full_like(total, np.nan), none, none)
+            return self._known(part, drawn)
         if n == 1:  # which says nothing of others: it may be as far off as it is large
             normal = self._random.standard_normal((RESAMPLES, 1))
             return _Drawn(total, total**2, normal * total, none + total**2)
@@ -149,6 +166,11 @@ class Corpus:
         variance = np.maximum(squares, 0) * (part.total / size) ** 2 * (n / (n - 1))
         unread = max(0.0, 1 - float(sizes.sum()) / part.total)
         drawn = _Drawn(total, variance[0] * unread, (ratio[1:] - ratio[0]) * part.total, variance[1:])
+        return self._known(part, drawn)
+
+    @staticmethod
+    def _known(part: Part, drawn: _Drawn) -> _Drawn:
+        """The same, with the number of documents if that is known beforehand."""
         if part.documents is not None:
             for mine, known in zip(drawn, (part.documents, 0, 0, 0), strict=True):
                 mine[..., 0] = known

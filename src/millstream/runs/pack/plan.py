@@ -107,14 +107,14 @@ class Plan:
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data; an estimate is {"value", "low", "high"}."""
+        """Plain data; an estimate is {"value", "low", "high"}, the last two None where nothing can be said of them."""
         found: dict[str, Any] = _plain(asdict(self))
         return found
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Estimate):
-        return value._asdict()
+        return {name: end if math.isfinite(end) else None for name, end in value._asdict().items()}
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
     return [_plain(part) for part in value] if isinstance(value, list) else value
@@ -289,13 +289,13 @@ def _plan(
 
 
 def _rounded(estimate: Estimate) -> Estimate:
-    return Estimate(*map(round, estimate))
+    return Estimate(*(round(end) if math.isfinite(end) else end for end in estimate))
 
 
-def _between(corpus: Corpus, quantile: int, percent: int, share: Estimate) -> tuple[int, int]:
+def _between(corpus: Corpus, quantile: int, percent: int, share: Estimate) -> tuple[float, float]:
     """Between what the quantile lies: the `share` of the documents up to it could be as much smaller or larger."""
-    if share.exact:
-        return quantile, quantile
+    if share.exact or not share.told:
+        return (quantile, quantile) if share.exact else (math.nan, math.nan)
     off = [100 * (end - share.value) for end in (share.low, share.high)]
     low, high = corpus.quantiles([percent + each for each in off])
     return min(low, quantile), max(high, quantile)
@@ -354,6 +354,9 @@ def _choice(
         windows = math.ceil(float(corpus.weight @ weight(corpus.length)) / (settings.window or WINDOW))
         samples, padding_ids = samples.give_or_take(windows), padding_ids.give_or_take(windows * settings.seq_len)
         padding = padding.give_or_take(windows / max(1, samples.value))
+        # Short documents that were not read, as all of them lie in one place, could fill what is padded here.
+        samples, padding_ids = samples.within(total["ids"].low // settings.seq_len, 0), padding_ids.within(0, 0)
+        padding = padding.within(0, 0)
     return Choice(
         seq_len=settings.seq_len,
         strategy=settings.strategy,

@@ -211,6 +211,110 @@ def test_the_fast_way_gives_the_bytes_of_the_slow_way(tmp_path_factory, text, na
         assert (batch.key == fast.key) == (batch.id == fast.id)
 
 
+# Parameters that rows bring -----------------------------------------------------------------------------------------
+
+OWN = ("temperature", "model", "tools")
+
+
+def test_rows_bring_the_parameters_that_are_named_and_no_others(tmp_path):
+    tools = [{"function": {"name": "f", "parameters": {"z": 1, "a": 2}}}]
+    rows = [
+        {"prompt": "a", "temperature": 0.5, "top_p": 0.1},
+        {"messages": user("b"), "model": "o", "tools": tools},
+        {"prompt": "c", "temperature": None},
+        {"prompt": "d", "custom_id": "d", "temperature": 0},
+    ]
+    recipe = Recipe("m", "s", params={"temperature": 1, "n": 2}, row_params=OWN)
+    first = [{"role": "system", "content": "s"}]
+    bodies = [
+        {"model": "m", "temperature": 0.5, "n": 2, "messages": first + user("a")},
+        {"model": "o", "temperature": 1, "n": 2, "tools": tools, "messages": first + user("b")},
+        {"model": "m", "temperature": 1, "n": 2, "messages": first + user("c")},
+        {"model": "m", "temperature": 0, "n": 2, "messages": first + user("d")},
+    ]
+    found = requests_of(tmp_path, rows, recipe)
+    assert [request.data for request in found] == [msgspec.json.encode(body) for body in bodies]
+    assert [request.key for request in found[:3]] == [canonical_key(body) for body in bodies[:3]]
+    [filled] = requests_of(tmp_path, [{"text": "a", "temperature": 0.5}], Recipe("m", None, "{text}", row_params=OWN))
+    assert body_of(filled) == {"model": "m", "temperature": 0.5, "messages": user("a")}
+    [batch] = requests_of(tmp_path, [{**batch_row(messages=user("a")), "temperature": 2}], Recipe("m", row_params=OWN))
+    assert body_of(batch) == {"model": "m", "messages": user("a")}
+
+
+def test_parquet_rows_bring_parameters_too(tmp_path):
+    columns = {
+        "prompt": ["a", "b"],
+        "temperature": [0.5, None],
+        "tools": [[{"x": 1, "y": None}], [{"x": None, "y": 2}]],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    one, two = read(tmp_path / "rows.parquet", Recipe("m", row_params=("temperature", "tools")))
+    assert body_of(one) == {"model": "m", "temperature": 0.5, "tools": [{"x": 1}], "messages": user("a")}
+    assert body_of(two) == {"model": "m", "tools": [{"y": 2}], "messages": user("b")}
+    with pytest.raises(RequestError, match="no column 'seed' for --row-params"):
+        read(tmp_path / "rows.parquet", Recipe("m", row_params=("seed",)))
+
+
+@pytest.mark.parametrize("name", ["messages", "prompt", "custom_id", "id", "stream", "body", ""])
+def test_what_rows_cannot_bring(tmp_path, name):
+    with pytest.raises(RequestError, match="cannot be a parameter that rows bring"):
+        requests_of(tmp_path, [{"prompt": "a"}], Recipe("m", row_params=("temperature", name)))
+
+
+def test_bad_parameters_of_a_row_are_its_fault(tmp_path):
+    lines = [
+        b'{"prompt": "a", "temperature": NaN}',
+        {"prompt": "b"},
+        {"prompt": "c", "model": 5},
+        {"prompt": "d", "model": "m"},
+    ]
+    nan, none, odd, fine = requests_of(tmp_path, lines, Recipe(None, row_params=("temperature", "model")))
+    assert [request.fault and request.fault[0] for request in (nan, none, odd, fine)] == ["bad_row"] * 3 + [None]
+    assert "NaN" in nan.fault[1]
+    assert "names no model" in none.fault[1]
+    with pytest.raises(RequestError, match="bring no parameters"):
+        read(write(tmp_path / "rows.txt", b"a\n"), Recipe("m", row_params=OWN))
+
+
+def told_of(folder, rows, recipe=RECIPE):
+    words = []
+    found = requests_of(folder, rows, recipe, tell=words.append)
+    return words, found
+
+
+def test_parameters_that_are_not_sent_are_told_once(tmp_path):
+    rows = [{"prompt": "x"}, *({"prompt": "a", "temperature": 1, "max_tokens": 5, "note": 1} for _ in range(3000))]
+    [words], found = told_of(tmp_path, rows)
+    assert words.startswith("rows.jsonl, line 2 has temperature, max_tokens beside the prompt, which is not sent")
+    assert "--row-params temperature,max_tokens" in words
+    assert {request.data for request in found[1:]} == {msgspec.json.encode({"model": "m", "messages": user("a")})}
+    [words], _ = told_of(tmp_path, rows[1:], Recipe("m", row_params=("max_tokens",)))
+    assert "has temperature beside" in words
+    assert "--row-params max_tokens,temperature" in words
+
+
+@pytest.mark.parametrize(
+    ("row", "recipe"),
+    [
+        ({"prompt": "a", "temperature": None, "note": 1}, RECIPE),
+        ({"prompt": "a", "temperature": 1}, Recipe("m", row_params=("temperature",))),
+        ({"prompt": "a", "temperature": 1}, Recipe("m", template="{prompt} at {temperature}")),
+        ({"text": "an answer", "model": "m"}, Recipe("m", template="{text}")),
+        ({"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": user("a")}}, RECIPE),
+    ],
+)
+def test_what_is_not_told(tmp_path, row, recipe):
+    assert told_of(tmp_path, [row], recipe)[0] == []
+
+
+def test_parquet_columns_that_are_not_sent_are_told_once(tmp_path):
+    pq.write_table(pa.table({"prompt": ["a"] * 9, "seed": [1] * 9}), tmp_path / "rows.parquet", row_group_size=2)
+    words = []
+    read(tmp_path / "rows.parquet", tell=words.append)
+    assert len(words) == 1
+    assert "--row-params seed" in words[0]
+
+
 # The same however they come -----------------------------------------------------------------------------------------
 
 ROWS = st.fixed_dictionaries(

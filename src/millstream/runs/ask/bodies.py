@@ -23,6 +23,30 @@ _GAP = msgspec.Raw(b"\0")  # a byte that nothing else puts into JSON
 hash_of_nothing = blake2b(digest_size=16)
 
 NEVER_PARAMS = {"messages": "messages come from the prompts", "stream": "replies come whole"}
+_NEVER_OF_ROWS = {*NEVER_PARAMS, "prompt", "custom_id", "id", "body"}
+LIKELY_PARAMS = frozenset(
+    [
+        "model",
+        "temperature",
+        "top_p",
+        "top_k",
+        "max_tokens",
+        "max_completion_tokens",
+        "n",
+        "stop",
+        "seed",
+        "tools",
+        "tool_choice",
+        "response_format",
+        "logprobs",
+        "top_logprobs",
+        "frequency_penalty",
+        "presence_penalty",
+        "logit_bias",
+        "reasoning_effort",
+    ]
+)
+"""What a row that has a prompt means to be sent, in all likelihood."""
 
 
 def _plain(value: Any) -> Any:
@@ -41,14 +65,16 @@ _encode_sorted = msgspec.json.Encoder(order="sorted", enc_hook=_plain).encode
 class Recipe:
     """How a row becomes the body of a request.
 
-    `template` makes the prompt of a row's fields, `system` goes before the messages, `params` into the body. Rows of
-    OpenAI's Batch format bring their body: there `model` and `params` only fill in what it lacks.
+    `template` makes the prompt of a row's fields, `system` goes before the messages, `params` into the body, and so do
+    those fields of the row that `row_params` names, in place of `params`; a null is none. Rows of OpenAI's Batch format
+    bring their body: there `model` and `params` only fill in what it lacks.
     """
 
     model: str | None = None
     system: str | None = None
     template: str | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
+    row_params: Sequence[str] = ()
 
 
 class Around(NamedTuple):
@@ -78,23 +104,15 @@ class Body(NamedTuple):
         return key
 
 
-class Bodies:
-    """The bodies that a recipe makes. What a row gives goes into a gap between bytes that are made once."""
+class Frame:
+    """Model, parameters and system message of many requests. What a row gives goes into a gap between bytes that are
+    made once."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        for name, reason in NEVER_PARAMS.items():
-            if recipe.params.get(name) not in (None, False):
-                raise RequestError(f"{name!r} cannot be a parameter: {reason}")
-        self.template = None if recipe.template is None else Template(recipe.template)
-        self.fields = self.template.fields if self.template else frozenset()
-        self._given = {"model": recipe.model, **recipe.params}
-        try:
-            in_order([self._given, recipe.system, recipe.template])
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"the settings cannot be sent: {words(error)}") from None
-        self._system = [{"role": "system", "content": recipe.system}] if recipe.system else []
-        self.around_text = self._around([*self._system, {"role": "user", "content": _GAP}])
-        self._around_messages = self._around([*self._system, _GAP])
+    def __init__(self, given: Mapping[str, Any], system: str | None) -> None:
+        self._given = given
+        first = [{"role": "system", "content": system}] if system else []
+        self.around_text = self._around([*first, {"role": "user", "content": _GAP}])
+        self._around_messages = self._around([*first, _GAP])
 
     def _around(self, messages: list[Any]) -> Around | None:
         if not self._given["model"]:
@@ -121,25 +139,56 @@ class Bodies:
         digest.update(_encode_sorted(messages)[1:-1] + end)
         return Body(head + data + tail, digest)
 
+
+class Bodies:
+    """The bodies that a recipe makes."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        for name, reason in NEVER_PARAMS.items():
+            if recipe.params.get(name) not in (None, False):
+                raise RequestError(f"{name!r} cannot be a parameter: {reason}")
+        for name in recipe.row_params:
+            if name in _NEVER_OF_ROWS or not name:
+                raise RequestError(f"{name!r} cannot be a parameter that rows bring")
+        self.template = None if recipe.template is None else Template(recipe.template)
+        self.fields = self.template.fields if self.template else frozenset()
+        self.row_params = tuple(dict.fromkeys(recipe.row_params))
+        self._given, self._system = {"model": recipe.model, **recipe.params}, recipe.system
+        try:
+            in_order([self._given, recipe.system, recipe.template])
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the settings cannot be sent: {words(error)}") from None
+        self.frame = Frame(self._given, recipe.system)
+
     def of_row(self, given: Mapping[str, Any]) -> Body:
         """The body of a row. Raises ValueError that says what is wrong with it."""
         if is_request(given):
             return self._of_batch(given)
+        frame = self._frame_of(given) if self.row_params else self.frame
         if self.template is not None:
-            return self._of_template(self.template, given)
+            return self._of_template(frame, self.template, given)
         messages, prompt = given.get("messages"), given.get("prompt")
         if messages is not None:
-            return self.of_messages(messages)
+            return frame.of_messages(messages)
         if prompt is None:
             raise ValueError(f"no 'prompt' or 'messages'; there are {names(given)}: give --template")
         if not isinstance(prompt, str):
             raise ValueError(f"'prompt' is not text but {type(prompt).__name__}")
-        return self.of_text(prompt)
+        return frame.of_text(prompt)
 
-    def _of_template(self, template: "Template", given: Mapping[str, Any]) -> Body:
+    def _frame_of(self, given: Mapping[str, Any]) -> Frame:
+        """The frame of a row that may bring parameters of its own."""
+        own = {name: given[name] for name in self.row_params if given.get(name) is not None}
+        in_order(own)  # raises for what JSON does not have
+        whole = {**self._given, **own}
+        if "model" in self.row_params and not (whole["model"] and isinstance(whole["model"], str)):
+            raise ValueError("the row names no model: put one in, or give --model")
+        return Frame(whole, self._system) if own else self.frame
+
+    def _of_template(self, frame: Frame, template: "Template", given: Mapping[str, Any]) -> Body:
         filled = template.fill(given, in_order)
         nested = any(isinstance(given[name], dict | list) for name in template.fields)
-        return self.of_text(filled, template.fill(given, canonical) if nested else None)
+        return frame.of_text(filled, template.fill(given, canonical) if nested else None)
 
     def _of_batch(self, given: Mapping[str, Any]) -> Body:
         _, path, body = parse_request(given)

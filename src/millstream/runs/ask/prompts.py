@@ -4,7 +4,7 @@ No Python object outlives its batch. What has to be known of all rows, whether a
 for each.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -12,10 +12,20 @@ import msgspec
 import numpy as np
 
 from millstream.errors import RequestError, RunError
-from millstream.formats.batch import parse_line
+from millstream.formats.batch import is_request, parse_line
 from millstream.formats.sources import InputShard, Truncated, chunks
 from millstream.records import Ids
-from millstream.runs.ask.bodies import Bodies, Recipe, encode, hash_of_nothing, no_model, printable, text_of, words
+from millstream.runs.ask.bodies import (
+    LIKELY_PARAMS,
+    Bodies,
+    Recipe,
+    encode,
+    hash_of_nothing,
+    no_model,
+    printable,
+    text_of,
+    words,
+)
 from millstream.runs.ask.requests import Request
 
 _ROWS = 1024
@@ -26,14 +36,20 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def batches(
-    prompts: InputShard, recipe: Recipe, *, limit: int | None = None, keep_rows: bool = False
+    prompts: InputShard,
+    recipe: Recipe,
+    *,
+    limit: int | None = None,
+    keep_rows: bool = False,
+    tell: Callable[[str], None] = lambda words: None,
 ) -> Iterator[list[Request]]:
     """The requests of a file in its order, at most `limit`, in lists that are never empty.
 
     A list comes from up to 1,024 rows or 64 KiB; on standard input, from the whole lines that are there. A row that
     makes no request is among them with a fault of kind ``bad_row``, and one with the custom_id of an earlier row with
     ``duplicate_id``. A key depends on body, path and id, and on how many rows with the same came before: an edited row
-    gets another key, a moved one keeps its own, equal ones stay distinct. `keep_rows` fills in `Request.row`.
+    gets another key, a moved one keeps its own, equal ones stay distinct. `keep_rows` fills in `Request.row`. `tell` is
+    called, once, if rows have parameters beside their prompt that `Recipe.row_params` does not name.
 
     Raises RequestError for a recipe that does not fit, RunError if the file cannot be read to its end.
 
@@ -46,17 +62,24 @@ def batches(
     >>> first.index, again.index, first.key == again.key
     (0, 1, False)
     """
-    return _Reader(prompts, recipe, keep_rows).batches(limit)
+    return _Reader(prompts, recipe, keep_rows, tell).batches(limit)
 
 
 class _Reader:
     """The rows of one file, read once."""
 
-    def __init__(self, prompts: InputShard, recipe: Recipe, keep_rows: bool) -> None:
-        self._prompts, self._keep_rows = prompts, keep_rows
+    def __init__(self, prompts: InputShard, recipe: Recipe, keep_rows: bool, tell: Callable[[str], None]) -> None:
+        self._prompts, self._keep_rows, self._tell = prompts, keep_rows, tell
         self._bodies = Bodies(recipe)
         if prompts.kind == "text" and self._bodies.fields - {"prompt"}:
             raise RequestError(f"{prompts.name} is text, a prompt a line: the template can only have {{prompt}}")
+        if prompts.kind == "text" and self._bodies.row_params:
+            raise RequestError(f"{prompts.name} is text, a prompt a line: its rows bring no parameters")
+        # With a template, a field may be called as a parameter is and mean the weather.
+        self._watched = LIKELY_PARAMS.difference(self._bodies.row_params) if recipe.template is None else frozenset()
+        self._plain = _watched_row
+        if recipe.template is not None or self._bodies.row_params:
+            self._plain = _no_plain_row
         self._count = 0
         self._custom: list[tuple[Request, int]] = []  # in this batch: those with a custom_id, and where they stand
         self._seen, self._seen_ids = _Seen(), _Seen()
@@ -65,7 +88,7 @@ class _Reader:
         if limit is not None and limit <= 0:
             return
         if self._prompts.kind == "parquet":
-            groups = _row_groups(self._prompts, self._bodies.fields, self._keep_rows)
+            groups = _row_groups(self._prompts, self._bodies, self._keep_rows, self._watch)
         else:
             groups = _lines(self._prompts)
         read: Any = {"parquet": self._of_columns, "text": self._of_texts}.get(self._prompts.kind, self._of_json)
@@ -84,8 +107,8 @@ class _Reader:
 
     def _of_json(self, first: int, lines: list[bytes]) -> list[Request]:
         batch: list[Request] = []
-        plain = _plain_row if self._bodies.template is None else _no_plain_row
-        around, of_messages, index = self._bodies.around_text, self._bodies.of_messages, self._count
+        plain = self._plain
+        around, of_messages, index = self._bodies.frame.around_text, self._bodies.frame.of_messages, self._count
         head, tail, begun, end = around or (b"", b"", hash_of_nothing, b"")
         for number, line in enumerate(lines, first):
             try:
@@ -131,7 +154,7 @@ class _Reader:
 
     def _of_texts(self, first: int, lines: list[bytes]) -> list[Request]:
         batch: list[Request] = []
-        of_text, template, index = self._bodies.of_text, self._bodies.template, self._count
+        of_text, template, index = self._bodies.frame.of_text, self._bodies.template, self._count
         for number, line in enumerate(lines, first):
             if not line or line.isspace():
                 continue
@@ -158,6 +181,8 @@ class _Reader:
     def _of_fields(self, index: int, number: int, given: Mapping[str, Any], line: bytes | None) -> Request:
         """A request from any row, slowly; `line` is what the fields were read from."""
         name = None
+        if self._watched and not is_request(given):
+            self._watch([name for name, value in given.items() if value is not None], self._place(number))
         try:
             name = _name_of(given)
             body = self._bodies.of_row(given)
@@ -169,6 +194,17 @@ class _Reader:
         if self._keep_rows:
             request.row = _json_of(given, line)
         return request
+
+    def _watch(self, there: Sequence[str], place: str) -> None:
+        """Tell once of parameters that are there and not sent."""
+        found = [name for name in there if name in self._watched]
+        if found and {"prompt", "messages"} & set(there):
+            flag = ",".join([*self._bodies.row_params, *found])
+            reason = f"{place} has {', '.join(found)} beside the prompt, which is not sent"
+            self._tell(f"{reason}; to send such fields give --row-params {flag}")
+            self._watched = frozenset()
+            if self._plain is _watched_row:
+                self._plain = _plain_row
 
     def _fault(self, index: int, number: int, name: str | None, raw: bytes, error: Exception) -> Request:
         message = printable(f"{self._place(number)}: {words(error)}")
@@ -248,7 +284,11 @@ class _PlainRow(msgspec.Struct, gc=False):
     body: None = None
 
 
-_plain_row = msgspec.json.Decoder(_PlainRow).decode
+_plain_row: Callable[[bytes], Any] = msgspec.json.Decoder(_PlainRow).decode
+_watched_row: Callable[[bytes], Any] = msgspec.json.Decoder(
+    msgspec.defstruct("_WatchedRow", [(name, None, None) for name in sorted(LIKELY_PARAMS)], bases=(_PlainRow,))
+).decode
+"""As `_plain_row`, but a row that has parameters of its own is read with more care, too."""
 _any_json = msgspec.json.Decoder(msgspec.Raw).decode
 
 
@@ -318,7 +358,9 @@ def _blocks(prompts: InputShard) -> Iterator[bytes]:
         yield data
 
 
-def _row_groups(prompts: InputShard, fields: frozenset[str], whole: bool) -> Iterator[tuple[int, list[Any]]]:
+def _row_groups(
+    prompts: InputShard, bodies: Bodies, whole: bool, watch: Callable[[Sequence[str], str], None]
+) -> Iterator[tuple[int, list[Any]]]:
     """Rows of a Parquet file as mappings, in lists for a batch each, with the number of the first, from 1."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -328,12 +370,13 @@ def _row_groups(prompts: InputShard, fields: frozenset[str], whole: bool) -> Ite
         with open(prompts.uri, "rb"):
             pass  # raises what opening any file raises; Arrow's message has the whole path in it
         with pq.ParquetFile(prompts.uri, pre_buffer=False, buffer_size=_BLOCK) as file:
-            columns = _columns(prompts, file.schema_arrow.names, fields)
+            columns = _columns(prompts, file.schema_arrow.names, bodies)
+            watch(file.schema_arrow.names, prompts.name)
             for group in range(file.num_row_groups):
                 meta = file.metadata.row_group(group)
                 rows = min(_ROWS, max(16, _BLOCK * meta.num_rows // max(1, meta.total_byte_size)))
                 for batch in file.iter_batches(rows, row_groups=[group], columns=None if whole else columns):
-                    yield number, _values(batch)
+                    yield number, _values(batch, bodies.row_params)
                     number += batch.num_rows
     except pa.ArrowException as error:
         raise _unreadable(prompts, f"damaged or no Parquet: {error}") from error
@@ -341,28 +384,30 @@ def _row_groups(prompts: InputShard, fields: frozenset[str], whole: bool) -> Ite
         raise _unreadable(prompts, error.strerror or error) from error
 
 
-def _columns(prompts: InputShard, there: list[str], fields: frozenset[str]) -> list[str]:
-    missing = sorted(fields - set(there))
-    if missing:
-        raise RequestError(f"{prompts.name} has no column {missing[0]!r} for the template; it has {', '.join(there)}")
+def _columns(prompts: InputShard, there: list[str], bodies: Bodies) -> list[str]:
+    fields, own = bodies.fields, bodies.row_params
+    for wanted, purpose in ((sorted(fields), "for the template"), (own, "for --row-params")):
+        if missing := [name for name in wanted if name not in there]:
+            raise RequestError(f"{prompts.name} has no column {missing[0]!r} {purpose}; it has {', '.join(there)}")
     if not fields and not {"prompt", "messages"} & set(there):
         raise RequestError(
             f"{prompts.name} has no column 'prompt' or 'messages'; it has {', '.join(there)}: give --template"
         )
-    return [name for name in there if name in fields | {"prompt", "messages", "custom_id", "id"}]
+    return [name for name in there if name in {*fields, *own, "prompt", "messages", "custom_id", "id"}]
 
 
-def _values(batch: Any) -> list[Any]:
-    """A batch's rows as mappings; one that is no valid UTF-8 as its UnicodeDecodeError."""
+def _values(batch: Any, own: Sequence[str]) -> list[Any]:
+    """A batch's rows as mappings; one that is no valid UTF-8 as its UnicodeDecodeError. `own` are its parameters."""
     try:
         rows: list[Any] = batch.to_pylist()
     except UnicodeDecodeError as error:
         if batch.num_rows == 1:
             return [error]
-        return [row for at in range(batch.num_rows) for row in _values(batch.slice(at, 1))]
+        return [row for at in range(batch.num_rows) for row in _values(batch.slice(at, 1), own)]
+    sent = [name for name in ("messages", *own) if name in batch.schema.names]
     for row in rows:
-        if "messages" in row:
-            row["messages"] = _without_nulls(row["messages"])
+        for name in sent:
+            row[name] = _without_nulls(row[name])
     return rows
 
 

@@ -1,11 +1,14 @@
 """Corpora on disk, the command line as a user starts it, and what a run folder holds."""
 
+import contextlib
 import gzip
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +17,8 @@ import pytest
 import zstandard
 
 import millstream
+
+NOBODY = 65534
 
 MILLSTREAM = [sys.executable, "-m", "millstream"]
 
@@ -172,3 +177,20 @@ def fill_tiktoken_cache(folder):
             ranks = gzip.decompress((data / f"{name}.tiktoken.gz").read_bytes())
             (folder / hashlib.sha1(asked.pop().encode()).hexdigest()).write_bytes(ranks)
     return folder
+
+
+@contextlib.contextmanager
+def forbidding(tmp_path):
+    """A folder in which permissions hold for root as well: until the end, this process acts as a nobody who owns it."""
+    if os.geteuid() != 0:
+        yield tmp_path
+        return
+    pack(tmp_path / "loads all that is imported late", write_jsonl(tmp_path / "a.jsonl", rows(TEXTS)), seq_len=4)
+    folder = Path(tempfile.mkdtemp(prefix="millstream-"))
+    os.chown(folder, NOBODY, NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield folder
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(folder)

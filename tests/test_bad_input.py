@@ -320,7 +320,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
         pack(tmp_path / "out", tmp_path / "a.jsonl", seq_len=4)
 
 
-@pytest.mark.parametrize("data", [b"caf\xe9", b"\xed\xa0\x80", b"ok \xf0\x9f", b"\xff\xfeh\0i\0"])
+@pytest.mark.parametrize("data", [b"caf\xe9", b"\xed\xa0\x80", b"ok \xf0\x9f"])
 @pytest.mark.parametrize("long", [False, True])
 def test_plain_text_that_is_not_utf8(tmp_path, monkeypatch, data, long):
     if long:

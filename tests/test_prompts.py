@@ -24,7 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millstream.errors import RequestError, RunError
-from millstream.formats.sources import InputShard, expand
+from millstream.formats.corpus import expand
+from millstream.formats.sources import InputShard
 from millstream.runs.ask import prompts
 from millstream.runs.ask.bodies import Recipe
 from millstream.runs.ask.prompts import batches

@@ -31,7 +31,7 @@ from helpers import (
 
 import millstream
 from millstream.errors import RequestError
-from millstream.formats import slices, sources
+from millstream.formats import corpus, slices
 
 quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
 
@@ -256,7 +256,7 @@ def test_sources_that_do_not_work(tmp_path, monkeypatch, given, message):
 
 
 def test_standard_library_has_no_packages_of_others_and_no_tests():
-    names = [name for _, name in sources.standard_library()]
+    names = [name for _, name in corpus.standard_library()]
     assert names == sorted(names)
     assert {"json/decoder.py", "os.py", "asyncio/base_events.py"} <= set(names)
     folders = {part for name in names for part in name.split("/")[:-1]}
@@ -280,11 +280,11 @@ def test_source_code_is_read_in_the_encoding_it_declares(tmp_path, monkeypatch):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
     monkeypatch.setattr("sysconfig.get_path", lambda name, *_: str(root))
-    sources.standard_library.cache_clear()
+    corpus.standard_library.cache_clear()
     try:
         pack(tmp_path / "out", "stdlib:", seq_len=16)
     finally:
-        sources.standard_library.cache_clear()
+        corpus.standard_library.cache_clear()
     wanted = ["latin-1", "koi8-r", "utf-8", "utf-8-sig"]
     decoded = [data.decode(encoding) for data, encoding in zip(texts.values(), wanted, strict=True)]
     assert stream(tmp_path / "out") == gpt2_ids(decoded)
@@ -295,7 +295,7 @@ def test_the_real_standard_library_packs(tmp_path):
     report = pack(tmp_path / "out", "stdlib:", seq_len=256, limit=25, eos=True)
     assert report.ledger["documents"]["in"] == 25
     assert report.faults == 0
-    first = sources.standard_library()[0][0]
+    first = corpus.standard_library()[0][0]
     with open(first, encoding="utf-8") as file:
         assert stream(tmp_path / "out")[: len(ids := gpt2_ids([file.read()]))] == ids
     assert whole(tmp_path / "out")

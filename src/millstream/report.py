@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from millstream.formats.corpus import ignored_files
 from millstream.runs.progress import AskProgress, AskReport, Progress, Report
 
 _LINE_EVERY = 10.0  # seconds between plain lines, where there is no terminal
@@ -213,6 +214,9 @@ def pack_summary(report: Report) -> str:
         lines.append(f"  padding    {ids['padding']:,} ids, {ids['padding'] / max(1, all_ids):.2%} of the samples")
     for reason, count in report.ledger["faults"].items():
         lines.append(f"  faulty     {count:,} {reason.replace('_', ' ')} (in {report.out}/faults.jsonl)")
+    if report.ignored:
+        lines.append(f"  ignored    {ignored_files(report.ignored)}")
+    lines += [f"  unreadable {folder}" for folder in report.unreadable]
     for done in report.exports:
         left = f", the remainder's {done['left_out']:,} left out" if done["left_out"] else ""
         lines.append(f"  exported   {done['written']:,} ids to {report.out}/{done['format']}{left}")

@@ -112,7 +112,7 @@ def pack(sources: tuple[str, ...], out: str, as_json: bool, format_: str, **opti
         click.echo("\nmillstream: stopped. Nothing is lost: run the same command again to go on.", err=True)
         sys.exit(INTERRUPTED)
     click.echo(json.dumps(report.as_json(), indent=1) if as_json else pack_summary(report))
-    if report.faults and not report.already:
+    if (report.faults or report.unreadable) and not report.already:
         sys.exit(WITH_FAULTS)
 
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from millstream.errors import RequestError, RunError
+from millstream.formats.corpus import labelled
+from millstream.formats.kinds import place
 from millstream.formats.manifest import FAULTS, read_manifest, refuse_earlier
-from millstream.formats.sources import place
 from millstream.records import SEGMENT, Fault, Ids
 from millstream.samples import IGNORED, Sample, Segment
 
@@ -25,7 +26,8 @@ _SCAN = 1 << 20  # segments looked at together
 class DocumentPart(NamedTuple):
     """The part of a document that a sample holds: `length` ids from the document's id number `start`.
 
-    `offset` is where the document stands in its input shard `source`: a byte (decompressed) or a row.
+    `offset` is where the document stands in its input shard `source`: a byte (decompressed) or a row. `place` says both
+    in words, and which input it is where several have one name.
     """
 
     id: str
@@ -35,11 +37,7 @@ class DocumentPart(NamedTuple):
     start: int
     length: int
     document_length: int
-
-    @property
-    def place(self) -> str:
-        """`source` and `offset` in words."""
-        return place(self.source, self.offset)
+    place: str
 
 
 class Placement(NamedTuple):
@@ -59,7 +57,8 @@ class Placement(NamedTuple):
 class Located:
     """One document of `subset` and where its `length` ids went: `placements`, in order, from its first id to its last.
 
-    `source` and `offset` are where it was read, as in `DocumentPart`. An empty document has one placement of no ids.
+    `source`, `offset` and `place` are where it was read, as in `DocumentPart`. An empty document has one placement of
+    no ids.
     """
 
     subset: str
@@ -69,11 +68,7 @@ class Located:
     offset: int
     length: int
     placements: tuple[Placement, ...]
-
-    @property
-    def place(self) -> str:
-        """`source` and `offset` in words."""
-        return place(self.source, self.offset)
+    place: str
 
     @property
     def dropped(self) -> int:
@@ -191,13 +186,26 @@ class Dataset(Sequence[Sample]):
         """The documents of this id, or the one of this ordinal, and where they went; none if there are none."""
         rows = self._rows(document)
         parts = self._placements(rows)
-        inputs = self.manifest["inputs"]
         found = []
         for row in sorted(rows, key=lambda row: int(row["ordinal"])):
-            ordinal, length, source = row["ordinal"], row["length"], inputs[row["source"]]["name"]
+            ordinal, length, source = row["ordinal"], row["length"], self._source(row["source"])
             placements = tuple(sorted(parts[ordinal], key=lambda part: part.start))
-            found.append(Located(self.subset, row["id"], ordinal, source, row["offset"], length, placements))
+            where = self._place(row)
+            found.append(Located(self.subset, row["id"], ordinal, source, row["offset"], length, placements, where))
         return found
+
+    def _source(self, number: int) -> str:
+        name: str = self.manifest["inputs"][number]["name"]
+        return name
+
+    @cached_property
+    def _labels(self) -> list[str]:
+        return labelled([entry["name"] for entry in self.manifest["inputs"]])
+
+    def _place(self, row: dict[str, Any]) -> str:
+        """Where the document of a row of documents-K.parquet stands, in words."""
+        kind = self.manifest["inputs"][row["source"]].get("kind")  # an earlier format has none
+        return place(self._labels[row["source"]], row["offset"], kind, name=self._source(row["source"]))
 
     def document_ids(self, document: int | Located) -> Ids:
         """All ids of a document (its ordinal, or what `locate` found), BOS and EOS too, put together from the samples.
@@ -229,7 +237,8 @@ class Dataset(Sequence[Sample]):
 
     def faults_of(self, document_id: str) -> list[Fault]:
         """The documents of this id that could not be used. One without an id is called by its place, as in a sample."""
-        return [fault for fault in map(_fault, self._fault_lines()) if document_id in _names(fault)]
+        found = [fault for fault in map(_fault, self._fault_lines()) if document_id in _names(fault)]
+        return [fault._replace(source=self._labels[fault.shard]) for fault in found]
 
     def _rows(self, document: str | int) -> list[dict[str, Any]]:
         """The rows of documents-K.parquet of this id or ordinal, each with its K as "shard"."""
@@ -303,10 +312,9 @@ class Dataset(Sequence[Sample]):
 
     def _part(self, segment: Segment, index: int) -> DocumentPart:
         row = self.document(segment.document, index)
-        source = self.manifest["inputs"][row["source"]]["name"]
-        return DocumentPart(
-            row["id"], segment.document, source, row["offset"], segment.start, segment.length, row["length"]
-        )
+        source, length = self._source(row["source"]), row["length"]
+        part = (segment.document, source, row["offset"], segment.start, segment.length, length, self._place(row))
+        return DocumentPart(row["id"], *part)
 
     def _sample(self, ids: Ids, segments: Ids, loss: Ids | None) -> Sample:
         left = self.manifest["settings"]["pad_side"] == "left"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from millstream.errors import ResumeRefused
-from millstream.formats.sources import READ, InputShard, Truncated, chunks
+from millstream.errors import ResumeRefused, Unusable
+from millstream.formats.sources import READ, InputShard, chunks
 from millstream.records import Cursor, Slice
 
 BLOCK = READ
@@ -88,7 +88,7 @@ class _Running:
             self._digest.update(content(0, low))
             if self.prefix != self._used.prefix:
                 raise ResumeRefused(
-                    f"{self._shard.name} has changed before {self._used.offset:,}, which the run has read; "
+                    f"{self._shard.called} has changed before {self._used.offset:,}, which the run has read; "
                     "give the same input again, or start anew with --overwrite"
                 )
             self._used = None
@@ -99,7 +99,7 @@ class _Running:
     def finish(self) -> None:
         if self._used:
             raise ResumeRefused(
-                f"{self._shard.name} now ends at {self._position:,}, and the run has read to {self._used.offset:,}; "
+                f"{self._shard.called} now ends at {self._position:,}, and the run has read to {self._used.offset:,}; "
                 "give the same input again, or start anew with --overwrite"
             )
 
@@ -156,7 +156,7 @@ def _regroup(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
             if total >= size:
                 yield b"".join(held)
                 held, total = [], 0
-    except (Truncated, OSError) as error:
+    except (Unusable, OSError) as error:
         failure = error
     if held:
         yield b"".join(held)
@@ -232,8 +232,8 @@ def _line_slices(
             if size > limits.document + 1:  # one more for a "\r" that would not count
                 taken(b"".join(held))
                 held, passing = [], True
-    except Truncated as error:
-        failure = error
+    except Unusable as unusable:
+        failure = unusable
     if failure:
         after = Cursor(source + 1)
         yield Slice(
@@ -244,7 +244,7 @@ def _line_slices(
             position,
             position,
             b"",
-            fault=("truncated", str(failure)),
+            fault=(failure.reason, failure.message),
             after=after,
         )
     elif passing:
@@ -280,8 +280,8 @@ def _text_slices(source: int, shard: InputShard, limits: Limits, block: int, run
                 held = []
                 size = _first_pass(shard, limits, block)
                 break
-    except Truncated as error:
-        yield made(0, b"", True, True, ("truncated", str(error)))
+    except Unusable as unusable:
+        yield made(0, b"", True, True, (unusable.reason, unusable.message))
         return
     except (UnicodeDecodeError, _NoCut) as error:
         reason = "invalid_utf8" if isinstance(error, UnicodeDecodeError) else "too_long"

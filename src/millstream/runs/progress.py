@@ -25,6 +25,9 @@ class Report:
 
     `compared` bytes were compared with the reference engine; `not_compared` documents were not, as it cannot encode
     them, `not_compared_such_as` has the id of one and what it said.
+
+    `ignored` counts what the folders hold besides what is read, `unreadable` has folders that could not be listed: they
+    are no documents, so the ledger knows nothing of them.
     """
 
     out: str
@@ -48,6 +51,8 @@ class Report:
     not_compared: int = 0
     not_compared_such_as: tuple[str, str] | None = None
     exports: list[dict[str, Any]] = field(default_factory=list)
+    ignored: dict[str, int] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
 
     @property
     def faults(self) -> int:

@@ -18,7 +18,8 @@ from millstream.aio.limits import Adaptive
 from millstream.aio.rates import All, Gate
 from millstream.bridge import in_thread, run
 from millstream.errors import RequestError, RunError
-from millstream.formats.sources import InputShard, chunks, expand
+from millstream.formats.corpus import expand
+from millstream.formats.sources import InputShard, chunks
 from millstream.llm.wire import Answer
 from millstream.runs.ask.answers import AnswerJournal, Header
 from millstream.runs.ask.bodies import Recipe

@@ -18,7 +18,7 @@ from typing import IO, Any, TypeAlias
 
 import numpy as np
 
-from millstream.errors import DataError, RequestError, RunError
+from millstream.errors import DataError, RequestError, RunError, Unusable
 from millstream.formats.batch import (
     LONGEST_ID,
     MISSING,
@@ -32,8 +32,9 @@ from millstream.formats.batch import (
     read_outcome,
     render_line,
 )
+from millstream.formats.corpus import expand
 from millstream.formats.manifest import TEMPORARY
-from millstream.formats.sources import InputShard, Truncated, chunks, expand
+from millstream.formats.sources import InputShard, chunks
 from millstream.records import Ids
 
 Line: TypeAlias = tuple[int, int, bytes]
@@ -486,7 +487,7 @@ def _blocks(shard: InputShard, copy: IO[bytes] | None = None) -> Iterator[list[L
                 number += len(whole)
                 offset += sum(map(len, whole)) + len(whole)
                 pieces, held = more[-1:], len(more[-1])
-    except (Truncated, OSError) as error:
+    except (Unusable, OSError) as error:
         raise DataError(f"{shard.name}: {error}") from error
     yield _numbered([b"".join(pieces)], number, offset)
 

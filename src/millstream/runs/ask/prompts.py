@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from millstream.errors import RequestError, RunError
+from millstream.errors import RequestError, RunError, Unusable
 from millstream.formats.batch import is_request, parse_line
-from millstream.formats.sources import InputShard, Truncated, chunks
+from millstream.formats.sources import InputShard, chunks
 from millstream.records import Ids
 from millstream.runs.ask.bodies import (
     LIKELY_PARAMS,
@@ -349,7 +349,7 @@ def _blocks(prompts: InputShard) -> Iterator[bytes]:
                     at, size = stop, min(2 * size, _BLOCK)
             if length > _LONGEST_LINE:
                 raise RunError(f"{prompts.name} has a line of over {_LONGEST_LINE >> 20} MiB: is it a file of prompts?")
-    except (Truncated, OSError) as error:
+    except (Unusable, OSError) as error:
         raise _unreadable(prompts, getattr(error, "strerror", None) or error) from error
     data = b"".join(held)
     if first:

@@ -116,13 +116,13 @@ class Inputs:
             try:
                 self._known[number] = fingerprint(shard)
             except OSError:
-                self._known[number] = {"name": shard.name, "unreadable": True}
+                self._known[number] = {"name": shard.name, "kind": shard.kind, "unreadable": True}
         return self._known[number]
 
     def entries(self, used: int) -> list[dict[str, Any]]:
         """For the manifest: the first `used` shards with their fingerprints, the others by name."""
         return [
-            self.fingerprint(number) if number < used else {"name": shard.name}
+            self.fingerprint(number) if number < used else {"name": shard.name, "kind": shard.kind}
             for number, shard in enumerate(self.shards)
         ]
 
@@ -146,12 +146,14 @@ class Inputs:
             if number >= len(names) or names[number] != entry["name"]:
                 now = names[number] if number < len(names) else "not given"
                 wrong.append(f"input {number + 1} was {entry['name']}, is {now}")
+            elif (kind := self.shards[number].kind) != entry["kind"]:
+                wrong.append(f"{self.shards[number].called} was read as {entry['kind']}, and looks like {kind} now")
             elif number < cursor.source and entry != self.fingerprint(number):
-                wrong.append(f"{names[number]} has changed since it was packed")
+                wrong.append(f"{self.shards[number].called} has changed since it was packed")
         if found["complete"] and len(names) > len(then):
             wrong.append(f"input {len(then) + 1} was not given, is {names[len(then)]}")
         if not wrong and not found["complete"] and cursor.source < len(names):
-            name = names[cursor.source]
+            name = self.shards[cursor.source].called
             try:
                 if self.with_prefix(cursor) != cursor:
                     wrong.append(f"{name} has changed before byte {cursor.offset:,}, which the run has read")

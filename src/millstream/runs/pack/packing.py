@@ -13,6 +13,7 @@ import numpy as np
 
 from millstream.engines.local import map_ordered
 from millstream.errors import DataError, RunError
+from millstream.formats.corpus import find_inputs
 from millstream.formats.documents import Fields
 from millstream.formats.exports import export, largest_id
 from millstream.formats.exports.samples import can_pad, samples_of
@@ -28,7 +29,7 @@ from millstream.formats.manifest import (
 )
 from millstream.formats.shards import Shape
 from millstream.formats.slices import Limits, slices, units
-from millstream.formats.sources import InputShard, expand, rough_total
+from millstream.formats.sources import InputShard, rough_total
 from millstream.records import LEARNED, Cursor, Fault, Slice, TokenBatch
 from millstream.runs.pack.encode import CHECK_FIRST, Encode, Encoded
 from millstream.runs.pack.folder import (
@@ -102,7 +103,8 @@ class PackRun:
         check_settings(settings)
         self.out, self.settings = out, settings
         self.on_progress = on_progress
-        self.shards = expand(sources)
+        self.found = find_inputs(sources)
+        self.shards = self.found.shards
         self.inputs = Inputs(self.shards)
         name = settings.tokenizer_name
         self.tokenizer = load_tokenizer(name) if name else None
@@ -148,6 +150,11 @@ class PackRun:
             commit_file(self.out, TOKENIZER)
 
     def _go(self, found: dict[str, Any] | None, journal: Journal) -> Report:
+        if self.found.unreadable and self.settings.on_error == "stop":
+            raise DataError(
+                f"cannot read {self.found.unreadable[0]}. Mend it and run the same command again, "
+                "or go on without what is in such folders with --on-error skip"
+            )
         mark = first_mark(found) if found else Mark()
         clear(self.out, found)
         subsets = self._subsets(found)
@@ -383,8 +390,9 @@ class PackRun:
         for fault in bad:
             if self.settings.on_error == "stop":
                 named = f" (id {fault.id!r})" if fault.id else ""
+                place = fault._replace(source=self.shards[fault.shard].called).place
                 raise DataError(
-                    f"{fault.place}{named}: {fault.message}.\n"
+                    f"{place}{named}: {fault.message}.\n"
                     "Everything before it is kept. Mend it and run the same command again to go on, or go on without "
                     "such documents with --on-error skip"
                 )
@@ -497,7 +505,8 @@ class PackRun:
         def samples(name: str) -> int:
             return sum(shard["samples"] for shard in subsets[name]["shards"]) if name in subsets else 0
 
-        hints = []
+        repeated = self.found.repeated()
+        hints = [repeated] if repeated else []
         settings = self.identity
         if (
             self.tokenizer
@@ -537,6 +546,8 @@ class PackRun:
             tokenizer=self.tokenizer.name if self.tokenizer else None,
             validation=validation,
             exports=exports,
+            ignored=self.found.ignored_by_kind(),
+            unreadable=self.found.unreadable,
         )
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from millstream.errors import DataError, RequestError, RunError, Unusable
+from millstream.formats.corpus import Found, find_inputs, ignored_files
 from millstream.formats.documents import Fields
 from millstream.formats.slices import Limits
-from millstream.formats.sources import InputShard, expand, rough_total
+from millstream.formats.sources import InputShard, rough_total
 from millstream.records import SEGMENT, Ids
 from millstream.runs.pack.blocks import BlockReader
 from millstream.runs.pack.encode import Encode, engine_of
@@ -151,7 +152,8 @@ def make_plan(
         for n in dict.fromkeys(seq_lens)
         for name in dict.fromkeys(strategies)
     ]
-    shards = expand([sources] if isinstance(sources, str | os.PathLike) else list(sources))
+    inputs = find_inputs([sources] if isinstance(sources, str | os.PathLike) else list(sources))
+    shards = inputs.shards
     name = settings.tokenizer_name
     tokenizer = load_tokenizer(name) if name else None
     workers = {each.strategy: _workers(each, tokenizer, shards) for each in wanted}
@@ -160,6 +162,7 @@ def make_plan(
         parts = reader.parts(shards)
     except OSError as error:
         raise RunError(str(error)) from error
+    reader.notes += _left_out(inputs)
     corpus = Corpus(parts, seed)
     _refuse_nothing(corpus, reader)
     exact = len(parts) == 1 and parts[0].whole and not reader.cut
@@ -206,6 +209,13 @@ def _reader(settings: Settings, tokenizer: Tokenizer | None, sample: int, seed: 
             )
     limits = Limits(longest, longest if text_too else None, bool(tokenizer and tokenizer.safe_cuts))
     return BlockReader(encode, limits, columns_of(settings), sample, seed)
+
+
+def _left_out(inputs: Found) -> list[str]:
+    """Notes of what the sources hold besides what is read."""
+    ignored, repeated = ignored_files(inputs.ignored_by_kind()), inputs.repeated()
+    notes = [f"cannot read {folder}" for folder in inputs.unreadable]
+    return [*notes, *([f"ignored {ignored}"] if ignored else []), *([repeated] if repeated else [])]
 
 
 def _refuse_nothing(corpus: Corpus, reader: BlockReader) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 from millstream.errors import RequestError, RunError
 from millstream.formats.dataset import Dataset, Located, Placement
 from millstream.formats.dataset import open as open_run
+from millstream.formats.kinds import place
 from millstream.formats.manifest import TOKENIZER
-from millstream.formats.sources import place
 from millstream.records import Fault
 from millstream.stream.tokenizers import Tokenizer, from_definition, load_tokenizer
 

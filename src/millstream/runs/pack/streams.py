@@ -6,6 +6,7 @@ inside data moves in columns, through the same readers and packers that a pack r
 
 import itertools
 import os
+import warnings
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,9 +16,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from millstream.errors import DataError, RequestError, ResumeRefused, Unusable
+from millstream.formats.corpus import Found, find_inputs, ignored_files
 from millstream.formats.documents import Fields, decode
 from millstream.formats.slices import Limits, slices, units
-from millstream.formats.sources import expand
 from millstream.records import Cursor, Document, Ids, TokenBatch, unmarked
 from millstream.samples import Sample, Segment
 from millstream.stream.bestfit import WINDOW
@@ -130,7 +131,11 @@ def read(
     if on_error not in ("stop", "skip"):
         raise RequestError(f"on_error {on_error!r} does not work: give 'stop' or 'skip'")
     listed = [source] if isinstance(source, str | os.PathLike) else list(source)
-    shards = expand(listed)
+    found = find_inputs(listed)
+    if found.unreadable and on_error == "stop":
+        raise DataError(f"cannot read {found.unreadable[0]}")
+    _warn_of_the_rest(found)
+    shards = found.shards
     fields = Fields(text_field, id_field)
 
     def batches(state: State | None) -> Iterator[_Texts]:
@@ -158,6 +163,14 @@ def read(
             line = lines[cursor.source]
 
     return Stream(batches, _document_items, state)
+
+
+def _warn_of_the_rest(found: Found) -> None:
+    """A stream has no report: what folders hold besides, other than hidden files, is a warning."""
+    rest = {what: count for what, count in found.ignored_by_kind().items() if what != "hidden"}
+    told = [f"cannot read {folder}" for folder in found.unreadable]
+    for message in [*told, *([f"ignored {ignored_files(rest)}"] if rest else [])]:
+        warnings.warn(message, stacklevel=3)
 
 
 def _states(begin: State, positions: list[int], skip: int) -> Callable[[int], State]:

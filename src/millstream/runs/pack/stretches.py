@@ -9,8 +9,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from millstream.errors import Unusable
 from millstream.formats.slices import safe_cut
-from millstream.formats.sources import READ, InputShard, Truncated, chunks, gunzip, unzstd
+from millstream.formats.sources import READ, InputShard, chunks, gunzip, unzstd
 from millstream.records import Slice
 
 _SIP = 1 << 10
@@ -24,7 +25,7 @@ def text_size(shard: InputShard, columns: tuple[str, ...], most: int) -> int:
     if shard.kind == "parquet":
         return sum(group.size for group in row_groups(shard, columns) or [])
     size = 0
-    with contextlib.suppress(OSError, Truncated):
+    with contextlib.suppress(OSError, Unusable):
         if shard.packed is None:
             return os.path.getsize(shard.uri)
         for chunk in chunks(shard):
@@ -61,7 +62,7 @@ def _pass_line(file: BinaryIO) -> None:
 def text_front(shard: InputShard, size: int) -> Slice:
     """About the first `size` bytes of a text, cut where it can be cut, as if they were all of it. Raises OSError."""
     data = b""
-    with contextlib.suppress(Truncated):
+    with contextlib.suppress(Unusable):
         for piece in chunks(shard):
             data += piece
             if len(data) > size:
@@ -107,7 +108,7 @@ class _Sips(io.BufferedReader):
 def expansion(shard: InputShard, most: int) -> float:
     """Bytes that a packed shard unpacks to for each of its own, up to its byte `most` unpacked. Raises OSError."""
     unpacked = 0
-    with contextlib.suppress(Truncated), _Sips(open(shard.uri, "rb", buffering=0)) as file:
+    with contextlib.suppress(Unusable), _Sips(open(shard.uri, "rb", buffering=0)) as file:
         for piece in (gunzip if shard.packed == "gzip" else unzstd)(file):
             unpacked += len(piece)
             if unpacked >= most:

@@ -3,11 +3,11 @@
 import json
 import math
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from millstream.cli.types import INTERRUPTED, SIZE, WITH_FAULTS, needs_ask_extra
+from millstream.cli.types import INTERRUPTED, SIZE, WITH_FAULTS, ending_like_an_interrupt, needs_ask_extra
 from millstream.errors import MillstreamError, RequestError
 
 
@@ -55,6 +55,7 @@ from millstream.errors import MillstreamError, RequestError
 @click.option(
     "--max-reply", type=SIZE, default="64MiB", show_default=True, metavar="SIZE", help="Bytes of a reply at most."
 )
+@click.option("--overwrite", is_flag=True, help="Replace an output that is there already; a journal never is.")
 @click.option("--journal", type=click.Path(), metavar="DIR", help="Where to keep what is answered [default: FILE.run].")
 @click.option("--json", "as_json", is_flag=True, help="Print the closing report as JSON.")
 def ask(
@@ -89,16 +90,26 @@ def ask(
     settings = AskSettings(
         params=body, in_flight=_in_flight(in_flight), price=_price(price), schema=_schema(schema), **options
     )
-    with watch_ask() as on_progress:
-        report = ask_to(out, prompts, settings, journal=journal, on_progress=on_progress)
+    try:
+        with ending_like_an_interrupt(), watch_ask() as on_progress:
+            report = ask_to(out, prompts, settings, journal=journal, on_progress=on_progress)
+    except KeyboardInterrupt:
+        _end_interrupted("stopped at once", kept=journal is not None or out != "-")
     click.echo(json.dumps(asdict(report), indent=1) if as_json else ask_summary(report), err=out == "-")
     if report.stopped == "too dear":
-        raise MillstreamError("stopped before it would cost more than --max-cost. A higher one goes on from here")
+        on = "goes on from here" if report.kept else "asks everything again: only --journal keeps what is answered"
+        raise MillstreamError(f"stopped before it would cost more than --max-cost. A higher one {on}")
     if report.stopped:
-        click.echo("millstream: stopped. Nothing is lost: run the same command again to go on.", err=True)
-        sys.exit(INTERRUPTED)
+        _end_interrupted("stopped", kept=report.kept)
     if report.faults:
         sys.exit(WITH_FAULTS)
+
+
+def _end_interrupted(how: str, *, kept: bool) -> NoReturn:
+    on = "Nothing is lost: run the same command again to go on"
+    none = "What came out is all there is: without --journal the same command asks everything again"
+    click.echo(f"millstream: {how}. {on if kept else none}.", err=True)
+    sys.exit(INTERRUPTED)
 
 
 def _in_flight(text: str) -> Any:

@@ -1,6 +1,7 @@
 """What the command line takes as values, and what its commands share."""
 
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,3 +52,16 @@ def needs_ask_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise RequestError(f"this command needs {error.name}: pip install 'millstream[ask]'") from error
+
+
+@contextmanager
+def ending_like_an_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP are a Ctrl-C, unless whoever started us has them ignored, as nohup does."""
+    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)

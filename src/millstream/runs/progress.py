@@ -86,8 +86,9 @@ class AskReport:
     `again` are outcomes taken from the journal of an earlier run; ids are those of this one, as the servers count them,
     `ids_wasted` of replies that could not be used. `spent` is where the time went, in seconds over all requests (see
     `millstream.aio.jobs.Spent`); `limits` are the (second, attempts in flight) of an adaptive run. `stopped` says why
-    it ended before its prompts did: "interrupted" or "too dear". `damaged` counts the lines of the journal that nothing
-    could be made of, `damaged_lines` are the numbers of the first few.
+    it ended before its prompts did: "interrupted" or "too dear". `kept` says whether there is a journal,
+    from which the next run goes on; `damaged` counts its lines that nothing could be made of, `damaged_lines` are the
+    numbers of the first few.
     """
 
     out: str
@@ -105,6 +106,7 @@ class AskReport:
     in_flight: int
     limits: list[tuple[float, int]]
     stopped: str | None
+    kept: bool = True
     damaged: int = 0
     damaged_lines: list[int] = field(default_factory=list)
 

@@ -11,8 +11,8 @@ class AskSettings:
 
     `timeout` bounds one attempt and `deadline` a request with all its retries, in seconds; None: no bound. `price` is
     that of a million ids in prompts and in replies; `max_cost`, in the same money, is never exceeded by what servers
-    report. `keep_input` puts the row's own fields beside the answer. `max_reply` is the
-    most bytes that are read of a reply.
+    report. `keep_input` puts the row's own fields beside the answer. `max_reply` is the most bytes that are read of a
+    reply. `overwrite` replaces an output that belongs to no journal of ours.
     """
 
     model: str | None = None
@@ -37,3 +37,4 @@ class AskSettings:
     batch_format: bool = False
     keep_input: bool = False
     max_reply: int = 64 << 20
+    overwrite: bool = False

@@ -1,0 +1,298 @@
+"""The course of an ask run: each prompt is known already or has its turn, and each outcome goes where it belongs."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+
+from millstream.aio import Fault, Reply
+from millstream.aio.rates import All, Gate
+from millstream.bridge import in_thread
+from millstream.errors import RunError
+from millstream.formats.sources import InputShard, chunks
+from millstream.llm.wire import Answer
+from millstream.runs.ask.answers import AnswerJournal
+from millstream.runs.ask.client import Client
+from millstream.runs.ask.lineup import Lineup, Slot
+from millstream.runs.ask.output import Output
+from millstream.runs.ask.purse import Purse
+from millstream.runs.ask.requests import Request
+from millstream.runs.ask.rows import batch_line, row_of, row_of_none, with_input
+from millstream.runs.ask.settings import AskSettings
+from millstream.runs.ask.tally import Tally
+from millstream.runs.ask.tripwire import Tripwire
+from millstream.runs.progress import AskProgress, AskReport
+
+INTERRUPTED = "interrupted"
+TOO_DEAR = "too dear"
+
+_CANARIES = 2
+_NOT_ASKED = {"stopped", "cancelled"}  # kinds of faults that are no outcome: the next run asks again
+_COUNTED = 1 << 30  # bytes of a file whose lines are counted beforehand
+_TICK = 1.0  # seconds
+_encode = msgspec.json.encode
+
+
+def advice(journal: AnswerJournal | None) -> str:
+    """What the end of a message says about going on after a failure."""
+    if journal is None:
+        return ". Without --journal nothing is kept: the same command asks everything again"
+    return ". What was answered is kept: the same command again goes on"
+
+
+class _Asked(NamedTuple):
+    """A request that was handed to the flow; `place` is that of its earlier fault in the journal, or -1."""
+
+    request: Request
+    slot: Slot
+    place: int
+
+
+class AskRun:
+    """One ask run. Each request ends in `_settle`, with a row, or is left to the next run by `_leave`."""
+
+    def __init__(
+        self,
+        out: str,
+        prompts: InputShard,
+        rows: Iterator[list[Request]],
+        settings: AskSettings,
+        *,
+        client: Client,
+        journal: AnswerJournal | None,
+        output: Output,
+        on_progress: Callable[[AskProgress], None] | None,
+    ) -> None:
+        self.out, self.prompts, self.rows, self.settings = out, prompts, rows, settings
+        self.client, self.journal, self.output = client, journal, output
+        self.in_order = settings.ordered or out == "-"
+        self.lineup = Lineup(output, in_order=self.in_order, prefix=out == "-" and journal is not None)
+        self.purse = Purse(settings.price or (0.0, 0.0), settings.max_cost, client)
+        self.tally = Tally(client, self.purse if settings.price else None, on_progress)
+        self.tripwire = Tripwire()
+        self.tripped: str | None = None
+        self.stopped: str | None = None
+        self.interrupts = 0
+        self.listed = 0
+        self.under_way: dict[int, _Asked] = {}  # by the number that the flow gives them
+        self.held: list[Fault] = []  # until it is known whether they are everybody's
+
+    async def main(self) -> AskReport | None:
+        """How it ended; None if it was interrupted twice, and what ran was cancelled."""
+        self.tally.total = _rows_in(self.prompts, self.settings.limit)
+        if not self.journal and not self._lost_some:
+            self.lineup.all_known()
+        try:
+            async with self.client, contextlib.AsyncExitStack() as stack:
+                self.flow = self._flow()
+                self._listen_to_interrupts(stack)
+                self._tick()
+                stack.callback(lambda: self.ticker.cancel())
+                async with self.flow:
+                    async for outcome in self.flow:
+                        self._take(outcome)
+                    self._settle_held()
+                if self.stopped or self.tripped:
+                    await self._leave_the_rest()
+            self.lineup.end(stopped=bool(self.stopped or self.tripped))
+        except BaseException as error:
+            with contextlib.suppress(RunError):  # what happened first is what is told
+                self.lineup.end(stopped=True)
+            if isinstance(error, asyncio.CancelledError) and self.interrupts > 1:
+                return None
+            raise
+        if self.tripped:
+            raise RunError(self.tripped + advice(self.journal))
+        return self.tally.report(self.out, self.flow, stopped=self.stopped, journal=self.journal)
+
+    def _flow(self) -> Any:
+        gates: list[Gate] = [self.client.gate] if self.client.gate else []
+        gates += [self.purse] if self.purse.most is not None else []
+        return self.client.flow(
+            self._to_ask(),
+            in_order=self.in_order,
+            gate=All(gates) if gates else None,
+            canaries=_CANARIES,
+            batched=True,
+        )
+
+    def _listen_to_interrupts(self, stack: contextlib.AsyncExitStack) -> None:
+        """Ctrl-C once: admit no more and let what runs end. Twice: cancel it; it is asked again by the next run.
+
+        SIGTERM and SIGHUP count as one, unless somebody else handles them or, as nohup does, ignores them.
+        """
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task
+
+        def interrupted() -> None:
+            self.interrupts += 1
+            if self.interrupts > 1:
+                task.cancel()
+            self.stopped = INTERRUPTED
+            self.flow.stop()
+
+        nobodys = signal.SIG_DFL, signal.default_int_handler
+        ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) in nobodys]
+        with contextlib.suppress(ValueError, NotImplementedError, RuntimeError):  # not in the main thread
+            for number in (signal.SIGINT, *ours):
+                loop.add_signal_handler(number, interrupted)
+                stack.callback(loop.remove_signal_handler, number)
+
+    def _tick(self) -> None:
+        """Tell how far it is while nothing comes back, too."""
+        self.tally.tell(self.flow)
+        self.ticker = asyncio.get_running_loop().call_later(_TICK, self._tick)
+
+    # What is to be asked, and what is known already -----------------------------------------------------------------
+
+    async def _to_ask(self) -> AsyncIterator[list[Request]]:
+        """The requests that have no outcome yet, in lists; the rows of the others are written on the way."""
+        # Whoever writes to our standard input may be slow, and answers must not wait for it.
+        waiting = in_thread(self.rows) if self.prompts.uri == "-" else None
+        while True:
+            batch = await anext(waiting, None) if waiting else next(self.rows, None)
+            if batch is None:
+                self.lineup.all_known(some_lost=self._lost_some)
+                return
+            if unknown := self._unknown(batch):
+                yield unknown
+            else:
+                await asyncio.sleep(0)  # a long stretch of known ones must not keep answers waiting
+            await self.lineup.shorter()
+
+    @property
+    def _lost_some(self) -> bool:
+        return self.journal is not None and self.journal.damaged > 0
+
+    def _unknown(self, batch: list[Request]) -> list[Request]:
+        """Those of a batch that are to be asked; the rows of the others take their place in the output."""
+        places, faulty = [-1] * len(batch), [False] * len(batch)
+        if self.journal is not None and len(self.journal):
+            found = self.journal.find_many([request.key for request in batch])
+            places, faulty = found.tolist(), self.journal.is_fault(found).tolist()
+        unknown = []
+        for request, place, fault in zip(batch, places, faulty, strict=True):
+            if request.fault:
+                row = self._kept(request, row_of_none(request), known=place >= 0)
+            elif place < 0 or (fault and self.settings.retry_faults):
+                row = None
+            else:
+                row = self._earlier(request, place, fault)
+            if row is None:
+                self.under_way[self.listed] = _Asked(request, self.lineup.slot(), place)
+                self.listed += 1
+                unknown.append(request)
+            else:
+                self.lineup.put_known([row])
+        self.tally.tell(self.flow)
+        return unknown
+
+    def _earlier(self, request: Request, place: int, fault: bool) -> bytes | None:
+        """The row of an earlier run as the output wants it; None if it is damaged, and its prompt to be asked again."""
+        assert self.journal
+        row = self.journal.row(place, request.id, request.index)
+        if row is None:
+            return None
+        self.tally.again += 1
+        return self._counted(request, row, fault)
+
+    async def _leave_the_rest(self) -> None:
+        """After a stop: nothing more is asked, but what earlier runs know of prompts not reached is put out, too."""
+        self._leave_all()
+        if self.out == "-" or self.prompts.uri == "-":
+            return  # nothing may come behind a row that is missing; and whoever writes to us may never end
+        with contextlib.suppress(RunError) if self.tripped else contextlib.nullcontext():
+            for batch in self.rows:
+                self._unknown(batch)
+                self._leave_all()
+                await asyncio.sleep(0)
+            self.lineup.all_known(some_lost=self._lost_some)
+
+    def _leave_all(self) -> None:
+        for number in list(self.under_way):
+            self._leave(number)
+
+    # Outcomes -------------------------------------------------------------------------------------------------------
+
+    def _take(self, outcome: Reply[Answer] | Fault) -> None:
+        """An outcome; faults that may turn out to be everybody's are held until that is known."""
+        if isinstance(outcome, Fault) and outcome.kind in _NOT_ASKED:
+            self._leave(outcome.index)
+            self.stopped = self.stopped or (None if self.tripped else TOO_DEAR)
+            return
+        reason = self.tripwire.reason(outcome, time.monotonic())
+        if isinstance(outcome, Reply) or not (reason or self.tripwire.suspicious):
+            self._settle(outcome)
+        else:
+            self.held.append(outcome)
+        if reason:
+            self.tripped = self.tripped or reason
+            self.flow.stop()
+            for fault in self.held:
+                self._leave(fault.index)
+            self.held.clear()
+        elif not self.tripwire.suspicious:
+            self._settle_held()
+
+    def _settle_held(self) -> None:
+        for fault in self.held:
+            self._settle(fault)
+        self.held.clear()
+
+    def _settle(self, outcome: Reply[Answer] | Fault) -> None:
+        asked = self.under_way.pop(outcome.index)
+        row = row_of(asked.request, outcome, whole=self.settings.batch_format)
+        self.lineup.put(asked.slot, self._kept(asked.request, row))
+        self.tally.tell(self.flow)
+
+    def _leave(self, number: int) -> None:
+        """The next run asks it; until then an earlier fault stays."""
+        request, slot, place = self.under_way.pop(number)
+        row = self._earlier(request, place, True) if place >= 0 and self.settings.retry_faults else None
+        if row is None:
+            self.lineup.leave(slot)
+        else:
+            self.lineup.put(slot, row)
+
+    def _kept(self, request: Request, row: dict[str, Any], known: bool = False) -> bytes:
+        """The row of an outcome as the output wants it, after the journal has it."""
+        data = _encode(row)
+        if self.journal is not None and not known:
+            self.journal.append(request.key, data)
+        self.tally.again += known
+        return self._counted(request, data, "fault" in row, row)
+
+    def _counted(self, request: Request, data: bytes, fault: bool, row: dict[str, Any] | None = None) -> bytes:
+        """A row as the output wants it (empty: not at all); `data` is the same in JSON."""
+        self.tally.requests += 1
+        if row is None and (fault or self.settings.price or self.settings.batch_format):
+            row = msgspec.json.decode(data)  # of an earlier run
+            self.purse.pay_earlier(row.get("usage") or {})
+        if fault:
+            assert row
+            self.tally.add_fault(row)
+            if self.out == "-":
+                return b""
+        if self.settings.batch_format:
+            return batch_line(request, row or {})
+        if request.row is not None:
+            return with_input(data, request.row)
+        return data
+
+
+def _rows_in(prompts: InputShard, limit: int | None) -> int | None:
+    """How many rows there are, where that is cheap to know: for the time that is left, and nothing else."""
+    if prompts.kind == "parquet":
+        from pyarrow.parquet import read_metadata
+
+        found: int = read_metadata(prompts.uri).num_rows
+    elif prompts.seekable and os.path.getsize(prompts.uri) <= _COUNTED:
+        found = sum(chunk.count(b"\n") for chunk in chunks(prompts))
+    else:
+        return limit
+    return found if limit is None else min(found, limit)

@@ -1,0 +1,85 @@
+"""What an ask run tells while it goes and when it has ended."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from millstream.aio.flow import Flow
+from millstream.aio.limits import Adaptive
+from millstream.runs.ask.answers import AnswerJournal
+from millstream.runs.ask.client import Client
+from millstream.runs.ask.purse import Purse
+from millstream.runs.progress import AskProgress, AskReport
+
+_PROGRESS_EVERY = 0.1  # seconds
+
+
+class Tally:
+    """Counts the rows of a run: `requests`, `again` (of earlier runs), and the faults by kind."""
+
+    def __init__(self, client: Client, purse: Purse | None, on_progress: Callable[[AskProgress], None] | None) -> None:
+        self._client, self._purse, self._on_progress = client, purse, on_progress
+        self.total: int | None = None
+        self.requests = self.again = 0
+        self._faults: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}  # a message of each kind of fault
+        self._started = self._told = time.perf_counter()
+
+    def add_fault(self, row: Mapping[str, Any]) -> None:
+        fault = row["fault"]
+        self._faults[fault["kind"]] += 1
+        self._examples.setdefault(fault["kind"], fault["message"])
+
+    @property
+    def _cost(self) -> float | None:
+        return self._purse.cost if self._purse else None
+
+    def tell(self, flow: Flow[Any, Any]) -> None:
+        """How far it is, if it was not told just now."""
+        if self._on_progress is None:
+            return
+        now = time.perf_counter()
+        if now - self._told >= _PROGRESS_EVERY:
+            self._told = now
+            self._on_progress(
+                AskProgress(
+                    self.requests,
+                    self._faults.total(),
+                    self.requests - self.again,
+                    flow.in_flight,
+                    now - self._started,
+                    self._client.used["completion_tokens"],
+                    self.total,
+                    self._cost,
+                    flow.waits_for,
+                )
+            )
+
+    def report(
+        self, out: str, flow: Flow[Any, Any], *, stopped: str | None, journal: AnswerJournal | None
+    ) -> AskReport:
+        limit = self._client.limit
+        return AskReport(
+            out=out,
+            requests=self.requests,
+            replies=self.requests - self._faults.total(),
+            faults=dict(sorted(self._faults.items())),
+            examples=self._examples,
+            again=self.again,
+            ids_in=self._client.used["prompt_tokens"],
+            ids_out=self._client.used["completion_tokens"],
+            ids_wasted=self._client.wasted.total(),
+            cost=self._cost,
+            seconds=time.perf_counter() - self._started,
+            spent=asdict(flow.spent),
+            in_flight=limit.now,
+            limits=[(round(at - limit.history[0][0], 3), now) for at, now in limit.history]
+            if isinstance(limit, Adaptive)
+            else [],
+            stopped=stopped,
+            kept=journal is not None,
+            damaged=0 if journal is None else journal.damaged,
+            damaged_lines=[] if journal is None else journal.damaged_lines,
+        )

@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 import threading
-from queue import Queue
+from contextlib import ExitStack
 
 import pytest
-from wires import deciding, said
+from wires import deciding, deciding_elsewhere, said
 
 from millstream.aio import Fault
 from millstream.errors import AskStopped, RequestError
@@ -179,26 +179,8 @@ def test_prompts_that_fail_on_the_way_lose_nothing():
 @pytest.fixture
 def elsewhere():
     """serve(decide) -> the URL of a server in another thread's loop."""
-    stops = []
-
-    def serve(decide):
-        loop, url, stop = asyncio.new_event_loop(), Queue(), asyncio.Event()
-
-        async def main():
-            async with deciding(decide) as found:
-                url.put(found)
-                await stop.wait()
-
-        thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
-        thread.start()
-        stops.append((loop, stop, thread))
-        return url.get(timeout=30)
-
-    yield serve
-    for loop, stop, thread in stops:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()
-        loop.close()
+    with ExitStack() as stack:
+        yield lambda decide: stack.enter_context(deciding_elsewhere(decide))
 
 
 @pytest.mark.parametrize("conversation", [list, tuple])

@@ -2,7 +2,9 @@
 
 import asyncio
 import itertools
-from contextlib import asynccontextmanager
+import threading
+from contextlib import asynccontextmanager, contextmanager
+from queue import Queue
 
 import msgspec
 from aiohttp import web
@@ -82,6 +84,15 @@ def said(text="yes", **choice):
     return {"model": "m", "choices": choices, "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
 
 
+def choosing(choices):
+    """The body of a reply with several choices: (text, finish_reason) of each."""
+    made = [
+        {"index": at, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
+        for at, (text, reason) in enumerate(choices)
+    ]
+    return {**said(), "choices": made}
+
+
 @asynccontextmanager
 async def deciding(decide):
     """The base URL of a server that answers each request with what `decide` says of its body and its number from 0:
@@ -102,3 +113,23 @@ async def deciding(decide):
         yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
     finally:
         await runner.cleanup()
+
+
+@contextmanager
+def deciding_elsewhere(decide):
+    """As `deciding`, in another thread's loop."""
+    loop, url, stop = asyncio.new_event_loop(), Queue(), asyncio.Event()
+
+    async def main():
+        async with deciding(decide) as found:
+            url.put(found)
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
+    thread.start()
+    try:
+        yield url.get(timeout=30)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+        loop.close()

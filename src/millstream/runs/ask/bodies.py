@@ -88,11 +88,16 @@ class Around(NamedTuple):
 
 
 class Body(NamedTuple):
-    """A request's body in JSON, as it is sent to `path`, and the hash of its canonical form, which may go on."""
+    """A request's body in JSON, as it is sent to `path`, and the hash of its canonical form, which may go on.
+
+    `twin` is the body whose canonical form is hashed, where that says another thing: a template has put an object into
+    the text as it was given, and the hash is of the text with that object in canonical form.
+    """
 
     data: bytes
     digest: Any
     path: str = CHAT
+    twin: bytes | None = None
 
     def key(self, name: str | None) -> bytes:
         """The 16 bytes that name the request. Neither a raw line end nor a NUL is in what is hashed, which is JSON."""
@@ -102,6 +107,38 @@ class Body(NamedTuple):
             self.digest.update(b"\0" + name.encode())
         key: bytes = self.digest.digest()
         return key
+
+
+def key_again(key: bytes, before: int) -> bytes:
+    """The key of a request of which so many equal ones came before in the file."""
+    return blake2b(key + before.to_bytes(8, "little"), digest_size=16).digest() if before else key
+
+
+CAPS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+"""Parameters that limit the ids of a reply."""
+
+
+def without_caps(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if name not in CAPS}
+
+
+def caps_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: params[name] for name in CAPS if name in params}
+
+
+def with_caps(data: bytes, caps: Mapping[str, Any]) -> bytes:
+    """A body with these limits of ids in place of its own.
+
+    >>> with_caps(b'{"model":"m","max_tokens":5}', {"max_completion_tokens": 7})
+    b'{"model":"m","max_completion_tokens":7}'
+    """
+    return encode({**without_caps(msgspec.json.decode(data)), **caps})
+
+
+def key_with_caps(body: Body, name: str | None, caps: Mapping[str, Any]) -> bytes:
+    """The key that the same request has with other limits of ids."""
+    data = msgspec.json.decode(body.data if body.twin is None else body.twin)
+    return body._replace(digest=_hash(_encode_sorted({**without_caps(data), **caps}))).key(name)
 
 
 class Frame:
@@ -122,12 +159,11 @@ class Frame:
         begin, end = _encode_sorted(whole).split(b"\0")
         return Around(head, tail, _hash(begin), end)
 
-    def of_text(self, prompt: str, canonical_prompt: str | None = None) -> Body:
-        """The body of a text; `canonical_prompt` is hashed in its place, if it is another."""
+    def of_text(self, prompt: str) -> Body:
         head, tail, begun, end = self.around_text or no_model()
         text = encode(prompt)
         digest = begun.copy()
-        digest.update((text if canonical_prompt is None else encode(canonical_prompt)) + end)
+        digest.update(text + end)
         return Body(head + text + tail, digest)
 
     def of_messages(self, messages: Any) -> Body:
@@ -186,9 +222,11 @@ class Bodies:
         return Frame(whole, self._system) if own else self.frame
 
     def _of_template(self, frame: Frame, template: "Template", given: Mapping[str, Any]) -> Body:
-        filled = template.fill(given, in_order)
-        nested = any(isinstance(given[name], dict | list) for name in template.fields)
-        return frame.of_text(filled, template.fill(given, canonical) if nested else None)
+        body = frame.of_text(template.fill(given, in_order))
+        if not any(isinstance(given[name], dict | list) for name in template.fields):
+            return body
+        twin = frame.of_text(template.fill(given, canonical))
+        return body._replace(digest=twin.digest, twin=twin.data)
 
     def _of_batch(self, given: Mapping[str, Any]) -> Body:
         _, path, body = parse_request(given)

@@ -5,7 +5,6 @@ for each.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -21,6 +20,7 @@ from millstream.runs.ask.bodies import (
     Recipe,
     encode,
     hash_of_nothing,
+    key_again,
     no_model,
     printable,
     text_of,
@@ -116,7 +116,7 @@ class _Reader:
                 if not line.isascii():
                     line.decode()
                 if row.messages is not None:
-                    data, digest, _ = of_messages(row.messages)
+                    data, digest, *_ = of_messages(row.messages)
                 elif row.prompt is not None:
                     # As Bodies.of_text does, and below as Body.key: to call them takes a seventh of all time.
                     if around is None:
@@ -186,7 +186,7 @@ class _Reader:
         try:
             name = _name_of(given)
             body = self._bodies.of_row(given)
-            request = Request(index, name, body.key(name), body.data, body.path)
+            request = Request(index, name, body.key(name), body.data, body.path, twin=body.twin)
         except (ValueError, RecursionError) as error:
             request = self._fault(index, number, name, repr(given).encode() if line is None else line, error)
         if given.get("custom_id") is not None:
@@ -218,8 +218,8 @@ class _Reader:
         hashes = np.frombuffer(b"".join([request.key for request in batch]), np.uint64)[::2]
         before = self._seen.before(hashes)
         for at in np.flatnonzero(before).tolist():
-            again = batch[at].key + int(before[at]).to_bytes(8, "little")
-            batch[at].key = blake2b(again, digest_size=16).digest()
+            batch[at].before = int(before[at])
+            batch[at].key = key_again(batch[at].key, batch[at].before)
         if not self._custom:
             return
         custom, self._custom = self._custom, []

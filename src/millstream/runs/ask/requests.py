@@ -7,6 +7,7 @@ import msgspec
 
 from millstream.aio import Fault
 from millstream.aio import Reply as Done
+from millstream.llm.tolerant import mapping
 from millstream.llm.wire import CHAT, Answer
 from millstream.runs.ask.tripwire import named
 
@@ -17,7 +18,8 @@ class Request(msgspec.Struct, eq=False, gc=False):
     `index` is its number from 0, blank lines not counted; `id` its custom_id or else its id, as text; `key` the 16
     bytes that name it in the journal; `data` the body for `path`, in JSON, all in the order in which it was given. A
     row that makes no request has no data but a `fault`: (kind, message). `row` is the row itself in JSON, if it is
-    wanted. `server` is the client's own.
+    wanted. `before` counts the rows before it that are equal. `twin` is another body that the key was made from, if it
+    was (see `bodies.Body`). `server` is the client's own.
     """
 
     index: int
@@ -27,6 +29,8 @@ class Request(msgspec.Struct, eq=False, gc=False):
     path: str = CHAT
     fault: tuple[str, str] | None = None
     row: bytes | None = None
+    before: int = 0
+    twin: bytes | None = None
     server: int = -1
 
 
@@ -60,8 +64,7 @@ class Reply:
     @property
     def body(self) -> dict[str, Any]:
         """The whole reply, decoded anew each time."""
-        found: dict[str, Any] = msgspec.json.decode(self.raw)
-        return found
+        return mapping(self.raw)
 
 
 def reply_of(answer: Answer, *, index: int, latency: float, attempts: int) -> Reply:

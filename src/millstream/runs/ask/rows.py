@@ -15,16 +15,31 @@ _encode = msgspec.json.encode
 
 
 def row_of(request: Request, outcome: Reply[Answer] | Fault, *, whole: bool = False) -> dict[str, Any]:
-    """The row of an outcome as the journal keeps it; `whole` keeps the body that the server sent, too."""
+    """The row of an outcome as the journal keeps it; `whole` keeps the body that the server sent, too.
+
+    `endings.ending_of` relies on the order of the first fields.
+    """
     tail = {"latency_s": round(outcome.seconds, 4), "attempts": outcome.attempts}
     if isinstance(outcome, Reply):
         answer = outcome.value
-        told = {"text": answer.text, "usage": answer.usage, "model": answer.model}
         body = {"body": answer.body} if whole else {}
-        return {**_head(request), **told, **tail, **body}
+        return {**_head(request), **_told(answer), "usage": answer.usage, "model": answer.model, **tail, **body}
     fault = named(outcome)
     status = {"status": fault.error.status} if isinstance(fault.error, WireError) and fault.error.status else {}
     return {**_head(request), "fault": {"kind": fault.kind, "message": fault.message, **status}, **tail}
+
+
+def _told(answer: Answer) -> dict[str, Any]:
+    """What the model said and how it ended; what there is not is left out."""
+    more = {
+        "refusal": answer.refusal,
+        "texts": answer.texts,
+        "finish_reasons": answer.finish_reasons,
+        "reasoning": answer.reasoning,
+        "tool_calls": answer.tool_calls,
+    }
+    there = {name: value for name, value in more.items() if value}
+    return {"text": answer.text, "finish_reason": answer.finish_reason, **there}
 
 
 def row_of_none(request: Request) -> dict[str, Any]:
@@ -59,7 +74,14 @@ def _head(request: Request) -> dict[str, Any]:
 
 
 def _body(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The reply's body, made again from a row of an earlier run that did not keep it."""
-    message = {"role": "assistant", "content": row["text"]}
-    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+    """The reply's body, made again from a row that did not keep it. What the row does not tell is null."""
+    more = {name: row[name] for name in ("refusal", "reasoning", "tool_calls") if row.get(name)}
+    content = None if row.get("refusal") == row["text"] else row["text"]
+    message = {"role": "assistant", "content": content, **more}
+    choices = [{"index": 0, "message": message, "finish_reason": row.get("finish_reason")}]
+    others = list(zip(row.get("texts") or (), row.get("finish_reasons") or (), strict=True))[1:]
+    choices += [
+        {"index": at, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
+        for at, (text, reason) in enumerate(others, 1)
+    ]
     return {"object": "chat.completion", "model": row["model"], "choices": choices, "usage": row["usage"]}

@@ -16,6 +16,7 @@ from test_asking import command, journalled, prompts_file, rows_of, serving, set
 from millstream.errors import RequestError, RunError
 from millstream.formats.batch import read_outcome
 from millstream.llm.simulator import Behaviour, parse_fault, parse_latency
+from millstream.llm.verdicts import CONNECTION
 from millstream.llm.wire import WireError, wait_before_retry
 from millstream.runs.ask.asking import ask_to
 from millstream.runs.ask.client import Client
@@ -274,7 +275,7 @@ def test_thousands_of_failures_in_a_row_are_only_failures():
 
     class Gone:
         async def send(self, data, path):
-            raise WireError("connection", "refused", retry=True)
+            raise WireError(CONNECTION, "refused")
 
     async def main():
         servers = Servers([Gone(), Gone()])
@@ -284,5 +285,5 @@ def test_thousands_of_failures_in_a_row_are_only_failures():
         return servers.pick(-1, 59.0), servers.pick(-1, 61.0)
 
     assert asyncio.run(main()) == (1, 0)
-    error = WireError("connection", "refused", retry=True)
+    error = WireError(CONNECTION, "refused")
     assert 0.0 <= wait_before_retry(error, 3000, 5000, random.Random(0)) <= 60.0

@@ -33,7 +33,7 @@ REFUSED = {
     "408:1": ("server_timeout", 408, True, False),
     "400:1": ("bad_request", 400, False, False),
     "401:1": ("unauthorized", 401, False, True),
-    "403:1": ("forbidden", 403, False, True),
+    "403:1": ("forbidden", 403, False, False),
     "404-model:1": ("model_not_found", 404, False, True),
     "413:1": ("too_large", 413, False, False),
     "quota:1": ("quota", 429, False, True),

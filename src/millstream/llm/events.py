@@ -21,7 +21,7 @@ from millstream.llm.replies import (
     whole,
 )
 from millstream.llm.tolerant import BLANK, fitted, json_of, text_in, usage_of, whole_letters, word_of
-from millstream.llm.verdicts import WireError
+from millstream.llm.verdicts import CUT, WireError
 
 _EVENTS = (b"data", b"event", b"id", b"retry", b":")  # how server-sent events begin
 _FIRST_HALVES = ("\ud800", "\udbff")  # of surrogate pairs: from, to
@@ -235,7 +235,7 @@ class _Events:
         return whole_letters(text)
 
     def cut(self, reason: str) -> WireError:
-        return self._peer.error("cut", f"the stream was cut: {reason}", status=200, retry=True, usage=self.usage)
+        return self._peer.error(CUT, f"the stream was cut: {reason}", status=200, usage=self.usage)
 
     def ended(self, text: str) -> Answer:
         """The stream said that it ended: all of it as one answer."""

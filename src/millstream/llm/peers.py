@@ -4,15 +4,18 @@ import re
 import socket
 import ssl
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 
 from millstream.llm.addresses import CHAT
-from millstream.llm.verdicts import ADVICE, STATUSES, Said, Verdict, WireError, said_by, said_in, seconds_of, verdict
+from millstream.llm.said import Said, asked_in, said_by, said_in
+from millstream.llm.verdicts import CONNECTION, TLS, UNSENT, Verdict, WireError, verdict
 
 _LONGEST_WORDS = 300  # characters of what a server says that a message quotes
+_LONG = 60.0  # seconds to be left alone for that a message tells
 _SHORT = 8  # characters; a key has more
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")  # what older and newer OpenSSL call it
 # What aiohttp and httpx say, in this order, of a connection that ended too early, and of bytes that are no HTTP.
@@ -34,8 +37,8 @@ class Peer:
         self.url = url
         self._secrets = [_pattern(secret) for secret in sorted(filter(None, secrets), key=len, reverse=True)]
 
-    def error(self, kind: str, message: str, **more: Any) -> WireError:
-        return WireError(kind, f"{self.url}: {message}", **{"brief": message, **more})
+    def error(self, found: Verdict, message: str, **more: Any) -> WireError:
+        return WireError(found, f"{self.url}: {message}", **{"brief": message, **more})
 
     def shown(self, words: str) -> str:
         """Somebody else's words, fit for a message: in one line, not too long, without secrets."""
@@ -49,36 +52,29 @@ class Peer:
         try:
             return _encode(body)
         except (TypeError, ValueError, RecursionError) as error:
-            raise self.error(
-                "bad_request", f"the request cannot be written as JSON: {self.shown(str(error))}"
-            ) from None
+            raise self.error(UNSENT, f"the request cannot be written as JSON: {self.shown(str(error))}") from None
 
     def refused(self, status: int, content: bytes, headers: Mapping[str, str]) -> WireError:
         """An HTTP error as a WireError, with the server's own words if it has some."""
         said = said_in(content)
-        found = verdict(status, said, self.url)
+        seconds = asked_in(headers, said)
+        found = verdict(status, said, self.url, seconds)
         if 300 <= status < 400:
             target = self.shown(headers.get("Location") or "nowhere").removesuffix(CHAT)
-            found = found._replace(fatal=True, advice=f"it redirects to {target}; give that as the base URL")
-        return self._judged(f"HTTP {status}", said, found, status, seconds_of(headers.get("Retry-After")))
+            found = replace(found, advice=f"it redirects to {target}; give that as the base URL")
+        return self._judged(f"HTTP {status}", said, found, status=status, seconds=seconds)
 
     def failed(self, error: Any) -> WireError:
         """An error that came with status 200: in the middle of a stream, or instead of choices."""
         said = said_by(error)
-        code = error.get("code") if isinstance(error, dict) else None
-        if isinstance(code, int) and 400 <= code < 600:
-            status = code
-        else:
-            status = STATUSES.get(said.code or "", STATUSES.get(said.type or "", 500))
-        return self._judged("an error instead of a reply", said, verdict(status, said, self.url), 200)
+        found = verdict(said.status, said, self.url, said.seconds)
+        return self._judged("an error instead of a reply", said, found, status=200, seconds=said.seconds)
 
-    def _judged(
-        self, what: str, said: Said, found: Verdict, status: int, retry_after: float | None = None
-    ) -> WireError:
+    def _judged(self, what: str, said: Said, found: Verdict, *, status: int, seconds: float | None) -> WireError:
         words = self.shown(said.message).rstrip(".")
-        message = f"{what}{words and f': {words}'}{found.advice and f'; {found.advice}'}"
-        kind, retry, fatal, _ = found
-        return self.error(kind, message, status=status, retry=retry, fatal=fatal, retry_after=retry_after, brief=what)
+        asks = f"it asks to be left alone for {_time(seconds)}" if seconds and seconds >= _LONG else ""
+        message = "; ".join(filter(None, [f"{what}{words and f': {words}'}", found.advice, asks]))
+        return self.error(found, message, status=status, retry_after=seconds, brief=what)
 
     def lost(self, error: BaseException) -> WireError:
         """No reply, or not a whole one: what the network or the HTTP library raised, as a WireError."""
@@ -88,25 +84,37 @@ class Peer:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 reason = self.shown(cause.verify_message)
                 advice = "for an authority of your own, set SSL_CERT_FILE"
-                return self.error("tls", f"its certificate is not trusted: {reason}; {advice}", fatal=True)
+                return self.error(TLS, f"its certificate is not trusted: {reason}; {advice}")
             if isinstance(cause, ssl.SSLError) and cause.reason in _NO_TLS:
-                return self.error("tls", "no TLS is spoken there; does its URL start with http://?", fatal=True)
+                return self.error(TLS, "no TLS is spoken there; does its URL start with http://?")
             if isinstance(cause, ConnectionRefusedError):
-                return self.error("connection", "connection refused; is the server running?", retry=True)
+                return self.error(CONNECTION, "connection refused; is the server running?")
             if isinstance(cause, socket.gaierror) or "DNS" in type(cause).__name__:
                 host = urlsplit(self.url).hostname
-                return self.error("connection", f"the host {host} is unknown; check the base URL", retry=True)
+                return self.error(CONNECTION, f"the host {host} is unknown; check the base URL")
         words = f"{type(error).__name__}: {words}"
         hint = " (if it always does, it may want https://)" if self.url.startswith("http:") else ""
         if _TLS_ALERT.search(words):
-            return self.error("tls", ADVICE["tls"], fatal=True)
+            return self.error(TLS, "the server wants TLS; does its URL start with https://?")
         if _NO_HTTP.search(words):
-            return self.error("connection", f"what answers there speaks no HTTP{hint}; check the base URL", retry=True)
+            return self.error(CONNECTION, f"what answers there speaks no HTTP{hint}; check the base URL")
         if _DISCONNECTED.search(words):
-            return self.error("connection", f"the server closed the connection without an answer{hint}", retry=True)
+            return self.error(CONNECTION, f"the server closed the connection without an answer{hint}")
         if _BROKEN.search(words):
-            return self.error("connection", "the connection broke in the middle of the reply", retry=True)
-        return self.error("connection", self.shown(words), retry=True)
+            return self.error(CONNECTION, "the connection broke in the middle of the reply")
+        return self.error(CONNECTION, self.shown(words))
+
+
+def _time(seconds: float) -> str:
+    """Seconds as one says them.
+
+    >>> _time(90.0), _time(5400.0), _time(86_400.0), _time(172_800.0)
+    ('90 s', '90 min', '24 h', '2 days')
+    """
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def _pattern(secret: str) -> re.Pattern[str]:

@@ -7,7 +7,7 @@ import msgspec
 
 from millstream.llm.peers import Peer
 from millstream.llm.tolerant import BLANK, fitted, mapping, text_in, thought_in, usage_of, word_of
-from millstream.llm.verdicts import WireError
+from millstream.llm.verdicts import NO_TEXT, SPEECHLESS, TOO_LONG, UNUSABLE, WITHHELD, WireError
 
 MOST = 64 << 20
 """Bytes of a reply, unpacked, unless told otherwise."""
@@ -15,8 +15,8 @@ MOST = 64 << 20
 _MOST_OF_ERROR = 1 << 20  # bytes that are read of a reply that is no answer
 GIVEN_UP = {"error", "abort"}  # what servers call the end of a reply that they did not end
 _FINAL = {  # finish_reason -> what it means if there is no text: another attempt would be paid for and end the same way
-    "length": "no text: all of max_tokens went into thinking; give it more",
-    "content_filter": "no text: the server's content filter took it away",
+    "length": (NO_TEXT, "no text: all of max_tokens went into thinking; give it more"),
+    "content_filter": (WITHHELD, "no text: the server's content filter took it away"),
 }
 
 
@@ -80,7 +80,7 @@ async def whole(peer: Peer, incoming: Incoming, most: int = MOST) -> bytes:
 
 def too_large(peer: Peer, most: int) -> WireError:
     """Another attempt would bring as much."""
-    return peer.error("unusable", f"a reply of over {most:,} bytes, the most that is read (--max-reply)", status=200)
+    return peer.error(TOO_LONG, f"a reply of over {most:,} bytes, the most that is read (--max-reply)", status=200)
 
 
 def answer_in(peer: Peer, content: bytes) -> Answer:
@@ -126,13 +126,14 @@ def not_whole(peer: Peer, error: Any, finish_reason: str | None, usage: dict[str
     if finish_reason in GIVEN_UP:
         return unusable(peer, f"the server gave this reply up, with finish_reason {finish_reason!r}", usage)
     if finish_reason in _FINAL:
-        return peer.error(finish_reason, _FINAL[finish_reason], status=200, usage=usage)
-    return unusable(peer, "a reply without text", usage)
+        found, words = _FINAL[finish_reason]
+        return peer.error(found, words, status=200, usage=usage)
+    return peer.error(SPEECHLESS, "a reply without text", status=200, usage=usage)
 
 
 def unusable(peer: Peer, reason: str, usage: dict[str, Any]) -> WireError:
     """What to say of a reply with status 200 that is no answer, and may be one the next time."""
-    return peer.error("unusable", reason, status=200, retry=True, usage=usage)
+    return peer.error(UNUSABLE, reason, status=200, usage=usage)
 
 
 class Message(msgspec.Struct):

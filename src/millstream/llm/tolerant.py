@@ -42,11 +42,12 @@ def json_of(content: bytes, *, mend: bool = True) -> Any:
 
 
 def mapping(content: bytes) -> dict[str, Any]:
-    """The JSON object in some bytes; empty if it is none."""
+    """The JSON object in some bytes, also if it stands in an array, as Google's errors do; empty if there is none."""
     try:
         found = json_of(content)
     except ValueError:
         return {}
+    found = found[0] if isinstance(found, list) and found else found
     return found if isinstance(found, dict) else {}
 
 

@@ -19,8 +19,9 @@ from millstream.llm.addresses import CHAT, basic, secrets_of, without_login
 from millstream.llm.events import Stream, streamed
 from millstream.llm.peers import Peer
 from millstream.llm.replies import MOST, Answer, answer_in, unusable, whole
+from millstream.llm.said import seconds_of
 from millstream.llm.unpacking import BadPacking, Unpacker
-from millstream.llm.verdicts import WireError, seconds_of
+from millstream.llm.verdicts import WireError
 
 __all__ = ["CHAT", "Answer", "Stream", "Wire", "WireError", "seconds_of", "wait_before_retry"]
 
@@ -166,10 +167,11 @@ def wait_before_retry(error: Exception, attempts: int, most: int, draw: random.R
     Full jitter: anywhere from 0 to a bound that doubles with each attempt, up to a minute (Brooker, "Exponential
     Backoff and Jitter", 2015); what the server asks for is a lower bound.
 
+    >>> from millstream.llm.verdicts import CONNECTION, UNSENT
     >>> draw = random.Random(0)
-    >>> wait_before_retry(WireError("bad_request", "no", status=400), 1, 5, draw) is None
+    >>> wait_before_retry(WireError(UNSENT, "no"), 1, 5, draw) is None
     True
-    >>> wait_before_retry(WireError("rate_limited", "slow", retry=True, retry_after=7.0), 1, 5, draw) >= 7.0
+    >>> wait_before_retry(WireError(CONNECTION, "slow", retry_after=7.0), 1, 5, draw) >= 7.0
     True
     """
     again = error.retry if isinstance(error, WireError) else isinstance(error, TimeoutError)

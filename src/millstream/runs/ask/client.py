@@ -28,6 +28,7 @@ from millstream.aio.rates import All, Rate, RetryBudget, per_minute
 from millstream.bridge import run
 from millstream.errors import RequestError
 from millstream.llm.replies import MOST
+from millstream.llm.verdicts import SCHEMA, named
 from millstream.llm.wire import Answer, Wire, WireError, wait_before_retry
 from millstream.runs.ask.bodies import body_from, in_order, words
 from millstream.runs.ask.outcomes import Outcomes, collected, leave_with
@@ -39,7 +40,6 @@ Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A text (what the user says), a list of messages, or a mapping with "prompt" or "messages" and other parameters."""
 
 _DEFAULT: Any = object()
-_OVERLOADED = {429, 503, 529}
 _CHARACTERS_PER_ID = 4
 _FIRST_GUESS = 256  # ids of a reply, before any has come
 _WINDOW_BYTES = 64 << 20  # of replies that wait to be handed out
@@ -200,13 +200,13 @@ class Client:
     async def attempt(self, request: Request) -> Answer:
         """One attempt at one request, at the next server in turn. Raises WireError."""
         if request.fault:
-            raise WireError(*request.fault)
+            raise WireError(named(request.fault[0]), request.fault[1])
         request.server = self.servers.pick(request.server, self._clock())
         try:
             answer = await self.servers.send(request.server, request.data, request.path, self._clock)
             if (reason := self._misfit(answer.text)) is not None:
                 message = f"{answer.server}: the reply does not fit the schema: {reason}"
-                raise WireError("schema", message, status=200, retry=True, usage=answer.usage)
+                raise WireError(SCHEMA, message, status=200, usage=answer.usage)
         except WireError as error:
             _count(self.wasted, error.usage)
             raise
@@ -310,7 +310,7 @@ def _count(total: Counter[str], usage: Mapping[str, Any]) -> None:
 
 
 def _overloaded(error: BaseException) -> bool:
-    return isinstance(error, WireError) and error.status in _OVERLOADED and error.kind != "quota"
+    return isinstance(error, WireError) and (error.verdict.then == "busy" or error.status == 503)
 
 
 def _work(answer: Answer) -> float:

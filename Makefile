@@ -27,7 +27,7 @@ define environment
 	rm -rf $(1) && "$$python" -m venv $(1); }
 endef
 
-.PHONY: help install demo demo-real test test-slow test-real test-readers check format bench bench-env lock clean
+.PHONY: help install demo demo-real test test-slow test-real test-readers test-lowest test-newest check format bench bench-env lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -81,6 +81,23 @@ test-readers: .venv/.installed .venv-readers/.installed .venv-streaming/.install
 	echo "Could not install the readers: their packages come over the network, once" >&2; exit 1; }
 	@touch $@
 
+test-lowest: .venv-lowest/.installed  ## the tests, with the lowest versions that pyproject.toml allows
+	.venv-lowest/bin/python -m pytest -n auto --dist worksteal
+
+test-newest: .venv-newest/.installed  ## the tests, with the newest versions there are
+	.venv-newest/bin/python -m pytest -n auto --dist worksteal
+
+# Neither takes the locked versions; what runs the tests is the newest in both.
+.venv-lowest/.installed: RESOLUTION = lowest-direct
+.venv-newest/.installed: RESOLUTION = highest
+.venv-lowest/.installed .venv-newest/.installed: pyproject.toml
+	$(call environment,$(@D))
+	@echo "Installing millstream with the $(RESOLUTION) versions"
+	@$(@D)/bin/python -m pip install --quiet uv
+	@$(@D)/bin/uv pip install --quiet --compile-bytecode --python $(@D)/bin/python --resolution $(RESOLUTION) -e '.[ask,chat]'
+	@$(@D)/bin/uv pip install --quiet --compile-bytecode --python $(@D)/bin/python --group dev
+	@touch $@
+
 check: .venv/.installed  ## formatting, lint and types; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -110,5 +127,5 @@ lock:  ## renew requirements.lock after a change of dependencies (ARGS=--upgrade
 	if grep -n '://' requirements.lock; then echo "requirements.lock names a host" >&2; exit 1; fi
 
 clean:  ## remove everything that make made
-	rm -rf .venv .venv-bench .venv-real .venv-readers .venv-streaming demo-run build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-real .venv-readers .venv-streaming .venv-lowest .venv-newest demo-run build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -21,7 +21,7 @@ _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")  # what older and new
 # What aiohttp and httpx say, in this order, of a connection that ended too early, and of bytes that are no HTTP.
 _DISCONNECTED = re.compile(r"ServerDisconnected|Server disconnected")
 _BROKEN = re.compile(r"payload is not completed|without sending complete message body")
-_NO_HTTP = re.compile(r"Bad status line|illegal request line")
+_NO_HTTP = re.compile(r"Bad status line|Expected HTTP/|illegal request line")
 _TLS_ALERT = re.compile(r"\\x15\\+x03")  # the first bytes of TLS's own complaint, in an error that quotes them
 
 

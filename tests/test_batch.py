@@ -462,7 +462,7 @@ def test_an_earlier_split_stays_unless_it_is_to_be_replaced(tmp_path, run):
     assert run("split", tmp_path / "bad.jsonl", "--out", out, "--overwrite")[0] == 1
     code, _, error = run("split", out / "requests-00001.jsonl", "--out", out, "--overwrite")
     assert code == 2
-    assert "holds the requests themselves" in error
+    assert "is an input itself" in error
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
     assert run("split", tmp_path / "b.jsonl", "--out", out, "--overwrite")[0] == 0
@@ -586,9 +586,10 @@ def test_nothing_to_retry_is_an_empty_file(tmp_path, run):
         ),
         (["-", "--outputs", "o.jsonl", "--out", "x"], "standard input"),
         (["r.jsonl", "--outputs", "o.jsonl", "--out", "o.jsonl"], "o.jsonl is an input"),
+        (["r.jsonl", "--outputs", "o.jsonl", "--out", "r.jsonl", "--overwrite"], "r.jsonl is an input"),
         (["r.jsonl", "--outputs", "o.jsonl", "--out", "no/x"], "no such folder"),
-        (["r.jsonl", "--outputs", "o.jsonl", "--out", "folder"], "folder is no file"),
-        (["r.jsonl", "--outputs", "o.jsonl", "--out", os.devnull], "is no file"),
+        (["r.jsonl", "--outputs", "o.jsonl", "--out", "folder"], "folder is a folder"),
+        (["r.jsonl", "--outputs", "o.jsonl", "--out", "a.parquet"], "exists already"),
         (["empty.jsonl", "--outputs", "o.jsonl", "--out", "x"], "there are no requests"),
         (["a.parquet", "--outputs", "o.jsonl", "--out", "x"], "JSONL"),
     ],
@@ -614,7 +615,13 @@ def test_a_damaged_output_is_named_and_the_file_of_before_stays(tmp_path, run):
     (tmp_path / "o.jsonl.gz").write_bytes(data[: len(data) // 2])
     (tmp_path / "m.jsonl").write_text("before")
     code, _, error = run(
-        "merge", tmp_path / "r.jsonl", "--outputs", tmp_path / "o.jsonl.gz", "--out", tmp_path / "m.jsonl"
+        "merge",
+        tmp_path / "r.jsonl",
+        "--outputs",
+        tmp_path / "o.jsonl.gz",
+        "--out",
+        tmp_path / "m.jsonl",
+        "--overwrite",
     )
     assert code == 1
     assert "o.jsonl.gz: the gzip data ends early" in error

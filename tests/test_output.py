@@ -1,5 +1,6 @@
 """What `ask` writes over: no input, no file of anybody else's, and its own output only with more in its place."""
 
+import json
 import os
 import shutil
 import signal
@@ -395,6 +396,63 @@ def test_two_runs_with_one_output_and_two_journals_are_refused(tmp_path):
         finally:
             first.kill()
             first.wait()
+
+
+# --- batch files ------------------------------------------------------------------------------------------------------
+
+
+def batch(*arguments, **more):
+    call = [sys.executable, "-m", "millstream", "batch", *map(str, arguments)]
+    more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
+    return subprocess.run(call, text=True, timeout=60, **more)
+
+
+@pytest.fixture
+def batch_files(tmp_path):
+    """Requests and their outputs; one is missing."""
+    with open(tmp_path / "requests.jsonl", "w") as requests, open(tmp_path / "results.jsonl", "w") as results:
+        for name in "abc":
+            body = {"model": "m", "messages": [{"role": "user", "content": name}]}
+            row = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
+            requests.write(json.dumps(row) + "\n")
+            if name != "c":
+                response = {"status_code": 200, "body": {"choices": [{"message": {"content": "yes"}}]}}
+                results.write(json.dumps({"id": name, "custom_id": name, "response": response, "error": None}) + "\n")
+    return tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
+
+
+@pytest.mark.parametrize("what", ["merge", "retry-failed"])
+def test_batch_files_are_not_written_over(tmp_path, batch_files, what):
+    requests, results = batch_files
+    before = requests.read_bytes(), results.read_bytes()
+    os.link(results, tmp_path / "hard.jsonl")
+    os.symlink(requests, tmp_path / "link.jsonl")
+    for target in requests, results, tmp_path / "hard.jsonl", tmp_path / "link.jsonl":
+        done = batch(what, requests, "--outputs", results, "--out", target, "--overwrite")
+        assert (done.returncode, "is an input itself" in done.stderr) == (2, True)
+        with open(results, "rb") as source:
+            done = batch(what, requests, "--outputs", "-", "--out", target, "--overwrite", stdin=source)
+        assert (done.returncode, "is an input itself" in done.stderr) == (2, True)
+    with open(results, "ab") as target:
+        done = batch(what, requests, "--outputs", results, "--out", "-", stdout=target)
+        assert (done.returncode, "standard output is an input" in done.stderr) == (2, True)
+    (tmp_path / "out.jsonl").write_text("mine")
+    done = batch(what, requests, "--outputs", results, "--out", tmp_path / "out.jsonl")
+    assert (done.returncode, (tmp_path / "out.jsonl").read_text()) == (2, "mine")
+    done = batch(what, requests, "--outputs", results, "--out", tmp_path / "out.jsonl", "--overwrite")
+    assert len(rows_of(tmp_path / "out.jsonl")) == (3 if what == "merge" else 1)
+    assert (requests.read_bytes(), results.read_bytes()) == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_split_deletes_no_requests_that_come_from_standard_input(tmp_path, batch_files):
+    requests, _ = batch_files
+    batch("split", requests, "--out", tmp_path / "parts")
+    part = tmp_path / "parts" / "requests-00000.jsonl"
+    before = part.read_bytes()
+    with open(part, "rb") as source:
+        done = batch("split", "-", "--out", tmp_path / "parts", "--overwrite", "--max-lines", "1", stdin=source)
+    assert (done.returncode, part.read_bytes()) == (2, before)
 
 
 # --- full disks and kills ---------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ def _join_options(command: Any) -> Any:
     """What merge and retry-failed take."""
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+        click.option("--overwrite", is_flag=True, help="Replace a FILE that is there already."),
         click.option("--out", required=True, metavar="FILE", help="The file to write; - is standard output."),
         click.option(
             "--outputs", multiple=True, required=True, metavar="OUTPUT...", help="What came back, error files too."
@@ -69,7 +70,7 @@ def _join_options(command: Any) -> Any:
 
 @batch.command(name="merge", cls=_SeveralOutputs, short_help="Join what came back, in the requests' order.")
 @_join_options
-def batch_merge(requests: tuple[str, ...], outputs: tuple[str, ...], out: str, as_json: bool) -> None:
+def batch_merge(requests: tuple[str, ...], outputs: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
     """Write exactly one outcome for each of REQUESTS, in their order, from OUTPUT... in any order.
 
     Outcomes are found by custom_id. Of several the last success counts, else the last failure; a request without any
@@ -77,7 +78,7 @@ def batch_merge(requests: tuple[str, ...], outputs: tuple[str, ...], out: str, a
     """
     from millstream.runs.ask.batching import merge
 
-    report = merge(requests, outputs, out)
+    report = merge(requests, outputs, out, **options)
     click.echo(json.dumps(report.as_json(), indent=1) if as_json else report.in_words(), err=out == "-")
     if report.faults:
         sys.exit(WITH_FAULTS)
@@ -85,9 +86,11 @@ def batch_merge(requests: tuple[str, ...], outputs: tuple[str, ...], out: str, a
 
 @batch.command(name="retry-failed", cls=_SeveralOutputs, short_help="Pick the requests to ask again.")
 @_join_options
-def batch_retry_failed(requests: tuple[str, ...], outputs: tuple[str, ...], out: str, as_json: bool) -> None:
+def batch_retry_failed(
+    requests: tuple[str, ...], outputs: tuple[str, ...], out: str, as_json: bool, **options: Any
+) -> None:
     """Write those of REQUESTS, unchanged, that failed in every OUTPUT or are in none."""
     from millstream.runs.ask.batching import retry_failed
 
-    report = retry_failed(requests, outputs, out)
+    report = retry_failed(requests, outputs, out, **options)
     click.echo(json.dumps(report.as_json(), indent=1) if as_json else report.in_words(), err=out == "-")

@@ -9,10 +9,10 @@ from millstream.bridge import run
 from millstream.errors import RequestError
 from millstream.formats.corpus import expand
 from millstream.formats.sources import InputShard
-from millstream.runs.ask.answers import AnswerJournal, Header, is_ours
+from millstream.runs.ask.answers import JOURNAL, AnswerJournal, Header, is_ours
 from millstream.runs.ask.bodies import Recipe
 from millstream.runs.ask.client import Client
-from millstream.runs.ask.output import Output, opened, refuse_existing, refuse_inputs, refuse_journals
+from millstream.runs.ask.output import Output, identity, opened, refuse_existing, refuse_inputs, refuse_journal
 from millstream.runs.ask.prompts import batches
 from millstream.runs.ask.requests import Request
 from millstream.runs.ask.run import AskRun, advice
@@ -43,7 +43,7 @@ def ask_to(
     if len(shards) != 1:
         raise RequestError(f"{prompts}: prompts come from one file, or '-'")
     folder = _journal_folder(out, journal)
-    _refuse_places(out, shards[0], folder, overwrite=settings.overwrite)
+    _refuse_places(out, shards[0].uri, folder, overwrite=settings.overwrite)
     client = _client(settings)
     recipe = Recipe(settings.model, settings.system, settings.template, client.params)
     with contextlib.ExitStack() as stack:
@@ -97,11 +97,20 @@ def _journal_folder(out: str, journal: str | None) -> str | None:
     return f"{out}.run"
 
 
-def _refuse_places(out: str, shard: InputShard, folder: str | None, *, overwrite: bool) -> None:
-    """Before anything is opened: raise RequestError if it would be written where something else is."""
-    refuse_inputs(out, [shard.uri])
-    refuse_journals(out, shard.uri, folder)
-    if folder is None or not is_ours(folder):
+def _refuse_places(out: str, prompts: str, folder: str | None, *, overwrite: bool) -> None:
+    """Before anything is opened: raise RequestError if something else would be written over, or asked without end."""
+    refuse_inputs(out, [prompts])
+    refuse_journal(out)
+    if folder is None:
+        return
+    journal = identity(os.path.join(folder, JOURNAL))
+    if journal is not None and identity(0 if prompts == "-" else prompts) == journal:
+        raise RequestError(f"the prompts are the journal in {folder}, which this run writes to: give another --journal")
+    if out == "-":
+        return
+    if os.path.realpath(out) == os.path.realpath(folder):
+        raise RequestError(f"{out} cannot be both --out and --journal")
+    if not is_ours(folder):
         refuse_existing(out, overwrite=overwrite, because=f" and {folder} has no journal of ours")
 
 

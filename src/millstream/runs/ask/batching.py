@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import os
 import re
-import sys
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,9 +32,9 @@ from millstream.formats.batch import (
     render_line,
 )
 from millstream.formats.corpus import expand
-from millstream.formats.manifest import TEMPORARY
 from millstream.formats.sources import InputShard, chunks
 from millstream.records import Ids
+from millstream.runs.ask.output import opened, refuse_existing, refuse_inputs, refuse_journal
 
 Line: TypeAlias = tuple[int, int, bytes]
 """Number of the line from 1, where it begins in the unpacked bytes, and the line without its end."""
@@ -146,8 +145,8 @@ def split(
     former = _parts_in(out)
     if former and not overwrite:
         raise RequestError(f"{out} has {former[0]} already: give another --out, or --overwrite")
-    if any(_same(shard.uri, os.path.join(out, name)) for shard in shards for name in former):
-        raise RequestError(f"{out} holds the requests themselves: give another --out")
+    for name in former:
+        refuse_inputs(os.path.join(out, name), [shard.uri for shard in shards])
     new = not os.path.isdir(out)
     try:
         os.makedirs(out, exist_ok=True)
@@ -163,35 +162,46 @@ def split(
 
 
 def merge(
-    requests: Iterable[str | os.PathLike[str]], outputs: Iterable[str | os.PathLike[str]], out: str
+    requests: Iterable[str | os.PathLike[str]],
+    outputs: Iterable[str | os.PathLike[str]],
+    out: str,
+    *,
+    overwrite: bool = False,
 ) -> JoinReport:
     """Write to `out` ("-": standard output) exactly one outcome a request, in the requests' order.
 
     A success is written byte for byte; a failure in OpenAI's shape; a missing outcome as an error of code "missing". Of
     several outcomes of a request the last success counts, else the last failure. Raises DataError for a line of the
-    requests that is none and for a custom_id that comes twice.
+    requests that is none and for a custom_id that comes twice, RequestError if `out` is an input, or is there already
+    and not to be overwritten.
     """
-    with _Join(requests, outputs, out) as join:
+    with _Join(requests, outputs, out, overwrite=overwrite) as join:
         join.read(keep=True)
-        with _written(out) as target:
+        with opened(out) as target:
             for number, line in enumerate(join.request_lines()):
-                target.write(join.outcome(number, line))
+                target.write(join.outcome(number, line), 1)
+            target.publish(durable=True)
         return join.report()
 
 
 def retry_failed(
-    requests: Iterable[str | os.PathLike[str]], outputs: Iterable[str | os.PathLike[str]], out: str
+    requests: Iterable[str | os.PathLike[str]],
+    outputs: Iterable[str | os.PathLike[str]],
+    out: str,
+    *,
+    overwrite: bool = False,
 ) -> JoinReport:
     """Write to `out` ("-": standard output) the lines of requests without a success, unchanged, in order.
 
     Raises as `merge` does.
     """
-    with _Join(requests, outputs, out) as join:
+    with _Join(requests, outputs, out, overwrite=overwrite) as join:
         join.read(keep=False)
-        with _written(out) as target:
+        with opened(out) as target:
             for number, line in enumerate(join.request_lines()):
                 if join.kind[number] != _OK:
-                    target.write(line + b"\n")
+                    target.write(line + b"\n", 1)
+            target.publish(durable=True)
         return join.report()
 
 
@@ -335,13 +345,21 @@ class _Join:
     """
 
     def __init__(
-        self, requests: Iterable[str | os.PathLike[str]], outputs: Iterable[str | os.PathLike[str]], out: str
+        self,
+        requests: Iterable[str | os.PathLike[str]],
+        outputs: Iterable[str | os.PathLike[str]],
+        out: str,
+        *,
+        overwrite: bool,
     ) -> None:
         self.out, self.requests, self.outputs = out, _expand(requests), _expand(outputs)
         if any(shard.uri == "-" for shard in self.requests):
             raise RequestError("the requests are read twice, so they cannot come from standard input")
-        if any(_same(shard.uri, out) for shard in [*self.requests, *self.outputs]):
-            raise RequestError(f"{out} is an input: give another --out")
+        refuse_inputs(out, [shard.uri for shard in [*self.requests, *self.outputs]])
+        refuse_journal(out)
+        refuse_existing(out, overwrite=overwrite)
+        if os.path.isdir(out):
+            raise RequestError(f"{out} is a folder: --out names a file, or '-' for standard output")
         if out != "-" and not os.path.isdir(os.path.dirname(os.path.realpath(out))):
             raise RequestError(f"cannot write {out}: there is no such folder")
         self.ids = CustomIds()
@@ -521,37 +539,6 @@ def _opened(shard: InputShard) -> IO[bytes]:
         return open(shard.uri, "rb")
     except OSError as error:
         raise DataError(f"{shard.name}: {error.strerror}") from error
-
-
-@contextlib.contextmanager
-def _written(out: str) -> Iterator[IO[bytes]]:
-    """A file that is there, whole, only after the block; "-" is standard output."""
-    if out == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
-    path = os.path.realpath(out)  # a link stays one
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise RequestError(f"{out} is no file; '-' is standard output")
-    try:
-        file = open(path + TEMPORARY, "wb", buffering=1 << 17)  # noqa: SIM115  closed below
-    except OSError as error:
-        raise RequestError(f"cannot write {out}: {error.strerror}") from error
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + TEMPORARY, path)
-    except OSError as error:
-        raise RunError(f"cannot write {out}: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + TEMPORARY)
-
-
-def _same(one: str, other: str) -> bool:
-    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
 def _shown(text: str) -> str:

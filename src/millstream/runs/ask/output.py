@@ -31,8 +31,11 @@ class Output(Protocol):
 
     def flush(self) -> None: ...
 
-    def publish(self) -> None:
-        """Give the file its name, in place of the former one; what comes later is appended. Again: nothing."""
+    def publish(self, *, durable: bool = False) -> None:
+        """Give the file its name, in place of the former one; what comes later is appended. Again: nothing.
+
+        `durable` waits for the disk first: for what no journal has.
+        """
 
 
 class Through:
@@ -56,7 +59,7 @@ class Through:
     def flush(self) -> None:
         """Nothing is held back."""
 
-    def publish(self) -> None:
+    def publish(self, *, durable: bool = False) -> None:
         """It has its name."""
 
 
@@ -119,12 +122,13 @@ class Beside:
                 os.ftruncate(self._file, start + data.rfind(b"\n", 0, max(0, there)) + 1)
             raise self._failed(error) from error
 
-    def publish(self) -> None:
+    def publish(self, *, durable: bool = False) -> None:
         self.flush()
         if self._temporary is None:
             return
         try:
-            # Not synced: after a loss of power the same command makes it again, from the journal.
+            if durable:
+                os.fsync(self._file)
             os.replace(self._temporary, self._path)
         except OSError as error:
             raise self._failed(error) from error
@@ -203,7 +207,7 @@ def _locked(out: str, path: str, flags: int) -> int:
         file = os.open(path, flags, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _identity(path) == _identity(file):
+            if identity(path) == identity(file):
                 return file
         except BlockingIOError:
             os.close(file)
@@ -235,21 +239,15 @@ def refuse_inputs(out: str, inputs: Iterable[str]) -> None:
     "-" is standard input among the inputs, and standard output as `out`. A terminal may be both.
     """
     places = [1] if out == "-" else [out, temporary_of(os.path.realpath(out))]
-    written = {_identity(place) for place in places} - {None}
+    written = {identity(place) for place in places} - {None}
     for path in inputs:
-        if _identity(0 if path == "-" else path) in written:
+        if identity(0 if path == "-" else path) in written:
             one, other = ("standard output" if out == "-" else out), ("standard input" if path == "-" else path)
             raise RequestError(f"{one} is an input itself{'' if one == other else f' ({other})'}: give another --out")
 
 
-def refuse_journals(out: str, prompts: str, folder: str | None) -> None:
-    """Raise RequestError if `out` is a journal, or its folder, or if the prompts are the journal in `folder`."""
-    if folder is not None:
-        path = os.path.join(folder, JOURNAL)
-        if _identity(path) is not None and _identity(0 if prompts == "-" else prompts) == _identity(path):
-            raise RequestError(f"the prompts are the journal of this run, {path}: give another --journal")
-        if out != "-" and os.path.realpath(out) == os.path.realpath(folder):
-            raise RequestError(f"{out} cannot be both --out and --journal")
+def refuse_journal(out: str) -> None:
+    """Raise RequestError if `out` is a journal, or would be one by its name."""
     if out != "-" and (os.path.basename(os.path.realpath(out)) == JOURNAL or holds_journal(out)):
         raise RequestError(f"{out} is a journal, which nothing else is written to: give another --out")
 
@@ -260,7 +258,7 @@ def refuse_existing(out: str, *, overwrite: bool, because: str = "") -> None:
         raise RequestError(f"{out} exists already{because}: give another --out, or --overwrite")
 
 
-def _identity(place: str | int) -> tuple[int, int] | None:
+def identity(place: str | int) -> tuple[int, int] | None:
     """Which file a path or a descriptor leads to; None if to none, or to one that reads and writes apart."""
     try:
         found = os.stat(place)

@@ -17,6 +17,7 @@ from millstream.llm.verdicts import (
     LATE,
     NO_TEXT,
     OTHERS,
+    PROXY,
     SCHEMA,
     SPEECHLESS,
     TIMEOUT,
@@ -127,6 +128,7 @@ REFUSED = {
     ("not_found", "any other error"): [wrong("404 Not Found", "No such file")],
     ("refused", ""): [http(b"", "405 No"), http(b"", "409 Conflict"), http(b"", "425 Early")],
     ("unauthorized", ""): [wrong("401 No"), http(b"<html>", "401 No")],
+    ("proxy", ""): [http(b"", "407 Proxy Authentication Required")],
     ("rate_limited", "a code for too many requests"): [wrong("403 Forbidden", code="rateLimitExceeded")],
     ("forbidden", "a page, as of a firewall"): [
         http(b"<html><title>Attention Required! | Cloudflare</title></html>", "403 Forbidden"),
@@ -197,7 +199,7 @@ def judged(reply):
 
 def test_each_line_has_an_example():
     assert {(line.kind, line.when) for line in HTTP} == set(REFUSED)
-    assert set(OTHERS) == set(ENDS) | {CUT, SCHEMA, TIMEOUT, UNKNOWN, LATE, UNSENT, BAD_ROW, TWICE}
+    assert set(OTHERS) == set(ENDS) | {CUT, SCHEMA, PROXY, TIMEOUT, UNKNOWN, LATE, UNSENT, BAD_ROW, TWICE}
     assert len(ANSWERS) == len(ANSWERED)
 
 

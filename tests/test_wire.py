@@ -262,7 +262,6 @@ def test_a_message_says_what_to_do(reply, kind, says, fatal):
         *(
             "http://" + "x" * 64 + ".org",
             "http://a b/v1",
-            "http://127.0.0.1/v1?key=secret",
             "http://127.0.0.1/v1#secret",
         ),
         *("ann:secret@127.0.0.1/v1", "http://ann:se/secret@127.0.0.1/v1", "http://ann:1/secret@127.0.0.1/v1"),

@@ -24,6 +24,14 @@ from millstream.errors import MillstreamError, RequestError
     metavar="URL",
     help="The server, mostly ending in /v1 [default: OPENAI_BASE_URL]; several share the load.",
 )
+@click.option(
+    "--header",
+    "headers",
+    multiple=True,
+    metavar="NAME:VALUE",
+    help="A header of every request, never shown; can be given again.",
+)
+@click.option("--proxy", metavar="URL", help="The proxy to go through [default: HTTPS_PROXY, HTTP_PROXY and NO_PROXY].")
 @click.option("--system", metavar="TEXT", help="The system message of every request.")
 @click.option("--template", metavar="TEXT", help="The prompt, with the row's fields in braces: 'Summarise: {text}'.")
 @click.option(
@@ -64,6 +72,7 @@ def ask(
     as_json: bool,
     journal: str | None,
     params: tuple[str, ...],
+    headers: tuple[str, ...],
     temperature: float | None,
     max_tokens: int | None,
     in_flight: str,
@@ -88,7 +97,12 @@ def ask(
     body |= {} if temperature is None else {"temperature": temperature}
     body |= {} if max_tokens is None else {"max_tokens": max_tokens}
     settings = AskSettings(
-        params=body, in_flight=_in_flight(in_flight), price=_price(price), schema=_schema(schema), **options
+        headers=dict(map(_header, headers)),
+        params=body,
+        in_flight=_in_flight(in_flight),
+        price=_price(price),
+        schema=_schema(schema),
+        **options,
     )
     try:
         with ending_like_an_interrupt(), watch_ask() as on_progress:
@@ -144,6 +158,14 @@ def _schema(path: str | None) -> dict[str, Any] | None:
     if not isinstance(schema, dict):
         raise RequestError(f"the schema {path} is no JSON object")
     return schema
+
+
+def _header(text: str) -> tuple[str, str]:
+    """NAME:VALUE. A value is as good as a key, so no message shows it."""
+    name, colon, value = text.partition(":")
+    if not (name.strip() and colon):
+        raise click.BadParameter("a header is NAME:VALUE, such as 'X-Team: mill'", param_hint="--header")
+    return name.strip(), value.strip()
 
 
 def _parameter(text: str) -> tuple[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from millstream.llm.addresses import CHAT, secrets_of, without_login
+from millstream.llm.addresses import CHAT, address_of, checked_headers, secrets_in
 from millstream.llm.events import Stream, streamed
 from millstream.llm.peers import Peer
 from millstream.llm.replies import MOST, Answer, answer_in, whole
@@ -30,10 +30,11 @@ class SdkWire:
     brings: `openai` is imported by nobody else.
     """
 
-    def __init__(self, client: Any, *, most: int = MOST) -> None:
-        self._most = most
+    def __init__(self, client: Any, *, headers: Mapping[str, str] | None = None, most: int = MOST) -> None:
+        self._most, self._headers = most, checked_headers(headers or {})
         self._client = client.with_options(max_retries=0, timeout=None)
-        self.base_url, self._login = without_login(str(client.base_url))
+        self._address = address_of(str(client.base_url))
+        self.base_url = self._address.url
 
     def __repr__(self) -> str:
         return f"SdkWire({self.base_url!r})"
@@ -64,7 +65,7 @@ class SdkWire:
         # A mapping, as clients for Azure look for the model in it; what cannot be written as JSON is told beforehand.
         data = msgspec.json.decode(body if isinstance(body, bytes) else peer.encoded(body))
         # Under this header, by which its own `with_streaming_response` works, the SDK hands over the response unread.
-        options = {"headers": {"X-Stainless-Raw-Response": "stream"}}
+        options = {"headers": {**self._headers, "X-Stainless-Raw-Response": "stream"}}
         try:
             raw = await self._client.post(path, cast_to=object, body=data, options=options)
         except _errors() as error:
@@ -79,7 +80,8 @@ class SdkWire:
         sent = getattr(self._client, "default_headers", {})
         keys = [str(value) for name, value in sent.items() if _is_secret(name)]
         key = getattr(self._client, "api_key", None)
-        return Peer(self.base_url, [key if isinstance(key, str) else "", *keys, *secrets_of(self._login)])
+        given = [*self._address.secrets, *secrets_in(self._headers)]
+        return Peer(self.base_url, [key if isinstance(key, str) else "", *keys, *given])
 
 
 class _Response:

@@ -18,6 +18,7 @@ _UNSURE = 4  # refusals that name neither the prompt nor a setting: the first pr
 _LATER = 8  # 401, 403 and 404 in a row, when there were replies before: a proxy may say so of one request
 
 _WRONG_URL = "check the base URL: it mostly ends in /v1"
+_WRONG_PROXY = "check the proxy's login (--proxy, HTTPS_PROXY, HTTP_PROXY)"
 _NO_MONEY = "the account has no quota left"
 _TOO_LONG = "the prompt is too long for this server"
 
@@ -239,6 +240,7 @@ HTTP = (
     Verdict("refused", "own", "", _of(405), first=1, later=_LATER, advice=_WRONG_URL),
     Verdict("not_found", "own", "any other error", _of(404), first=_UNSURE, later=_LATER, advice=_WRONG_URL),
     Verdict("unauthorized", "own", "", _of(401), first=1, later=_LATER, advice="check the API key (OPENAI_API_KEY)"),
+    Verdict("proxy", "own", "", _of(407), first=1, later=_LATER, advice=_WRONG_PROXY),
     Verdict(
         "rate_limited",
         "busy",
@@ -280,6 +282,7 @@ HTTP = (
 
 CONNECTION = Verdict("connection", "away", "refused, reset, unknown host, closed too early", of="no reply", **_SERVER)
 TLS = Verdict("tls", "own", "no trusted certificate; TLS where none is", of="no reply", first=1, later=_LATER)
+PROXY = Verdict("proxy", "own", "a proxy that opens no tunnel", of="no reply", first=1, later=_LATER)
 TIMEOUT = Verdict("timeout", "again", "an attempt over `--timeout`", of="no reply")
 UNKNOWN = Verdict("error", "own", "an exception that nobody expected", of="no reply", first=PATIENCE, later=PATIENCE)
 UNUSABLE = Verdict("unusable", "again", "no JSON, no choices, given up by the server", of="HTTP 200", **_SERVER)
@@ -295,7 +298,7 @@ BAD_ROW = Verdict("bad_row", "own", "a row that makes no request", of="not sent"
 TWICE = Verdict("duplicate_id", "own", "a `custom_id` that was there before", of="not sent")
 
 OTHERS = (
-    *(UNUSABLE, SPEECHLESS, CUT, SCHEMA, NO_TEXT, WITHHELD, TOO_LONG, CONNECTION, TLS, TIMEOUT, UNKNOWN),
+    *(UNUSABLE, SPEECHLESS, CUT, SCHEMA, NO_TEXT, WITHHELD, TOO_LONG, CONNECTION, TLS, PROXY, TIMEOUT, UNKNOWN),
     *(LATE, UNSENT, BAD_ROW, TWICE),
 )
 """What everything else comes to."""

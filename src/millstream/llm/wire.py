@@ -10,18 +10,28 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, DummyCookieJar, TCPConnector
+from aiohttp import (
+    ClientError,
+    ClientHttpProxyError,
+    ClientProxyConnectionError,
+    ClientResponse,
+    ClientSession,
+    ClientTimeout,
+    DummyCookieJar,
+    TCPConnector,
+)
 from aiohttp.hdrs import CONTENT_ENCODING
 from yarl import URL
 
 from millstream.errors import RequestError
-from millstream.llm.addresses import CHAT, basic, secrets_of, without_login
+from millstream.llm.addresses import CHAT, address_of, basic, checked_headers, secrets_in, secrets_of
 from millstream.llm.events import Stream, streamed
 from millstream.llm.peers import Peer
+from millstream.llm.proxies import Proxy, proxy_for
 from millstream.llm.replies import MOST, Answer, answer_in, unusable, whole
 from millstream.llm.said import seconds_of
 from millstream.llm.unpacking import BadPacking, Unpacker
-from millstream.llm.verdicts import WireError
+from millstream.llm.verdicts import CONNECTION, PROXY, WireError
 
 __all__ = ["CHAT", "Answer", "Stream", "Wire", "WireError", "seconds_of", "wait_before_retry"]
 
@@ -37,16 +47,29 @@ class Wire:
     """A connection pool to one server, for one event loop: ``async with Wire(url) as wire: await wire.send(body)``.
 
     The number of connections is not limited here: whoever calls `send` bounds how many run at once. A user and password
-    in the URL are sent instead of the key. A reply has at most `most` bytes. Raises RequestError for what is no URL,
-    and for a key that cannot be sent.
+    in the URL are sent instead of the key, a query behind every path, `headers` with every request and in the place of
+    our own. `proxy` is the URL of one; without it, the environment may name it. A reply has at most `most` bytes.
+    Raises RequestError for what is no URL, and for a key or header that cannot be sent.
     """
 
-    def __init__(self, base_url: str, api_key: str | None = None, *, most: int = MOST) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        proxy: str | None = None,
+        most: int = MOST,
+    ) -> None:
         self._most = most
-        self.base_url, login = without_login(base_url)
+        self._address = address_of(base_url)
+        self.base_url, login = self._address.url, self._address.login
+        given = checked_headers(headers or {})
+        self._proxy = proxy_for(self.base_url, proxy)
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise RequestError("the API key has a line break or a letter that is not ASCII; was it copied whole?")
-        self._peer = Peer(self.base_url, [api_key or "", *secrets_of(login)])
+        behind = secrets_of(self._proxy.login) if self._proxy else []
+        self._peer = Peer(self.base_url, [api_key or "", *self._address.secrets, *secrets_in(given), *behind])
         # All that aiohttp would add is given: what it has to look up and merge for each request costs time.
         self._headers = {
             "Content-Type": "application/json",
@@ -58,8 +81,21 @@ class Wire:
             self._headers["Authorization"] = basic(login)
         elif api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
+        ours = {name.lower(): name for name in self._headers}
+        self._headers |= {ours.get(name.lower(), name): value for name, value in given.items()}
+        self._options = self._through(self._proxy) if self._proxy else {}  # of each request
         self._urls: dict[str, URL] = {}
         self._session: ClientSession | None = None
+
+    def _through(self, proxy: Proxy) -> dict[str, Any]:
+        """What aiohttp is told with each request that goes through a proxy.
+
+        The headers are among it: a session's own would go to the proxy, too, the key as its Proxy-Authorization.
+        """
+        login = {"Proxy-Authorization": basic(proxy.login)} if proxy.login else {}
+        if self.base_url.startswith("https:"):  # the proxy opens a tunnel, and sees nothing else
+            return {"proxy": URL(proxy.url), "headers": self._headers, "proxy_headers": login}
+        return {"proxy": URL(proxy.url), "headers": {**self._headers, **login}}
 
     def __repr__(self) -> str:
         return f"Wire({self.base_url!r})"  # and not the key
@@ -68,7 +104,7 @@ class Wire:
         self._session = ClientSession(
             connector=TCPConnector(limit=0, ttl_dns_cache=300),
             timeout=ClientTimeout(total=None),  # the caller's clock is the only one
-            headers=self._headers,
+            headers=None if self._proxy else self._headers,
             cookie_jar=DummyCookieJar(),
             auto_decompress=False,  # it would unpack any amount at once
             max_line_size=_LONGEST_HEADER,
@@ -86,7 +122,7 @@ class Wire:
             async with self._post(body, path) as response:
                 content = await self._content(response)
         except (ClientError, OSError) as error:
-            raise self._peer.lost(error) from None  # its cause may hold the key
+            raise self._lost(error) from None  # its cause may hold the key
         if response.status != 200:
             raise self._peer.refused(response.status, content, response.headers)
         return answer_in(self._peer, content)
@@ -112,18 +148,29 @@ class Wire:
             try:
                 return _Response(await self._post(streamed(body), path), self._peer)
             except (ClientError, OSError) as error:
-                raise self._peer.lost(error) from None
+                raise self._lost(error) from None
 
         return Stream(self._peer, begin, self._most)
+
+    def _lost(self, error: ClientError | OSError) -> WireError:
+        """What to say of an attempt that got no answer: it may not have come further than the proxy."""
+        if self._proxy and isinstance(error, ClientHttpProxyError):
+            said = f"HTTP {error.status} {self._peer.shown(error.message)}".rstrip()
+            found = CONNECTION if error.status >= 500 or error.status == 429 else PROXY
+            return self._peer.error(found, f"the proxy {self._proxy.url} lets no request through: {said}")
+        if self._proxy and isinstance(error, ClientProxyConnectionError):
+            advice = "check --proxy, HTTPS_PROXY or NO_PROXY"
+            return self._peer.error(CONNECTION, f"the proxy {self._proxy.url} cannot be reached; {advice}")
+        return self._peer.lost(error)
 
     def _post(self, body: Mapping[str, Any] | bytes, path: str) -> Any:
         assert self._session, "use it inside `async with`"
         data = body if isinstance(body, bytes) else self._peer.encoded(body)
         url = self._urls.get(path)
         if url is None:
-            url = self._urls[path] = URL(self.base_url + path)
+            url = self._urls[path] = URL(self._address.at(path))
         large = len(data) > _AT_ONCE
-        return self._session.post(url, data=io.BytesIO(data) if large else data, allow_redirects=False)
+        return self._session.post(url, data=io.BytesIO(data) if large else data, allow_redirects=False, **self._options)
 
 
 class _Response:

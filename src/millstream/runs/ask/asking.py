@@ -73,6 +73,8 @@ def _client(settings: AskSettings) -> Client:
         hedge=settings.hedge,
         schema=settings.schema,
         params=settings.params,
+        headers=settings.headers,
+        proxy=settings.proxy,
         max_reply=settings.max_reply,
     )
 

@@ -51,7 +51,9 @@ class Client:
     """A client of OpenAI-compatible servers: ``async with Client(url, model="...") as client``.
 
     `base_url` and `api_key` are OPENAI_BASE_URL and OPENAI_API_KEY unless given. Several URLs share the load; an
-    `openai.AsyncOpenAI` of your own does as well as a URL, and brings its connections, key and headers.
+    `openai.AsyncOpenAI` of your own does as well as a URL, and brings its connections, key, headers and proxy.
+    `headers` go with every request, and no message shows their values. `proxy` is the URL of one; without it,
+    HTTPS_PROXY, HTTP_PROXY and NO_PROXY count, but never for this machine itself.
 
     `params` go into every request's body (temperature, max_tokens, ...), `system` before its messages. `schema`, a JSON
     schema, asks for JSON that fits it; a reply that does not is tried again.
@@ -81,13 +83,15 @@ class Client:
         hedge: bool = False,
         schema: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        proxy: str | None = None,
         max_reply: int = MOST,
         seed: int | None = None,
     ) -> None:
         found = base_url or os.environ.get("OPENAI_BASE_URL") or []
         places = [found] if isinstance(found, str) or not isinstance(found, Sequence) else found
         key = api_key or os.environ.get("OPENAI_API_KEY")
-        self.servers = Servers([_wire(one, key, max_reply) for one in places])
+        self.servers = Servers([_wire(one, key, headers, proxy, max_reply) for one in places])
         self._model, self._system = model, system
         self.params = dict(params or {})  # of every request's body
         self._attempts, self._draw = attempts, random.Random(seed)
@@ -295,13 +299,13 @@ def _whole(timeout: float | None) -> dict[str, Any]:
     return {} if timeout is _DEFAULT else {"timeout": None, "deadline": timeout}
 
 
-def _wire(place: Any, key: str | None, most: int) -> Any:
+def _wire(place: Any, key: str | None, headers: Mapping[str, str] | None, proxy: str | None, most: int) -> Any:
     """A wire to a base URL, or one that goes through an `openai.AsyncOpenAI`."""
     if isinstance(place, str):
-        return Wire(place, key, most=most)
+        return Wire(place, key, headers=headers, proxy=proxy, most=most)
     from millstream.llm.sdk import SdkWire
 
-    return SdkWire(place, most=most)
+    return SdkWire(place, headers=headers, most=most)
 
 
 def _count(total: Counter[str], usage: Mapping[str, Any]) -> None:

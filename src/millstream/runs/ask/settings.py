@@ -20,8 +20,8 @@ class AskSettings:
     template: str | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
     schema: Mapping[str, Any] | None = None
-    base_urls: Sequence[str] = ()
-    api_key: str | None = None
+    base_urls: Sequence[str] = field(default=(), repr=False)  # as keys, logins and headers, they may hold secrets
+    api_key: str | None = field(default=None, repr=False)
     in_flight: int | Literal["auto"] = 64
     timeout: float | None = 600.0
     deadline: float | None = None
@@ -38,3 +38,5 @@ class AskSettings:
     keep_input: bool = False
     max_reply: int = 64 << 20
     overwrite: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    proxy: str | None = field(default=None, repr=False)

@@ -476,7 +476,8 @@ def test_an_empty_corpus_is_an_empty_result(tmp_path, name, given):
     report = pack(tmp_path / "out", corpus, **{"seq_len": 8, "eos": True, **given})
     assert report.complete
     assert (report.samples, report.faults) == (0, 0)
-    assert report.ledger["documents"] == {"in": documents, "whole": 0, "split": 0, "empty": documents, "faulty": 0}
+    told = {name: count for name, count in report.ledger["documents"].items() if count}
+    assert told == ({"in": documents, "empty": documents} if documents else {})
     assert report.ledger["ids"]["in"] == 0
     assert whole(tmp_path / "out")
     dataset = millstream.open(tmp_path / "out")

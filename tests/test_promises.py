@@ -201,8 +201,8 @@ def test_same_bytes_for_any_number_of_workers(tmp_path, seq_len, order):
 
 
 def test_a_ledger_that_does_not_balance_is_an_error():
-    documents = {"in": 3, "whole": 1, "split": 1, "empty": 0, "faulty": 0}
-    ids = {"in": 5, "text": 5, "special": 0, "in_samples": 4, "remainder": 1, "dropped": 0}
+    documents = {"in": 3, "whole": 1, "split": 1, "truncated": 0, "left_out": 0, "empty": 0, "faulty": 0}
+    ids = {"in": 5, "text": 5, "special": 0, "in_samples": 4, "remainder": 1, "dropped": 0, "cut_off": 0}
     with pytest.raises(LedgerError, match="3 documents came in and 2"):
         check_ledger({"documents": documents, "ids": ids})
     with pytest.raises(LedgerError, match="5 ids came in and 4"):

@@ -42,6 +42,15 @@ def _mixed(folder, rows):
     return [folder]
 
 
+def _long_between(folder, rows):
+    """Lines, a text that is read in pieces, and lines."""
+    half = len(rows) // 2
+    runs.write_plain(folder / "a.jsonl", rows[:half])
+    (folder / "b.txt").write_text("longer than a sample, and than a unit. " * 150_000)
+    runs.write_plain(folder / "c.jsonl", rows[half:])
+    return [folder]
+
+
 @dataclass(frozen=True)
 class Case:
     """A command that is killed: what it reads, and its options."""
@@ -75,6 +84,7 @@ PARQUET = one(runs.write_parquet, "corpus.parquet")
 TEXTS = one(runs.write_texts, "corpus")
 PROMPTS = one(runs.write_prompts, "corpus.jsonl")
 SKIP = ("--on-error", "skip")
+LONGER = ("--seq-len", "1500", "--shard-size", "20KiB")
 BEST_FIT = ("--strategy", "best-fit", "--window")
 
 CASES = [
@@ -105,6 +115,10 @@ CASES = [
     Case("exports-best-fit", ZSTD, (*BEST_FIT, "60k", "--format", "parquet,datatrove,litdata,npy"), workers=2),
     Case("chats", PROMPTS, ("--chat", "--eos", "--validation", "0.2", "--format", "npy,mds"), workers=2),
     Case("chats-faulty", PROMPTS, (*SKIP, "--chat", *BEST_FIT, "60k", "--shuffle", "5", "--format", "parquet"), 0.05),
+    Case("truncate", PLAIN, ("--overlong", "truncate", "--eos", "--validation", "0.2"), workers=2),
+    Case("truncate-best-fit", _long_between, ("--overlong", "truncate", *LONGER, *BEST_FIT, "50k"), workers=2),
+    Case("overlong-faults", _long_between, ("--overlong", "fault", *SKIP, *LONGER, "--validation", "0.4"), 0.01, 2),
+    Case("overlong-left-out", GZIP, (*SKIP, "--overlong", "drop", *LONGER), 0.05),
 ]
 
 
@@ -232,6 +246,10 @@ class _Interrupted(BaseException):
             {"strategy": "best-fit", "window": 1500, "shuffle": 2, "shuffle_window": 2000, "max_segments": 2},
             {"shuffle": 1, "shuffle_window": 1000},
             {"shuffle": 3, "shuffle_window": 3000, "strategy": "split", "validation": 0.3},
+            {"overlong": "truncate", "eos": True, "validation": 0.3},
+            {"overlong": "truncate", "strategy": "best-fit", "window": 900, "shuffle": 1, "shuffle_window": 700},
+            {"overlong": "drop", "strategy": "split"},
+            {"overlong": "fault", "seq_len": 100},
         ]
     ),
     blocks=st.tuples(st.integers(64, 4000), st.integers(64, 4000)),
@@ -389,6 +407,7 @@ CHANGES = {
     "--max-segments": {"strategy": "best-fit", "max_segments": 3},
     "--shuffle": {"shuffle": 0},
     "--shuffle-window": {"shuffle": 0, "shuffle_window": 1000},
+    "--overlong": {"overlong": "drop"},
     "--remainder": {"remainder": "drop"},
     "--text-field": {"text_field": "body"},
     "--chat": {"chat": True},

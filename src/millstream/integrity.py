@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from millstream.formats.manifest import JOURNAL, MANIFEST, file_hash
+from millstream.formats.shards import count_documents
 from millstream.records import Ids
 from millstream.runs.pack.ledger import written, written_learned
 from millstream.samples import IGNORED
@@ -134,12 +135,12 @@ def _subset_problems(folder: str, manifest: dict[str, Any], subset: dict[str, An
         if len(per_sample) and (per_sample > settings["seq_len"]).any():
             yield f"{names['segments']}: a sample has more ids than {settings['seq_len']}"
         spans += int(segments["length"].sum())
-        table = pq.read_table(os.path.join(folder, names["documents"]), columns=["length", "split"])
+        table = pq.read_table(os.path.join(folder, names["documents"]))
         lengths = table["length"].to_numpy()
-        counts = (len(lengths), int((lengths == 0).sum()), int(table["split"].to_numpy().sum()))
-        for key, count in zip(("documents", "empty", "split"), counts, strict=True):
-            if count != shard[key]:
-                yield f"{names['documents']}: {count} {key} instead of {shard[key]}"
+        cut_off = table["cut_off"].to_numpy() if "cut_off" in table.column_names else np.zeros_like(lengths)
+        for key, count in count_documents(lengths, table["split"].to_numpy(), cut_off).items():
+            if count != shard.get(key, 0):
+                yield f"{names['documents']}: {count} {key} instead of {shard.get(key, 0)}"
         documents += int(lengths.sum())
         if settings["strategy"] == "best-fit":
             yield from _best_fit_problems(names, segments, lengths, table["split"].to_numpy(), settings)
@@ -213,17 +214,24 @@ def _ledger_problems(folder: str, manifest: dict[str, Any]) -> list[str]:
     documents["faulty"] = faults.total()
     documents["in"] = sum(documents.values())
     specials = (settings["bos_id"] is not None) + (settings["eos_id"] is not None)
-    ids["special"] = specials * (documents["whole"] + documents["split"])
-    ids["in"] = ids["in_samples"] + ids["remainder"] + ids["dropped"]
+    ids["special"] = specials * (documents["in"] - documents["empty"] - documents["faulty"])
+    ids["in"] = ids["in_samples"] + ids["remainder"] + ids["dropped"] + ids["cut_off"]
     ids["text"] = ids["in"] - ids["special"]
     problems = [
         f"ledger: {name} {kind} are {ledger[kind][name]}, the files have {count}"
         for kind, counts in (("documents", documents), ("ids", ids))
         for name, count in counts.items()
-        if ledger[kind][name] != count
+        if ledger[kind].get(name, 0) != count
     ]
     learned = written_learned(manifest["subsets"])
-    if ledger.get("learned", {}) != (learned and {"in": sum(learned.values()), **learned}):
+    if learned:  # what documents longer than a sample did not keep is nowhere
+        learned["cut_off"] = ledger["learned"].get("cut_off", 0)
+    told = {name: count for name, count in ledger.get("learned", {}).items() if count or name != "cut_off"}
+    if told != {
+        name: count
+        for name, count in {"in": sum(learned.values()), **learned}.items()
+        if learned and (count or name != "cut_off")
+    }:
         problems.append(f"ledger: ids to be learned are {ledger.get('learned')}, the files have {learned}")
     every = ids["in_samples"] + ids["padding"] + ids["remainder"]
     for export in manifest.get("exports", ()):

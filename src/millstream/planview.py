@@ -132,6 +132,11 @@ def _errors(choice: Choice) -> list[str]:
 
 
 def _notes(plan: Plan) -> list[str]:
+    lost = [
+        f"N = {choice.seq_len:,}: {_between(choice.cut_off, 'ids')} of {_between(choice.overlong, 'documents')} left"
+        for choice in {each.seq_len: each for each in plan.choices}.values()
+        if choice.cut_off.value
+    ]
     numbers = sorted({choice.workers for choice in plan.choices})
     workers = f"{' or '.join(map(str, numbers))} worker{'' if numbers == [1] else 's'}"
     rate = f"{plan.ids_per_second / 1e6:.3g} M ids a second"
@@ -142,7 +147,7 @@ def _notes(plan: Plan) -> list[str]:
     ]
     if plan.ids.told and not plan.exact:
         meaning.append("± and to   the true number lies between, with 95% confidence")
-    return [*(f"note       {note}" for note in plan.notes), *meaning]
+    return [*(f"overlong   {each}" for each in lost), *(f"note       {note}" for note in plan.notes), *meaning]
 
 
 def clock(seconds: float) -> str:

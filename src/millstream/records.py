@@ -52,12 +52,6 @@ class Fault(NamedTuple):
     id: str | None = None
     shard: int = 0
 
-    @property
-    def place(self) -> str:
-        if self.line:
-            return f"{self.source}, line {self.line}"
-        return f"{self.source}, row {self.offset}" if self.offset else self.source
-
 
 class Cursor(NamedTuple):
     """Where reading goes on: input shard number `source`, decompressed byte (or row) `offset`.
@@ -125,6 +119,7 @@ class TokenBatch:
     `ordinal` u64 (rows,), `length` i64 (rows,), `start` i64 (rows,): how many ids of the document came before this row
     (not 0 where a long document is handed over in several batches, or where a resumed run dropped some). `open`: the
     last row's document goes on in the next batch. `doc_ids` has the documents' ids, `source` and `offset` their places.
+    `cut_off` i64 (rows,): how many ids of the document are left out, since it has more than a sample.
     """
 
     ids: Ids
@@ -135,6 +130,11 @@ class TokenBatch:
     source: Ids
     offset: Ids
     open: bool = False
+    cut_off: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __post_init__(self) -> None:
+        if not len(self.cut_off):
+            self.cut_off = np.zeros(len(self.length), np.int64)
 
     def __len__(self) -> int:
         return len(self.length)
@@ -152,6 +152,7 @@ class TokenBatch:
             self.source[part],
             self.offset[part],
             self.open and high == len(self),
+            self.cut_off[part],
         )
 
     def where(self, mask: npt.NDArray[np.bool_]) -> "TokenBatch":
@@ -165,6 +166,7 @@ class TokenBatch:
             self.source[mask],
             self.offset[mask],
             self.open and len(mask) > 0 and bool(mask[-1]),
+            self.cut_off[mask],
         )
 
     def after(self, ordinal: int, used: int) -> "TokenBatch":

@@ -197,16 +197,12 @@ def pack_summary(report: Report) -> str:
     lines = [
         head,
         f"  documents  {documents['in']:,} in = {documents['whole']:,} whole + {documents['split']:,} split"
+        f"{_if_any(documents, 'truncated', 'left_out')}"
         f" + {documents['empty']:,} empty + {documents['faulty']:,} faulty",
-        f"  ids        {ids['in']:,} in = {ids['in_samples']:,} in samples + {ids['remainder']:,} remainder"
-        f" + {ids['dropped']:,} dropped",
+        f"  ids        {_became(ids)}",
     ]
     if learned := report.ledger.get("learned"):
-        lines.append(
-            f"  learned    {learned['in']:,} in = {learned['in_samples']:,} in samples"
-            f" + {learned['remainder']:,} remainder + {learned['dropped']:,} dropped;"
-            f" {learned['in'] / max(1, ids['in']):.1%} of the ids"
-        )
+        lines.append(f"  learned    {_became(learned)}; {learned['in'] / max(1, ids['in']):.1%} of the ids")
     if ids["special"]:
         lines.append(f"  specials   {ids['special']:,} of the ids are BOS or EOS")
     if ids["padding"]:
@@ -237,6 +233,21 @@ def pack_summary(report: Report) -> str:
         lines.append(f"  compared   {count} not, such as {name!r}, which the fast engine alone encodes: {why}")
     lines += [f"  hint       {hint}" for hint in report.hints]
     return "\n".join(lines)
+
+
+def _became(ids: dict[str, int]) -> str:
+    """What became of ids, as the ledger has it."""
+    parts = f"{ids['in_samples']:,} in samples + {ids['remainder']:,} remainder + {ids['dropped']:,} dropped"
+    return f"{ids['in']:,} in = {parts}{_if_any(ids, 'cut_off')}"
+
+
+def _if_any(counts: dict[str, int], *names: str) -> str:
+    """The counts with these names, where there are any.
+
+    >>> _if_any({"truncated": 3, "left_out": 0}, "truncated", "left_out")
+    ' + 3 truncated'
+    """
+    return "".join(f" + {counts[name]:,} {name.replace('_', ' ')}" for name in names if counts.get(name))
 
 
 def _scaled(number: float) -> str:

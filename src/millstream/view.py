@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.text import Text
 
 from millstream.errors import RequestError
-from millstream.formats.dataset import Dataset
+from millstream.formats.dataset import Dataset, Located
 from millstream.formats.dataset import open as open_run
+from millstream.formats.kinds import fault_place
 from millstream.runs.pack.provenance import Provenance, tokenizer_of
 from millstream.samples import Sample
 
@@ -83,7 +84,7 @@ def show_provenance(found: Provenance) -> str:
     """What became of the documents of one id, in lines."""
     lines = []
     for dataset, document in found.documents:
-        size = f"{document.length:,} ids" if document.length else "empty, so it is in no sample"
+        size = _size(document)
         lines.append(f"document {document.id} (number {document.ordinal:,}, {document.place}): {size}")
         for part in document.placements if document.length else ():
             span = f"ids {part.start:,} to {part.start + part.length - 1:,} of {document.length:,}"
@@ -94,10 +95,19 @@ def show_provenance(found: Provenance) -> str:
             else:
                 lines.append(f"  {document.subset} sample {part.sample:,}: {span}")
     for fault in found.faults:
-        where = f"number {fault.ordinal:,}, {fault.place}"
+        where = f"number {fault.ordinal:,}, {fault_place(fault)}"
         reason = fault.reason.replace("_", " ")
         lines.append(f"document {found.document_id} ({where}): left out, {reason}: {fault.message}")
     return printable("\n".join(lines))
+
+
+def _size(document: Located) -> str:
+    """How many ids a document has, and how many it lost for being longer than a sample."""
+    if not document.cut_off:
+        return f"{document.length:,} ids" if document.length else "empty, so it is in no sample"
+    if not document.length:
+        return f"left out, as its {document.cut_off:,} ids are more than a sample"
+    return f"{document.length:,} ids, and {document.cut_off:,} that were cut off, as a sample has no more"
 
 
 def printable(text: str) -> str:

@@ -33,6 +33,14 @@ from millstream.cli.types import IDS, INTERRUPTED, SIZE, WITH_FAULTS
 @click.option(
     "--shuffle-window", type=IDS, metavar="IDS", help="Ids within which documents are shuffled [default: --window]."
 )
+@click.option(
+    "--overlong",
+    default="cut",
+    show_default=True,
+    type=click.Choice(["cut", "truncate", "drop", "fault"]),
+    help="What becomes of a document of more than N ids. cut: as the strategy does. truncate: its first N ids are "
+    "kept. drop: it is left out, and counted. fault: it cannot be used (--on-error).",
+)
 @click.option("--bos", is_flag=True, help="Put a BOS token before each document.")
 @click.option("--eos", is_flag=True, help="Put an EOS token after each document.")
 @click.option("--bos-token", metavar="T", help="The BOS token's text, if the tokenizer names none; implies --bos.")
@@ -131,6 +139,7 @@ def _as_in_pack(*names: str) -> Callable[[click.Command], click.Command]:
     "tokenizer",
     "window",
     "max_segments",
+    "overlong",
     "bos",
     "eos",
     "bos_token",

@@ -59,6 +59,7 @@ class Located:
 
     `source`, `offset` and `place` are where it was read, as in `DocumentPart`. An empty document has one placement of
     no ids.
+    `cut_off` ids more are left out, as it was longer than a sample: then `length` is what was kept.
     """
 
     subset: str
@@ -69,6 +70,7 @@ class Located:
     length: int
     placements: tuple[Placement, ...]
     place: str
+    cut_off: int = 0
 
     @property
     def dropped(self) -> int:
@@ -191,7 +193,10 @@ class Dataset(Sequence[Sample]):
             ordinal, length, source = row["ordinal"], row["length"], self._source(row["source"])
             placements = tuple(sorted(parts[ordinal], key=lambda part: part.start))
             where = self._place(row)
-            found.append(Located(self.subset, row["id"], ordinal, source, row["offset"], length, placements, where))
+            cut_off = row.get("cut_off", 0)  # millstream/1 has no such column
+            found.append(
+                Located(self.subset, row["id"], ordinal, source, row["offset"], length, placements, where, cut_off)
+            )
         return found
 
     def _source(self, number: int) -> str:
@@ -208,7 +213,7 @@ class Dataset(Sequence[Sample]):
         return place(self._labels[row["source"]], row["offset"], kind, name=self._source(row["source"]))
 
     def document_ids(self, document: int | Located) -> Ids:
-        """All ids of a document (its ordinal, or what `locate` found), BOS and EOS too, put together from the samples.
+        """All ids that a document (its ordinal, or what `locate` found) has in the samples, BOS and EOS too, in order.
 
         Raises KeyError if there is none, RunError if some of its ids were dropped with the remainder.
         """

@@ -3,6 +3,8 @@
 import json
 import os
 
+from millstream.records import Fault
+
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 """Endings that say what a file is. A folder is searched for these alone."""
 
@@ -151,3 +153,16 @@ def place(called: str, offset: int, kind: str | None = None, name: str | None = 
         named = "standard input" if name == "-" else called
         return f"{named} at byte {offset:,}{', unpacked' if ending_of(name)[1] else ''}"
     return called
+
+
+def fault_place(fault: Fault, kind: str | None = None, name: str | None = None) -> str:
+    """Where a fault's document stands, in words: its line, or where that is not known, as `place` says it.
+
+    >>> fault_place(Fault(0, "not_text", "", "a.jsonl", 90, 3)), fault_place(Fault(0, "overlong", "", "a.jsonl", 90, 0))
+    ('a.jsonl, line 3', 'a.jsonl at byte 90')
+    """
+    if fault.line:
+        return f"{fault.source}, line {fault.line}"
+    if not fault.offset and fault.reason != "overlong":  # the whole file
+        return fault.source
+    return place(fault.source, fault.offset, kind, name)

@@ -1,6 +1,7 @@
 """Write one output shard: its samples, its segments and its documents, sealed together."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
@@ -149,7 +150,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Rows:
-    """Documents, in columns, as documents-K.parquet keeps them; `length` in ids, `offset` in bytes or rows."""
+    """Documents, in columns, as documents-K.parquet keeps them; `length` and `cut_off` in ids, `offset` in bytes or
+    rows."""
 
     ordinal: Ids
     id: list[str]
@@ -157,6 +159,7 @@ class Rows:
     offset: Ids
     length: Ids
     split: Ids
+    cut_off: Ids
 
 
 def documents_schema() -> Any:
@@ -170,8 +173,26 @@ def documents_schema() -> Any:
             ("offset", pa.uint64()),
             ("length", pa.uint64()),
             ("split", pa.bool_()),
+            ("cut_off", pa.uint64()),
         ]
     )
+
+
+COUNTS = ("documents", "empty", "split", "truncated", "left_out", "cut_off")
+"""What is counted of an output shard's documents, as the manifest has it."""
+
+
+def count_documents(length: Ids, split: Ids, cut_off: Ids) -> dict[str, int]:
+    """`COUNTS` of these documents, of which a shard's table has the columns.
+
+    >>> some = count_documents(np.array([0, 0, 4, 4]), np.array([False, False, True, True]), np.array([0, 9, 3, 0]))
+    >>> some["empty"], some["left_out"], some["truncated"], some["split"], some["cut_off"]
+    (1, 1, 1, 1, 12)
+    """
+    whole, filled = cut_off == 0, length > 0
+    masks = (whole & ~filled, split & whole, ~whole & filled, ~whole & ~filled)
+    counts = [len(length), *(int(mask.sum()) for mask in masks), int(cut_off.sum())]
+    return dict(zip(COUNTS, counts, strict=True))
 
 
 class ShardWriter:
@@ -179,7 +200,8 @@ class ShardWriter:
 
     def __init__(self, folder: str, subset: str, number: int, shape: Shape) -> None:
         self.folder, self.number, self.shape = folder, number, shape
-        self.samples = self.padding = self.documents = self.empty = self.split = self.learned = 0
+        self.samples = self.padding = self.learned = 0
+        self._counts: Counter[str] = Counter()
         self._names = shard_names(subset, number, shape.format, shape.masked and shape.format == "npy")
         paths = {kind: os.path.join(folder, name + TEMPORARY) for kind, name in self._names.items()}
         self._samples: _Samples
@@ -206,10 +228,9 @@ class ShardWriter:
         self._segments.write(segments)
 
     def write_documents(self, rows: Rows) -> None:
-        self._documents.write([rows.ordinal, rows.id, rows.source, rows.offset, rows.length, rows.split])
-        self.documents += len(rows.id)
-        self.empty += int((rows.length == 0).sum())
-        self.split += int(rows.split.sum())
+        columns = [rows.ordinal, rows.id, rows.source, rows.offset, rows.length, rows.split, rows.cut_off]
+        self._documents.write(columns)
+        self._counts.update(count_documents(rows.length, rows.split, rows.cut_off))
 
     def seal(self) -> dict[str, Any]:
         """Write everything durably under its name; the shard's manifest entry."""
@@ -221,9 +242,7 @@ class ShardWriter:
             "samples": self.samples,
             "padding": self.padding,
             "segments": self._segments.rows,
-            "documents": self.documents,
-            "empty": self.empty,
-            "split": self.split,
+            **{name: self._counts[name] for name in COUNTS},
             **({"learned": self.learned} if self.shape.masked else {}),
             "files": {kind: {"name": name, **commit_file(self.folder, name)} for kind, name in self._names.items()},
         }

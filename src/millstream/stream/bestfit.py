@@ -243,6 +243,7 @@ class BestFit:
                     (flat.start + flat.length)[:ended],
                     np.zeros(ended, np.int64),
                     (flat.start + flat.length > n)[:ended],
+                    batch.cut_off[:ended],
                 ),
                 full[:ended],
             )
@@ -384,5 +385,5 @@ def _all(parts: list[Ended]) -> Ended:
     def column(name: str) -> Ids:
         return np.concatenate([getattr(part, name) for part in parts])
 
-    rest = (column(name) for name in ("source", "offset", "length", "last_sample", "split"))
+    rest = (column(name) for name in ("source", "offset", "length", "last_sample", "split", "cut_off"))
     return Ended(column("ordinal"), names, *rest)

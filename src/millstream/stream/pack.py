@@ -8,7 +8,7 @@ The strategies differ in what happens to a document:
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,7 +49,7 @@ class Ended:
     """Documents that have ended, in columns.
 
     `length` in ids; `last_sample`: the number of the sample with the document's last id (with the next id for an empty
-    document); `split`: whether its ids are in more than one sample.
+    document); `split`: whether its ids are in more than one sample; `cut_off`: how many more it had than a sample.
     """
 
     ordinal: Ids
@@ -59,10 +59,11 @@ class Ended:
     length: Ids
     last_sample: Ids
     split: Ids
+    cut_off: Ids
 
     def where(self, mask: Ids) -> "Ended":
         """The rows that a mask, or a list of row numbers, chooses."""
-        numbers = (self.source, self.offset, self.length, self.last_sample, self.split)
+        numbers = (self.source, self.offset, self.length, self.last_sample, self.split, self.cut_off)
         return Ended(self.ordinal[mask], take_names(self.doc_ids, mask), *(column[mask] for column in numbers))
 
 
@@ -260,7 +261,7 @@ def joined(held: Ids, batch: TokenBatch) -> TokenBatch:
         ids = np.concatenate([held, ids])
         length[0] += len(held)
         start[0] -= len(held)
-    return TokenBatch(ids, length, batch.ordinal, start, batch.doc_ids, batch.source, batch.offset, batch.open)
+    return replace(batch, ids=ids, length=length, start=start)
 
 
 def padded(ids: Ids, used: Ids, n: int, pad_id: int, pad_side: str) -> Ids:
@@ -283,7 +284,7 @@ def _ended(batch: TokenBatch, last_sample: Ids, split: Ids) -> Ended:
     names = batch.doc_ids[:end] if batch.open else batch.doc_ids
     length = (batch.start + batch.length)[:end]
     columns = (batch.ordinal[:end], names, batch.source[:end], batch.offset[:end])
-    return Ended(*columns, length, last_sample[:end], split[:end])
+    return Ended(*columns, length, last_sample[:end], split[:end], batch.cut_off[:end])
 
 
 def _states(batch: TokenBatch, where: Where, starts: Ids, last: Ids, first: int, n: int) -> Callable[[int], State]:

@@ -108,9 +108,9 @@ class Shuffle:
         """Hand out the window's documents, a chunk at a time; `behind` is where the next one begins."""
         if not self._rows:
             return
-        length, ordinal, start, source, offset = (
+        length, ordinal, start, source, offset, cut_off = (
             np.concatenate([getattr(rows, name) for rows in self._rows])
-            for name in ("length", "ordinal", "start", "source", "offset")
+            for name in ("length", "ordinal", "start", "source", "offset", "cut_off")
         )
         names = [name for rows in self._rows for name in rows.doc_ids]
         order = permutation(len(length), self._seed, int(ordinal[0]), "documents")
@@ -126,7 +126,8 @@ class Shuffle:
         for low, high in pairwise([0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(order)]):
             some = order[low:high]
             columns = (length[some], ordinal[some], start[some], take_names(names, some), source[some], offset[some])
-            yield TokenBatch(runs.take(some), *columns), lambda row, low=low: where(low + row)  # type: ignore[misc]
+            batch = TokenBatch(runs.take(some), *columns, cut_off=cut_off[some])
+            yield batch, lambda row, low=low: where(low + row)  # type: ignore[misc]
         self._begin()
 
     def flush(self) -> Iterator[tuple[TokenBatch, Where]]:

@@ -26,6 +26,17 @@ class Layout(NamedTuple):
     shared: Ids
 
 
+def kept(length: Ids, n: int, overlong: str) -> Ids:
+    """How many ids documents of `length` ids keep, by what becomes of those of more than `n`.
+
+    >>> kept(np.array([2, 5]), 3, "truncate").tolist(), kept(np.array([2, 5]), 3, "drop").tolist()
+    ([2, 3], [2, 0])
+    """
+    if overlong == "cut":
+        return length
+    return np.where(length > n, n if overlong == "truncate" else 0, length)
+
+
 def layout(length: Ids, n: int, strategy: str, window: int | None = None, max_segments: int | None = None) -> Layout:
     """What a strategy makes of documents of `length` ids, in this order, with samples of `n` ids.
 

@@ -17,7 +17,7 @@ def make_ledger(mark: Mark, subsets: dict[str, Any], seq_len: int) -> dict[str, 
     }
     learned = written_learned(subsets)
     if learned:
-        ledger["learned"] = {"in": mark.learned, **learned}
+        ledger["learned"] = {"in": mark.learned, **learned, "cut_off": mark.learned_cut_off}
     check_ledger(ledger)
     return ledger
 
@@ -27,21 +27,19 @@ def written(subsets: dict[str, Any], seq_len: int) -> tuple[dict[str, int], dict
     shards = [shard for subset in subsets.values() for shard in subset["shards"]]
 
     def total(key: str) -> int:
-        return sum(shard[key] for shard in shards)
+        return sum(shard.get(key, 0) for shard in shards)  # folders of millstream/1 cut nothing off
 
     left = {"keep": 0, "pad": 0, "drop": 0}
     for subset in subsets.values():
         left[subset["remainder"]["policy"]] += subset["remainder"]["ids"]
-    documents = {
-        "whole": total("documents") - total("split") - total("empty"),
-        "split": total("split"),
-        "empty": total("empty"),
-    }
+    apart = {name: total(name) for name in ("split", "truncated", "left_out", "empty")}
+    documents = {"whole": total("documents") - sum(apart.values()), **apart}
     ids = {
         "in_samples": total("samples") * seq_len - total("padding"),
         "padding": total("padding"),
         "remainder": left["keep"],
         "dropped": left["drop"],
+        "cut_off": total("cut_off"),
     }
     return documents, ids
 
@@ -58,15 +56,15 @@ def written_learned(subsets: dict[str, Any]) -> dict[str, int]:
 
 
 def check_ledger(ledger: dict[str, Any]) -> None:
-    """Raises LedgerError unless documents in = whole + split + empty + faulty, and ids in = what became of them; those
-    that are to be learned, too."""
+    """Raises LedgerError unless documents in = whole + split + truncated + left out + empty + faulty, and ids in = in
+    samples + remainder + dropped + cut off; those that are to be learned, too."""
     documents, ids = ledger["documents"], ledger["ids"]
-    out = documents["whole"] + documents["split"] + documents["empty"] + documents["faulty"]
+    out = sum(count for name, count in documents.items() if name != "in")
     if documents["in"] != out:
         raise LedgerError(f"{documents['in']:,} documents came in and {out:,} are accounted for")
-    out = ids["in_samples"] + ids["remainder"] + ids["dropped"]
+    out = ids["in_samples"] + ids["remainder"] + ids["dropped"] + ids["cut_off"]
     if ids["in"] != out or ids["in"] != ids["text"] + ids["special"]:
         raise LedgerError(f"{ids['in']:,} ids came in and {out:,} are accounted for")
     learned = ledger.get("learned")
-    if learned and learned["in"] != learned["in_samples"] + learned["remainder"] + learned["dropped"]:
+    if learned and learned["in"] != sum(count for name, count in learned.items() if name != "in"):
         raise LedgerError(f"{learned['in']:,} ids to be learned came in, and not as many are accounted for: {learned}")

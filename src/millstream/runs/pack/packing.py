@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,6 +17,7 @@ from millstream.formats.corpus import find_inputs
 from millstream.formats.documents import Fields
 from millstream.formats.exports import export, largest_id
 from millstream.formats.exports.samples import can_pad, samples_of
+from millstream.formats.kinds import fault_place
 from millstream.formats.manifest import (
     FAULTS,
     FORMAT,
@@ -30,7 +31,7 @@ from millstream.formats.manifest import (
 from millstream.formats.shards import Shape
 from millstream.formats.slices import Limits, slices, units
 from millstream.formats.sources import InputShard, rough_total
-from millstream.records import LEARNED, Cursor, Fault, Slice, TokenBatch
+from millstream.records import Cursor, Fault, Slice
 from millstream.runs.pack.encode import CHECK_FIRST, Encode, Encoded
 from millstream.runs.pack.folder import (
     NOT_COMPARED,
@@ -44,6 +45,7 @@ from millstream.runs.pack.folder import (
     refuse_unknown_to_reference,
 )
 from millstream.runs.pack.ledger import make_ledger
+from millstream.runs.pack.numbering import Numbered, Numbering
 from millstream.runs.pack.settings import (
     MIB,
     Settings,
@@ -58,6 +60,7 @@ from millstream.runs.pack.settings import (
 from millstream.runs.pack.subset import Mark, Subset
 from millstream.runs.progress import Progress, Report
 from millstream.stream.line import Strategy
+from millstream.stream.overlong import Overlong
 from millstream.stream.tokenizers import load_tokenizer
 
 
@@ -237,7 +240,7 @@ class PackRun:
 
         `used` is how far an earlier run has read: nothing is committed before that is known to be unchanged.
         """
-        encode = self._encode()
+        encode, numbering = self._encode(), self._numbering()
         afters: list[Cursor] = []  # where each unit handed to the engine ends, in order
         start, tasks = mark, self._tasks(mark.cursor, used)
 
@@ -260,23 +263,24 @@ class PackRun:
         with contextlib.closing(results):
             for encoded in self._timed("wait", results):
                 read = afters.pop(0)
-                after, batch, bad = self._number(encoded, mark, read)
+                found = numbering.number(encoded, mark, read)
+                self._count(encoded)
                 if encoded.not_compared:
                     journal.write(NOT_COMPARED, documents=encoded.not_compared)
                 compared = read[:2] >= known
                 try:
-                    self._record(bad, faults)
+                    self._record(found.faults, faults)
                 except DataError:
                     if not compared:
                         # Perhaps it is bad because the input is another one: reading on to `used` says so.
                         any(afters.pop(0)[:2] >= known for _ in results)
                     raise
-                after = replace(after, fault_bytes=faults.tell())
+                after = replace(found.mark, fault_bytes=faults.tell())
                 # A document that goes on is read again from its beginning: no mark lies inside one.
                 begin = begin if encoded.opened else mark
-                goes_on = begin if encoded.opened and len(batch) == 1 else mark
+                goes_on = begin if encoded.opened and found.alone else mark
                 end = goes_on if encoded.open else after
-                unwritten |= self._pack(subsets, encoded, batch, begin, end, after.ordinal)
+                unwritten |= self._pack(subsets, found, begin, end)
                 begin, mark = end, after
                 if unwritten and compared:
                     self._commit(subsets, read, faults)
@@ -286,7 +290,7 @@ class PackRun:
                 if self.on_progress and now - shown > 0.1:
                     shown = now
                     self.on_progress(self._progress(mark, start))
-                if self.settings.limit is not None and mark.ordinal >= self.settings.limit and not batch.open:
+                if self.settings.limit is not None and mark.ordinal >= self.settings.limit and not found.open:
                     break
         if self.on_progress:
             self.on_progress(self._progress(mark, start))
@@ -316,6 +320,23 @@ class PackRun:
     def _formats(self) -> list[str]:
         return [self.identity["format"], *(self.identity["exports"] or ())]
 
+    def _numbering(self) -> Numbering:
+        settings, known = self.settings, self.identity
+        return Numbering(
+            [shard.name for shard in self.shards],
+            specials=(known["bos_id"] is not None, known["eos_id"] is not None),
+            masked=settings.masked,
+            limit=settings.limit,
+            overlong=Overlong(settings.overlong, settings.seq_len, known["eos_id"]),
+        )
+
+    def _count(self, encoded: Encoded) -> None:
+        for stage, seconds in encoded.seconds.items():
+            self.seconds[stage] += seconds
+        self.compared += encoded.compared
+        self.not_compared += len(encoded.not_compared)
+        self.not_compared_such_as = self.not_compared_such_as or next(iter(encoded.not_compared.items()), None)
+
     def _window(self) -> int:
         return min(256 * MIB, max(self.max_document, 4 * MIB * self.workers))
 
@@ -328,69 +349,12 @@ class PackRun:
                 return
             yield item
 
-    def _number(self, encoded: Encoded, mark: Mark, cursor: Cursor) -> tuple[Mark, TokenBatch, list[Fault]]:
-        """Give the documents of a unit their ordinals and the faults their lines; the mark behind it."""
-        limit = self.settings.limit
-        lines = Counter({mark.cursor.source: mark.line})  # before this unit; a later input shard begins with it
-        bad = [
-            fault._replace(
-                ordinal=mark.ordinal + fault.ordinal,
-                line=fault.line and fault.line + lines[fault.shard],
-            )
-            for fault in encoded.faults
-        ]
-        for source, count in encoded.lines:
-            lines[source] += count
-        ordinal = encoded.position + mark.ordinal
-        batch = TokenBatch(
-            encoded.ids,
-            encoded.length,
-            ordinal.astype(np.uint64),
-            np.zeros(len(ordinal), np.int64),
-            encoded.doc_ids,
-            encoded.source,
-            encoded.offset,
-            encoded.open,
-        )
-        if encoded.opened and len(batch):
-            batch.start[0] = self._open_ids
-        count = encoded.count
-        if limit is not None and mark.ordinal + count > limit:
-            batch = batch.rows(0, int((ordinal < limit).sum()))
-            bad = [fault for fault in bad if fault.ordinal < limit]
-            count = limit - mark.ordinal
-        self._open_ids = int(batch.start[-1] + batch.length[-1]) if batch.open else 0
-        filled = batch.length > 0
-        begun = int((filled & (batch.start == 0)).sum())
-        ended = int(filled.sum()) - batch.open
-        specials = begun * (self.identity["bos_id"] is not None) + ended * (self.identity["eos_id"] is not None)
-        counts = Counter(mark.faults)
-        counts.update(fault.reason for fault in bad)
-        for stage, seconds in encoded.seconds.items():
-            self.seconds[stage] += seconds
-        self.compared += encoded.compared
-        self.not_compared += len(encoded.not_compared)
-        self.not_compared_such_as = self.not_compared_such_as or next(iter(encoded.not_compared.items()), None)
-        after = Mark(
-            cursor,
-            mark.ordinal + count,
-            lines[cursor.source],
-            mark.text_ids + len(batch.ids) - specials,
-            mark.special_ids + specials,
-            mark.fault_bytes,
-            dict(sorted(counts.items())),
-            mark.bytes + encoded.size,
-            mark.learned + (int((batch.ids >= LEARNED).sum()) if self.settings.masked else 0),
-        )
-        return after, batch, bad
-
-    _open_ids = 0
-
     def _record(self, bad: list[Fault], faults: Any) -> None:
         for fault in bad:
             if self.settings.on_error == "stop":
                 named = f" (id {fault.id!r})" if fault.id else ""
-                place = fault._replace(source=self.shards[fault.shard].called).place
+                shard = self.shards[fault.shard]
+                place = fault_place(fault._replace(source=shard.called), shard.kind, shard.name)
                 raise DataError(
                     f"{place}{named}: {fault.message}.\n"
                     "Everything before it is kept. Mend it and run the same command again to go on, or go on without "
@@ -398,20 +362,13 @@ class PackRun:
                 )
             faults.write(json.dumps(fault._asdict(), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
-    def _pack(
-        self,
-        subsets: dict[str, Subset],
-        encoded: Encoded,
-        batch: TokenBatch,
-        begin: Mark,
-        end: Mark,
-        ordinal: int,
-    ) -> bool:
+    def _pack(self, subsets: dict[str, Subset], found: Numbered, begin: Mark, end: Mark) -> bool:
         start = time.perf_counter()
+        batch, ordinal = found.batch, found.mark.ordinal
         if "validation" not in subsets:
             sealed = subsets["train"].add(batch, begin, end, ordinal)
         else:
-            chosen = encoded.in_validation[: len(batch)]
+            chosen = found.in_validation
             sealed = subsets["train"].add(batch.where(~chosen), begin, end, ordinal)
             sealed |= subsets["validation"].add(batch.where(chosen), begin, end, ordinal)
         self.seconds["pack and write"] += time.perf_counter() - start
@@ -521,6 +478,8 @@ class PackRun:
                 if settings["strategy"] != "split"
                 else "no EOS ends a document: a model never learns to stop; --eos adds one"
             )
+        if not already and settings["chat"] and ledger["documents"]["split"]:
+            hints.append(_cut_hint(ledger["documents"]["split"], self.settings))
         validation = None
         if "validation" in subsets:
             validation = {"samples": samples("validation"), "shards": len(subsets["validation"]["shards"])}
@@ -549,6 +508,15 @@ class PackRun:
             ignored=self.found.ignored_by_kind(),
             unreadable=self.found.unreadable,
         )
+
+
+def _cut_hint(cut: int, settings: Settings) -> str:
+    """What to do about conversations that are in more than one sample."""
+    ways = ["--strategy best-fit cuts only what is longer than N"] if settings.strategy == "concat" else []
+    if settings.overlong == "cut":
+        ways.append("--overlong truncate keeps the first N ids of longer ones, --overlong drop leaves them out")
+    many = "1 conversation is" if cut == 1 else f"{cut:,} conversations are"
+    return f"{many} cut: what is behind a cut is learned without its prompt. {'; '.join(ways)}"
 
 
 def _without_data(unit: tuple[Slice, ...], inputs: list[InputShard]) -> tuple[Slice, ...]:

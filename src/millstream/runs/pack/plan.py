@@ -18,7 +18,7 @@ from millstream.records import SEGMENT, Ids
 from millstream.runs.pack.blocks import BlockReader
 from millstream.runs.pack.encode import Encode, engine_of
 from millstream.runs.pack.estimates import DOCUMENTS, Corpus, Estimate, Sums
-from millstream.runs.pack.layout import Layout, layout
+from millstream.runs.pack.layout import Layout, kept, layout
 from millstream.runs.pack.settings import (
     DEFAULT_MAX_DOCUMENT,
     MIB,
@@ -47,8 +47,9 @@ FEW = 100
 class Choice:
     """What one strategy would give with samples of `seq_len` ids.
 
-    `split` documents are in more than one sample. Of the documents that have ids, `truncation` is the share that is
-    split, `needless` the share that is split though it fits into a sample, `concatenation` the share that is in a
+    `split` documents are in more than one sample, `overlong` ones are truncated, left out or faults, by the setting of
+    this name, and `cut_off` ids of theirs are not kept. Of the documents that have ids, `truncation` is the share that
+    is split, `needless` the share that is split though it fits into a sample, `concatenation` the share that is in a
     sample with another one. `padding` is a share of the ids in samples, `remainder` the ids that fill no sample (None:
     not counted). `bytes` on disk are samples, remainder and segments; `seconds` are for reading and tokenizing with
     `workers` processes.
@@ -60,6 +61,8 @@ class Choice:
     padding_ids: Estimate
     remainder: int | None
     split: Estimate
+    overlong: Estimate
+    cut_off: Estimate
     padding: Estimate
     truncation: Estimate
     needless: Estimate
@@ -261,7 +264,7 @@ def _plan(
         if settings.strategy == "best-fit" and not exact:
             alike = alike or corpus.stand_ins(weight(length), settings.window or WINDOW)
         found = _layout(corpus, settings, alike)
-        more, other = _sums(corpus, settings.seq_len, found, itemsize)
+        more, other = _sums(corpus, settings, found, itemsize)
         totals |= {(name, number): each for name, each in more.items()}
         ratios |= {(name, number): each for name, each in other.items()}
         counted.append((found.samples, found.remainder, found.inside) if exact else None)
@@ -315,24 +318,29 @@ def _layout(corpus: Corpus, settings: Settings, alike: tuple[Ids, Ids] | None) -
     """How the documents that were read would be packed; by best-fit, as those that are `alike` are, if they are given,
     since it depends on all others in the window."""
     asked = (settings.seq_len, settings.strategy, settings.window or WINDOW, settings.max_segments)
-    found = layout(corpus.length, *asked)
+    found = layout(kept(corpus.length, settings.seq_len, settings.overlong), *asked)
     if settings.strategy != "best-fit" or alike is None:
         return found
     length, document = alike
-    packed, copies = layout(length, *asked), np.bincount(document)
+    packed, copies = layout(kept(length, settings.seq_len, settings.overlong), *asked), np.bincount(document)
     padding, shared = (np.bincount(document, column) / copies for column in (packed.padding, packed.shared))
     return found._replace(padding=padding, shared=shared)
 
 
-def _sums(corpus: Corpus, n: int, found: Layout, itemsize: int) -> tuple[dict[str, Sums], dict[str, tuple[Sums, Sums]]]:
+def _sums(
+    corpus: Corpus, settings: Settings, found: Layout, itemsize: int
+) -> tuple[dict[str, Sums], dict[str, tuple[Sums, Sums]]]:
     """(totals, ratios of two) of a choice, by their names in it."""
-    length, sums = corpus.length, corpus.sums
-    filled, samples = sums(length > 0), sums((length + found.padding) / n)
+    read, n, sums = corpus.length, settings.seq_len, corpus.sums
+    length = kept(read, n, settings.overlong)
+    filled, samples = sums(read > 0), sums((length + found.padding) / n)
     padding, cut, segments = sums(found.padding), sums(found.cut), sums(found.segments)
     totals = {
         "samples": samples,
         "padding_ids": padding,
         "split": cut,
+        "overlong": sums(length < read),
+        "cut_off": sums(read - length),
         "bytes": samples * n * itemsize + segments * SEGMENT.itemsize,
     }
     ratios = {
@@ -374,6 +382,8 @@ def _choice(
         padding_ids=padding_ids,
         remainder=counted[1] if counted else None,
         split=_rounded(total["split", number]),
+        overlong=_rounded(total["overlong", number]),
+        cut_off=_rounded(total["cut_off", number]),
         padding=_share(padding),
         truncation=_share(ratio["truncation", number]),
         needless=_share(ratio["needless", number]),

@@ -34,6 +34,7 @@ class Provenance:
                 "source": found.source,
                 "offset": found.offset,
                 "length": found.length,
+                "cut_off": found.cut_off,
                 "placements": placements,
             }
             documents.append({**document, "text": text_of(dataset, found)} if text else document)
@@ -69,7 +70,7 @@ def text_of(dataset: Dataset, document: str | int | Located) -> str:
     `document` is an id, an ordinal or what `Dataset.locate` found. It is the text that was read, character for
     character, with any tokenizer whose ids keep all of it, as byte-level ones without a normalizer do. Raises KeyError
     if there is none, RequestError if several documents have the id or if the run has no tokenizer, RunError if ids of
-    the document were dropped with the remainder.
+    the document were dropped with the remainder, or cut off for being more than a sample.
     """
     tokenizer = tokenizer_of(dataset)
     if tokenizer is None:
@@ -82,6 +83,9 @@ def text_of(dataset: Dataset, document: str | int | Located) -> str:
             numbers = ", ".join(str(found.ordinal) for found in located[:8])
             raise RequestError(f"{len(located)} documents have the id {document!r}: ask for an ordinal, of {numbers}")
         document = located[0]
+    if document.cut_off:
+        kept = f"{document.length:,} of its {document.length + document.cut_off:,} ids"
+        raise RunError(f"document {document.id!r} was longer than a sample, so the run has only {kept}")
     ids = dataset.document_ids(document).tolist()
     settings = dataset.settings
     if ids and settings["bos_id"] is not None and ids[0] == settings["bos_id"]:

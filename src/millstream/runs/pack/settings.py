@@ -12,6 +12,7 @@ from millstream.formats.exports import FORMATS, check_formats
 from millstream.stream.bestfit import WINDOW
 from millstream.stream.chat import FIELDS, LOSSES, Chat
 from millstream.stream.line import STRATEGIES
+from millstream.stream.overlong import OVERLONG
 from millstream.stream.pack import LEAST
 from millstream.stream.tokenizers import Tokenizer
 
@@ -37,8 +38,9 @@ class Settings:
     """What a run is asked for. The first group decides the bytes and may not change on resume.
 
     `tokenizer` None is gpt2, or none at all if `ids_field` says that the text is tokenized already. Windows are in ids:
-    `window` is best-fit's; `shuffle_window`, by default as large, is for `shuffle`, which is a seed. `format` is npy or
-    parquet, and with commas any other in which samples are written as well. With `chat` rows are conversations, and
+    `window` is best-fit's; `shuffle_window`, by default as large, is for `shuffle`, which is a seed. `overlong` says
+    what becomes of documents of more than `seq_len` ids: cut, truncate, drop or fault. `format` is npy or parquet, and
+    with commas any other in which samples are written as well. With `chat` rows are conversations, and
     `loss` says what of them is to be learned; `chat_template` is the path of a template to take instead of the
     tokenizer's; with `allow_specials`, a text in them that spells a special token is that token.
     """
@@ -50,6 +52,7 @@ class Settings:
     max_segments: int | None = None
     shuffle: int | None = None
     shuffle_window: int | None = None
+    overlong: str = "cut"
     bos: bool = False
     eos: bool = False
     bos_token: str | None = None
@@ -101,6 +104,7 @@ def check_settings(settings: Settings) -> None:
     for flag, value, known in (
         ("--strategy", settings.strategy, STRATEGIES),
         ("--remainder", settings.remainder, ("keep", "drop", "pad")),
+        ("--overlong", settings.overlong, OVERLONG),
         ("--pad-side", settings.pad_side, ("right", "left")),
         ("--on-error", settings.on_error, ("stop", "skip")),
         ("--engine", settings.engine, ("fast", "reference")),
@@ -178,6 +182,7 @@ def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
         "max_segments": settings.max_segments,
         "shuffle": settings.shuffle,
         "shuffle_window": shuffle_window,
+        "overlong": None if settings.overlong == "cut" else settings.overlong,
         "bos_id": bos,
         "eos_id": eos,
         "remainder": settings.remainder,

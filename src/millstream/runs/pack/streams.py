@@ -18,12 +18,14 @@ import numpy as np
 from millstream.errors import DataError, RequestError, ResumeRefused, Unusable
 from millstream.formats.corpus import Found, find_inputs, ignored_files
 from millstream.formats.documents import Fields, decode
+from millstream.formats.kinds import fault_place
 from millstream.formats.slices import Limits, slices, units
 from millstream.records import Cursor, Document, Ids, TokenBatch, unmarked
 from millstream.samples import Sample, Segment
 from millstream.stream.bestfit import WINDOW
 from millstream.stream.encoders import Engine
 from millstream.stream.line import STRATEGIES, Line, Strategy
+from millstream.stream.overlong import OVERLONG, Overlong, too_many
 from millstream.stream.pack import Packed, State
 from millstream.stream.tokenize import Attempt, attempt, encode_rendered, like_the_last, surround
 from millstream.stream.tokenizers import load_tokenizer
@@ -45,15 +47,20 @@ class _Texts:
 class _Tokens:
     """A `TokenBatch` with `states(i)`: where reading goes on to have document i again.
 
-    `marked`: its ids have LEARNED set where they are to be learned, and are of this type without it.
+    `marked`: its ids have LEARNED set where they are to be learned, and are of this type without it. `eos`: what ends
+    every document that has ids, if anything does.
     """
 
-    __slots__ = ("batch", "marked", "states")
+    __slots__ = ("batch", "eos", "marked", "states")
 
     def __init__(
-        self, batch: TokenBatch, states: Callable[[int], State], marked: "np.dtype[Any] | None" = None
+        self,
+        batch: TokenBatch,
+        states: Callable[[int], State],
+        marked: "np.dtype[Any] | None" = None,
+        eos: int | None = None,
     ) -> None:
-        self.batch, self.states, self.marked = batch, states, marked
+        self.batch, self.states, self.marked, self.eos = batch, states, marked, eos
 
 
 class Stream(Iterator[T], Generic[T]):
@@ -154,7 +161,7 @@ def read(
             lines = Counter({cursor.source: line})
             if fault:
                 number = fault.line and fault.line + lines[fault.shard]
-                raise DataError(f"{fault._replace(line=number).place}: {fault.message}")
+                raise DataError(f"{fault_place(fault._replace(line=number))}: {fault.message}")
             for source, count in batch.lines:
                 lines[source] += count
             ordinal += batch.count
@@ -241,7 +248,7 @@ def tokenize(
             good = min(found.failed, default=len(batch.texts))
             ids, length = surrounded(found, good)
             tokens = _token_batch(ids, length, ordinal, batch.ids[:good])
-            yield _Tokens(tokens, _with_item(batch.states, ordinal), loaded.dtype if chat else None)
+            yield _Tokens(tokens, _with_item(batch.states, ordinal), loaded.dtype if chat else None, eos_id)
             if found.failed:  # what came before it is handed out first
                 raise DataError(f"document {batch.ids[good]!r}: {found.failed[good]}")
             ordinal += len(length)
@@ -341,15 +348,15 @@ def _doubling(items: Iterable[T], skip: int, size: Callable[[T], int]) -> Iterat
 # split and pack -----------------------------------------------------------------------------------------------------
 
 
-def split(ids: Iterable[Any], seq_len: int, *, state: State | None = None) -> Stream[Ids]:
+def split(ids: Iterable[Any], seq_len: int, *, overlong: str = "cut", state: State | None = None) -> Stream[Ids]:
     """Each document's ids in pieces of at most `seq_len`, never two documents in one piece.
 
-    `ids`: a `tokenize` stream or any iterable of lists or arrays of ids.
+    `ids`: a `tokenize` stream or any iterable of lists or arrays of ids. `overlong` as in `pack`.
 
     >>> [piece.tolist() for piece in split([[1, 2, 3], [], [4, 5]], 2)]
     [[1, 2], [3], [4, 5]]
     """
-    samples = _packed(ids, Strategy("split", seq_len), "drop")
+    samples = _packed(ids, Strategy("split", seq_len), "drop", overlong)
 
     def items(batches: Iterator[_Tokens], state: State | None) -> Iterator[tuple[Ids, Callable[[], State]]]:
         for sample, where in samples(batches, state):
@@ -374,6 +381,7 @@ def pack(
     max_segments: int | None = None,
     shuffle: int | None = None,
     shuffle_window: int | None = None,
+    overlong: str = "cut",
     state: State | None = None,
 ) -> Stream[Sample]:
     """Samples of exactly `seq_len` ids: documents joined in order and cut every `seq_len` ids.
@@ -385,6 +393,10 @@ def pack(
     that little has to be padded (with `pad_id`), at most `max_segments` in a sample, and leaves nothing over.
     ``strategy="split"`` puts no two documents into one sample. `shuffle` is a seed: documents come in another order,
     shuffled within `shuffle_window` ids (by default `window`).
+
+    What becomes of a document of more than `seq_len` ids is `overlong`: "cut", as the strategy does; "truncate" keeps
+    its first `seq_len` ids, and the last is its EOS again if `tokenize` put one there; "drop" leaves it out; "fault"
+    raises DataError.
 
     >>> [s.token_ids.tolist() for s in pack([[1, 2, 3], [], [4, 5]], 2)]
     [[1, 2], [3, 4], [5]]
@@ -407,15 +419,18 @@ def pack(
     if shuffle is not None and not 0 <= shuffle < 1 << 64:
         raise RequestError(f"shuffle {shuffle} does not work: give a seed from 0 to 2^64 - 1")
     how = Strategy(strategy, seq_len, pad_id or 0, pad_side, window, max_segments, shuffle, shuffle_window or window)
-    return Stream(lambda state: _id_batches(ids, state), _packed(ids, how, remainder), state, columns=False)
+    samples = _packed(ids, how, remainder, overlong)
+    return Stream(lambda state: _id_batches(ids, state), samples, state, columns=False)
 
 
 def _packed(
-    ids: Iterable[Any], how: Strategy, remainder: str
+    ids: Iterable[Any], how: Strategy, remainder: str, overlong: str
 ) -> Callable[[Iterator[_Tokens], State | None], Iterator[tuple[Sample, Callable[[], State]]]]:
     n = how.seq_len
     if n < 1:
         raise RequestError(f"seq_len {n} does not work: a sample needs at least one id")
+    if overlong not in OVERLONG:
+        raise RequestError(f"overlong {overlong!r} does not work: give {' or '.join(map(repr, OVERLONG))}")
 
     def samples(some: Iterator[Packed], marked: "np.dtype[Any] | None") -> Iterator[tuple[Sample, Callable[[], State]]]:
         for packed in some:
@@ -435,7 +450,12 @@ def _packed(
         for tokens in batches:
             marked = tokens.marked
             line = line or Line(how, tokens.batch.ids.dtype, state)
-            yield from samples(line.feed(tokens.batch, tokens.states), marked)
+            batch = Overlong(overlong, n, tokens.eos).feed(tokens.batch)
+            bad = np.flatnonzero(batch.cut_off)[:1].tolist() if overlong == "fault" else []
+            # Samples before such a document are handed out first.
+            yield from samples(line.feed(batch.rows(0, bad[0]) if bad else batch, tokens.states), marked)
+            if bad:
+                raise DataError(f"document {batch.ordinal[bad[0]]}: {too_many(int(batch.cut_off[bad[0]]), n)}")
         if line is None:
             return
         yield from samples(line.flush(), marked)

@@ -17,7 +17,8 @@ class Mark:
     """The state of the reading side before a unit: what a resumed run goes on with.
 
     `ordinal`: documents read so far; `line`: of the input shard at `cursor`; `text_ids`, `special_ids`: as in the
-    ledger; `fault_bytes`: how long faults.jsonl is; `bytes`: of input; `learned`: ids that are to be learned.
+    ledger; `fault_bytes`: how long faults.jsonl is; `bytes`: of input; `learned`: ids that are to be learned, and
+    `learned_cut_off`, those of them that documents longer than a sample do not keep.
     """
 
     cursor: Cursor = field(default_factory=Cursor)
@@ -29,6 +30,7 @@ class Mark:
     faults: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
     learned: int = 0
+    learned_cut_off: int = 0
 
     @classmethod
     def load(cls, found: dict[str, Any]) -> "Mark":
@@ -144,4 +146,5 @@ class Subset:
 
 
 def _rows(ended: Ended) -> Rows:
-    return Rows(ended.ordinal, ended.doc_ids, ended.source, ended.offset, ended.length, ended.split)
+    columns = (ended.source, ended.offset, ended.length, ended.split, ended.cut_off)
+    return Rows(ended.ordinal, ended.doc_ids, *columns)

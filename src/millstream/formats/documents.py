@@ -3,7 +3,7 @@
 import io
 import json
 import tokenize as python_source
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from millstream.errors import Unusable
+from millstream.formats.parquet import hint, names_of, values_of
 from millstream.formats.slices import too_long
 from millstream.records import Fault, Ids, Slice, TextBatch
 
@@ -252,7 +253,7 @@ def _content(found: dict[str, Any], fields: Fields) -> tuple[Any, str | None, tu
     name = fields.content
     if content is None:
         names = _plain(", ".join(map(str, found)))
-        problem = "is null" if name in found else f"is missing; there are {names or 'none'}"
+        problem = "is null" if name in found else f"is missing; there are {names or 'none'}{hint(found)}"
         return None, doc_id, ("missing_field", f"field {name!r} {problem}")
     if fields.ids:
         if not isinstance(content, list | np.ndarray) or not all(type(i) is int for i in content):
@@ -293,14 +294,15 @@ def _decode_rows(batch: TextBatch, piece: Slice, fields: Fields, max_document: i
 
     with pa.ipc.open_stream(slice_bytes(piece)) as reader:
         table = reader.read_all()
-    columns = [_values(column) for column in table.columns]
+    columns = [
+        (names_of if name == fields.id else values_of)(column)
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    ]
     for row, values in enumerate(zip(*columns, strict=True), piece.start):
         found = dict(zip(table.column_names, values, strict=True))
         if fields.of_row:
             found = _without_nulls(found)
-        if isinstance(found.get(fields.id), Exception):
-            del found[fields.id]
-        wrong = next((value for value in found.values() if isinstance(value, ValueError)), None)
+        wrong = next((value for value in found.values() if isinstance(value, ValueError | OverflowError)), None)
         if isinstance(wrong, UnicodeDecodeError):
             _add_fault(batch, piece, row, 0, "invalid_utf8", f"not valid UTF-8: {wrong.reason}")
             continue
@@ -316,18 +318,6 @@ def _decode_rows(batch: TextBatch, piece: Slice, fields: Fields, max_document: i
         else:
             _add(batch, piece, row, value, name)
     batch.lines.append((piece.source, 0))
-
-
-def _values(column: Any) -> Iterator[Any]:
-    """A column's values as Python objects; one that Python cannot have (an invalid string) as its ValueError."""
-    try:
-        yield from column.to_pylist()
-    except ValueError:
-        for value in column:
-            try:
-                yield value.as_py()
-            except ValueError as error:
-                yield error
 
 
 def _without_nulls(value: Any) -> Any:

@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from millstream.errors import ResumeRefused, Unusable
+from millstream.formats.parquet import as_stream, batches_of, hint, row_hashes
 from millstream.formats.sources import READ, InputShard, chunks
 from millstream.records import Cursor, Slice
 
@@ -360,48 +360,24 @@ def _row_slices(
         with pq.ParquetFile(shard.uri, pre_buffer=False, buffer_size=block) as file:
             names = file.schema_arrow.names
             if not any(name in names for name in columns[:-1]):
-                yield bad("missing_field", f"no column {columns[0]!r}; it has {', '.join(names)}")
+                told = f"no column {columns[0]!r}; it has {', '.join(names)}{hint(names)}"
+                yield bad("missing_field", told)
                 return
             wanted = [name for name in columns if name in names]
             for group in range(file.num_row_groups):
-                meta = file.metadata.row_group(group)
-                rows = max(1, block * meta.num_rows // max(1, meta.total_byte_size))
-                for batch in file.iter_batches(rows, row_groups=[group], columns=wanted):
-                    running.take_rows(batch.num_rows, partial(_row_bytes, batch))
+                for batch in batches_of(shard, file, group, wanted, block):
+                    running.take_rows(batch.num_rows, partial(row_hashes, batch))
                     skip = max(0, cursor.offset - row)
                     start, row = row, row + batch.num_rows
-                    if skip >= batch.num_rows:
-                        continue
-                    sink = pa.BufferOutputStream()
-                    with pa.ipc.new_stream(sink, batch.schema) as writer:
-                        writer.write_batch(batch.slice(skip))
-                    data = sink.getvalue().to_pybytes()
-                    after = Cursor(source, row, running.prefix)
-                    yield Slice(source, shard.uri, shard.name, "rows", start + skip, row, data, after=after)
+                    if skip < batch.num_rows:
+                        data = as_stream(batch.slice(skip))
+                        after = Cursor(source, row, running.prefix)
+                        yield Slice(source, shard.uri, shard.name, "rows", start + skip, row, data, after=after)
     except pa.ArrowInvalid as error:
         yield bad("corrupt", f"damaged or no Parquet: {error}", row)
     except pa.ArrowException as error:
         yield bad("corrupt", f"cannot be read as Parquet: {error}", row)
-
-
-def _as_stored(row: Any) -> tuple[bytes]:
-    import pyarrow as pa
-
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, row.schema) as writer:
-        writer.write_batch(row)
-    return (sink.getvalue().to_pybytes(),)
-
-
-def _row_bytes(batch: Any, low: int, high: int) -> bytes:
-    """What identifies rows low..high, in whatever batches they come: one SHA-256 for each."""
-    import pyarrow as pa
-
-    texts = (pa.types.is_string, pa.types.is_large_string)
-    columns = [column.slice(low, high - low) for column in batch.columns]
-    values = [(c.cast(pa.large_binary()) if any(is_text(c.type) for is_text in texts) else c) for c in columns]
-    try:
-        rows = list(zip(*(column.to_pylist() for column in values), strict=True))
-    except ValueError:  # inside a list or an object is what Python cannot have
-        rows = [_as_stored(batch.slice(row, 1)) for row in range(low, high)]
-    return b"".join(hashlib.sha256(repr(row).encode("utf-8", "backslashreplace")).digest() for row in rows)
+    except OSError as error:
+        if error.errno is not None:  # the disk's own; of damaged data, Arrow says the same without a number
+            raise
+        yield bad("corrupt", f"damaged Parquet: {error}", row)

@@ -12,6 +12,7 @@ import numpy as np
 
 from millstream.errors import RequestError, RunError, Unusable
 from millstream.formats.batch import is_request, parse_line
+from millstream.formats.parquet import batches_of, names_of, values_of
 from millstream.formats.sources import InputShard, chunks
 from millstream.records import Ids
 from millstream.runs.ask.bodies import (
@@ -373,15 +374,16 @@ def _row_groups(
             columns = _columns(prompts, file.schema_arrow.names, bodies)
             watch(file.schema_arrow.names, prompts.name)
             for group in range(file.num_row_groups):
-                meta = file.metadata.row_group(group)
-                rows = min(_ROWS, max(16, _BLOCK * meta.num_rows // max(1, meta.total_byte_size)))
-                for batch in file.iter_batches(rows, row_groups=[group], columns=None if whole else columns):
-                    yield number, _values(batch, bodies.row_params)
-                    number += batch.num_rows
+                wanted = file.schema_arrow.names if whole else columns
+                for batch in batches_of(prompts, file, group, wanted, _BLOCK):
+                    for at in range(0, batch.num_rows, _ROWS):
+                        rows = batch.slice(at, _ROWS)
+                        yield number, _values(rows, bodies.row_params)
+                        number += rows.num_rows
     except pa.ArrowException as error:
         raise _unreadable(prompts, f"damaged or no Parquet: {error}") from error
     except OSError as error:
-        raise _unreadable(prompts, error.strerror or error) from error
+        raise _unreadable(prompts, error.strerror or f"damaged Parquet: {error}") from error
 
 
 def _columns(prompts: InputShard, there: list[str], bodies: Bodies) -> list[str]:
@@ -397,17 +399,20 @@ def _columns(prompts: InputShard, there: list[str], bodies: Bodies) -> list[str]
 
 
 def _values(batch: Any, own: Sequence[str]) -> list[Any]:
-    """A batch's rows as mappings; one that is no valid UTF-8 as its UnicodeDecodeError. `own` are its parameters."""
-    try:
-        rows: list[Any] = batch.to_pylist()
-    except UnicodeDecodeError as error:
-        if batch.num_rows == 1:
-            return [error]
-        return [row for at in range(batch.num_rows) for row in _values(batch.slice(at, 1), own)]
-    sent = [name for name in ("messages", *own) if name in batch.schema.names]
-    for row in rows:
-        for name in sent:
+    """A batch's rows as mappings; one that cannot be had as its ValueError. `own` are its parameters."""
+    names = batch.schema.names
+    sent = [name for name in ("messages", *own) if name in names]
+    columns = [
+        (names_of if name in ("custom_id", "id") else values_of)(column)
+        for name, column in zip(names, batch.columns, strict=True)
+    ]
+    rows: list[Any] = []
+    for values in zip(*columns, strict=True):
+        row = dict(zip(names, values, strict=True))
+        wrong = next((value for value in values if isinstance(value, ValueError | OverflowError)), None)
+        for name in sent if wrong is None else ():
             row[name] = _without_nulls(row[name])
+        rows.append(row if wrong is None else wrong if isinstance(wrong, ValueError) else ValueError(str(wrong)))
     return rows
 
 

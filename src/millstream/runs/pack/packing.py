@@ -28,6 +28,7 @@ from millstream.formats.manifest import (
     file_hash,
     write_manifest,
 )
+from millstream.formats.parquet import check_columns
 from millstream.formats.shards import Shape
 from millstream.formats.slices import Limits, slices, units
 from millstream.formats.sources import InputShard, rough_total
@@ -52,6 +53,7 @@ from millstream.runs.pack.settings import (
     chat_of,
     check_settings,
     choose_workers,
+    column_flag,
     columns_of,
     identity,
     paces,
@@ -108,6 +110,7 @@ class PackRun:
         self.on_progress = on_progress
         self.found = find_inputs(sources)
         self.shards = self.found.shards
+        check_columns(self.shards, columns_of(settings)[:-1], column_flag(settings))
         self.inputs = Inputs(self.shards)
         name = settings.tokenizer_name
         self.tokenizer = load_tokenizer(name) if name else None

@@ -12,6 +12,7 @@ import numpy as np
 from millstream.errors import DataError, RequestError, RunError, Unusable
 from millstream.formats.corpus import Found, find_inputs, ignored_files
 from millstream.formats.documents import Fields
+from millstream.formats.parquet import check_columns
 from millstream.formats.slices import Limits
 from millstream.formats.sources import InputShard, rough_total
 from millstream.records import SEGMENT, Ids
@@ -26,6 +27,7 @@ from millstream.runs.pack.settings import (
     chat_of,
     check_settings,
     choose_workers,
+    column_flag,
     columns_of,
     identity,
     window_memory,
@@ -157,6 +159,7 @@ def make_plan(
     ]
     inputs = find_inputs([sources] if isinstance(sources, str | os.PathLike) else list(sources))
     shards = inputs.shards
+    check_columns(shards, columns_of(settings)[:-1], column_flag(settings))
     name = settings.tokenizer_name
     tokenizer = load_tokenizer(name) if name else None
     workers = {each.strategy: _workers(each, tokenizer, shards) for each in wanted}

@@ -227,6 +227,13 @@ def columns_of(settings: Settings) -> tuple[str, ...]:
     return (*content, settings.id_field)
 
 
+def column_flag(settings: Settings) -> str:
+    """What to do if none of these columns is there."""
+    if settings.chat:
+        return "--chat needs messages, or prompt and completion"
+    return f"name the one to read with {'--ids-field' if settings.ids_field else '--text-field'}"
+
+
 def formats(settings: Settings) -> tuple[str, list[str]]:
     """(what the run's own shards are, what is written besides) of its `format`, one or several with commas.
 

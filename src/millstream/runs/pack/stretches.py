@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from millstream.errors import Unusable
+from millstream.formats.parquet import as_stream, decoded_size, rows_at_once
 from millstream.formats.slices import safe_cut
 from millstream.formats.sources import READ, InputShard, chunks, gunzip, unzstd
 from millstream.records import Slice
@@ -191,20 +192,14 @@ def row_groups(shard: InputShard, columns: tuple[str, ...]) -> list[RowGroup] | 
             if not set(columns) & set(file.schema_arrow.names):
                 return None
             footer = file.metadata
-            groups = [footer.row_group(number) for number in range(file.num_row_groups)]
+            rows = [footer.row_group(number).num_rows for number in range(file.num_row_groups)]
+        return [
+            RowGroup(shard, number, count, decoded_size(shard, footer, number, columns), footer)
+            for number, count in enumerate(rows)
+            if count
+        ]
     except (OSError, pa.ArrowException):
         return None
-    return [
-        RowGroup(shard, number, group.num_rows, _columns_size(group, columns), footer)
-        for number, group in enumerate(groups)
-        if group.num_rows
-    ]
-
-
-def _columns_size(group: Any, columns: tuple[str, ...]) -> int:
-    every = [group.column(number) for number in range(group.num_columns)]
-    mine = [c for c in every if c.path_in_schema.partition(".")[0] in columns]
-    return max(1, sum(int(c.total_uncompressed_size) for c in mine))
 
 
 class Drawn(NamedTuple):
@@ -248,19 +243,10 @@ def rows_of(group: RowGroup, columns: tuple[str, ...], step: int) -> Iterator[Sl
     try:
         with pq.ParquetFile(shard.uri, metadata=group.footer, pre_buffer=False, buffer_size=READ) as file:
             wanted = [name for name in columns if name in file.schema_arrow.names]
+            step = min(step, rows_at_once(shard, group.footer, group.number, wanted, READ))
             for batch in file.iter_batches(step, row_groups=[group.number], columns=wanted):
                 start, row = row, row + batch.num_rows
-                yield Slice(0, shard.uri, shard.name, "rows", start, row, _as_stream(batch))
+                yield Slice(0, shard.uri, shard.name, "rows", start, row, as_stream(batch))
     except (OSError, pa.ArrowException) as error:
         fault = ("corrupt", f"row group {group.number} cannot be read: {error}")
         yield Slice(0, shard.uri, shard.name, "rows", row, row, b"", fault=fault)
-
-
-def _as_stream(batch: Any) -> bytes:
-    import pyarrow as pa
-
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data

@@ -1,0 +1,277 @@
+"""Parquet, read in batches that are small when they are decoded: a file of some KB may hold GBs of equal texts."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from millstream.errors import RequestError
+from millstream.formats.sources import InputShard
+from millstream.records import Ids
+
+DECODED = 64 << 20
+"""Bytes that one batch becomes at most, where equal texts are stored once."""
+_MOST_ROWS = 1 << 16
+_PEEK = 1 << 16
+_HEADERS = 1 << 12
+
+
+def batches_of(shard: InputShard, file: Any, group: int, columns: list[str], most: int) -> Iterator[Any]:
+    """The rows of a row group of an open `file` in record batches of about `most` decoded bytes, or of one row."""
+    rows = rows_at_once(shard, file.metadata, group, columns, most)
+    for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
+        yield from _cut(batch, most)
+
+
+def rows_at_once(shard: InputShard, footer: Any, group: int, columns: Iterable[str], most: int) -> int:
+    """How many rows of a row group to decode at once: about `most` bytes of them as they are stored, and less than
+    `DECODED` even if every one has the longest of the texts that are stored once."""
+    leaves = leaves_of(footer, group, columns)
+    total, count = sum(leaf.total_uncompressed_size for leaf in leaves), footer.row_group(group).num_rows
+    rows = max(1, min(_MOST_ROWS, most * count // max(1, total)))
+    for leaf in leaves:
+        if leaf.has_dictionary_page and rows * leaf.total_uncompressed_size > DECODED:
+            longest, _ = _stored_once(shard, footer, group, leaf)
+            values = -(-leaf.num_values // max(1, count))  # of a list, several a row
+            rows = max(1, min(rows, DECODED // max(1, values * longest)))
+    return int(rows)
+
+
+def decoded_size(shard: InputShard, footer: Any, group: int, columns: Iterable[str]) -> int:
+    """Bytes that the `columns` of a row group become, roughly, where all texts are stored once."""
+    total = 0
+    for leaf in leaves_of(footer, group, columns):
+        size = int(leaf.total_uncompressed_size)
+        if _names_alone(leaf):
+            size = max(size, round(leaf.num_values * _stored_once(shard, footer, group, leaf)[1]))
+        total += size
+    return max(1, total)
+
+
+def _names_alone(leaf: Any) -> bool:
+    """Whether behind the texts that are stored once there is hardly more than their numbers."""
+    if not leaf.has_dictionary_page or not leaf.dictionary_page_offset:
+        return False
+    once = max(0, leaf.data_page_offset - leaf.dictionary_page_offset)
+    named = int(leaf.total_compressed_size) - once
+    return bool(named <= 8 * leaf.num_values + _HEADERS)
+
+
+def leaves_of(footer: Any, group: int, columns: Iterable[str]) -> list[Any]:
+    """What a row group stores of these columns: for a nested one, each of its parts."""
+    meta, wanted = footer.row_group(group), set(columns)
+    leaves = [meta.column(number) for number in range(meta.num_columns)]
+    return [leaf for leaf in leaves if leaf.path_in_schema.partition(".")[0] in wanted]
+
+
+def _stored_once(shard: InputShard, footer: Any, group: int, leaf: Any) -> tuple[int, float]:
+    """(longest, mean) of the texts that a column stores once and names by number; (0, 0.0) for what is no text."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if leaf.physical_type != "BYTE_ARRAY":
+        return 0, 0.0
+    path = leaf.path_in_schema
+    named = {"metadata": footer, "read_dictionary": [path], "pre_buffer": False, "buffer_size": _PEEK}
+    with pq.ParquetFile(shard.uri, **named) as file:
+        batch = next(file.iter_batches(1, row_groups=[group], columns=[path]), None)
+    if batch is None:
+        return 0, 0.0
+    found = batch.column(0)
+    while not pa.types.is_dictionary(found.type):
+        if pa.types.is_struct(found.type):
+            found = found.field(0)
+        elif hasattr(found, "values"):
+            found = found.values
+        else:
+            return 0, 0.0
+    lengths = pc.binary_length(found.dictionary)
+    return pc.max(lengths).as_py() or 0, pc.mean(lengths).as_py() or 0.0
+
+
+def _cut(batch: Any, most: int) -> Iterator[Any]:
+    """A batch in slices of at most `most` decoded bytes, or of one row."""
+    ends = np.cumsum(sum(map(_sizes, batch.columns)))
+    low = 0
+    while low < batch.num_rows:
+        before = ends[low - 1] if low else 0
+        high = max(low + 1, int(np.searchsorted(ends, before + most, "right")))
+        yield batch.slice(low, high - low)
+        low = high
+
+
+def _sizes(column: Any) -> Ids:
+    """Bytes of each value, decoded; those of lists and the like are taken to be alike."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(column.type) and _is_text(column.type.value_type):
+        found = pc.binary_length(column.dictionary.cast(pa.large_binary())).take(column.indices)
+    elif _is_text(column.type):
+        found = pc.binary_length(column.cast(pa.large_binary()))
+    else:
+        return np.full(len(column), column.nbytes / max(1, len(column)))
+    sizes: Ids = found.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return sizes
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column holds text or bytes, in any of Arrow's forms."""
+    return str(kind) in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+
+
+def as_stream(batch: Any) -> bytes:
+    """A batch as it is handed to whoever decodes it: in Arrow's stream format."""
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def row_hashes(batch: Any, low: int, high: int) -> bytes:
+    """What identifies rows low..high, in whatever batches they come: one SHA-256 for each."""
+    columns = [_comparable(column.slice(low, high - low)) for column in batch.columns]
+    try:
+        rows = list(zip(*(column.to_pylist() for column in columns), strict=True))
+    except (ValueError, OverflowError):  # inside is what Python cannot have
+        rows = [(as_stream(batch.slice(row, 1)),) for row in range(low, high)]
+    return b"".join(_row_hash(row) for row in rows)
+
+
+def _comparable(column: Any) -> Any:
+    """A column of text as bytes, which need not be UTF-8; a column of times as it is stored."""
+    import pyarrow as pa
+
+    if _is_text(column.type):
+        return column.cast(pa.large_binary())
+    if pa.types.is_temporal(column.type) and column.type.bit_width in (32, 64):
+        return column.view(pa.int64() if column.type.bit_width == 64 else pa.int32())
+    return column
+
+
+def _row_hash(row: tuple[Any, ...]) -> bytes:
+    digest = hashlib.sha256()
+    for value in row:
+        data = value if isinstance(value, bytes) else repr(value).encode("utf-8", "backslashreplace")
+        digest.update(f"{isinstance(value, bytes):d}{len(data)} ".encode())
+        digest.update(data)
+    return digest.digest()
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+def values_of(column: Any) -> Iterator[Any]:
+    """A column's values as Python objects, UTF-8 in binary columns as text; one that cannot be had as its error."""
+    try:
+        values = column.to_pylist()
+    except (ValueError, OverflowError):
+        values = [_one_value(value) for value in column]
+    if "binary" not in str(column.type):
+        yield from values
+        return
+    for value in values:
+        try:
+            yield _utf8(value)
+        except UnicodeDecodeError as error:
+            yield error
+
+
+def names_of(column: Any) -> Iterator[Any]:
+    """The values of a column of ids: times as text, whatever their unit, and binary ones as text in any case."""
+    import pyarrow as pa
+
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_temporal(kind):
+        yield from (_time(value) for value in column)
+        return
+    for value in values_of(column):
+        name = value.object if isinstance(value, UnicodeDecodeError) else value
+        yield name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else name
+
+
+def _one_value(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError) as error:
+        return error
+
+
+def _utf8(value: Any) -> Any:
+    """A value with its bytes as text. Raises UnicodeDecodeError."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, dict):
+        return {key: _utf8(inner) for key, inner in value.items()}
+    return [_utf8(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _time(value: Any) -> str | None:
+    """A time or a duration as Python writes it, as Arrow does where Python has none, else the number that is stored.
+
+    What has nanoseconds is never read through as_py, as that depends on whether pandas is there.
+    """
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(value.type):
+        value = value.dictionary[value.index.as_py()] if value.is_valid else value
+    if not value.is_valid:
+        return None
+    if getattr(value.type, "unit", "") == "ns":
+        if value.value % 1000:
+            return str(value.cast(pa.string()).as_py())
+        value = value.cast(_in_microseconds(value.type))
+    try:
+        return str(value.as_py())
+    except (ValueError, OverflowError):
+        return str(value.value)
+
+
+def _in_microseconds(kind: Any) -> Any:
+    import pyarrow as pa
+
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp("us", kind.tz)
+    return pa.duration("us") if pa.types.is_duration(kind) else pa.time64("us")
+
+
+# Columns --------------------------------------------------------------------------------------------------------------
+
+
+def check_columns(shards: Iterable[InputShard], columns: tuple[str, ...], flag: str) -> None:
+    """Raises RequestError if there are Parquet files and none that can be read has one of `columns`, which `flag`
+    names: that is no fault of a document. It looks no further than the first that has."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    first: tuple[str, list[str]] | None = None
+    for shard in shards:
+        if shard.kind != "parquet":
+            continue
+        try:
+            names = pq.read_schema(shard.uri).names
+        except (OSError, pa.ArrowException):
+            continue  # a fault when it is read
+        if any(name in names for name in columns):
+            return
+        first = first or (shard.called, names)
+    if first:
+        called, names = first
+        raise RequestError(
+            f"{called} has no column {columns[0]!r}; it has {', '.join(names)}{hint(names) or f': {flag}'}"
+        )
+
+
+def hint(names: Iterable[str]) -> str:
+    """What to do about rows that have `names` and no text, if they look like conversations.
+
+    >>> hint(["id", "messages"]), hint(["id", "body"])
+    (': did you mean --chat?', '')
+    """
+    there = set(names)
+    return ": did you mean --chat?" if "messages" in there or {"prompt", "completion"} <= there else ""

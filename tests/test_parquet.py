@@ -1,0 +1,255 @@
+"""Parquet as others write it: text and ids of every type, damage by its right name, and little memory for any file."""
+
+import datetime
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import runs
+from helpers import (
+    TEXTS,
+    document_ids,
+    faults,
+    gpt2_ids,
+    pack,
+    run_here,
+    stream,
+    whole,
+    without_fsync,
+    write_jsonl,
+)
+
+from millstream.errors import DataError
+from millstream.formats.corpus import expand
+from millstream.formats.parquet import DECODED, batches_of, decoded_size
+from millstream.formats.slices import Limits, slices
+from millstream.formats.sources import InputShard
+from millstream.records import Cursor
+from millstream.runs.ask.prompts import Recipe, batches
+from millstream.runs.pack.plan import make_plan
+
+quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    return run_here(monkeypatch, capfd)
+
+
+def shard_of(path):
+    return InputShard(str(path), path.name, "parquet")
+
+
+# --- types ------------------------------------------------------------------
+
+TYPES = {
+    "binary": lambda texts: pa.array([text.encode() for text in texts], pa.binary()),
+    "large_binary": lambda texts: pa.array([text.encode() for text in texts], pa.large_binary()),
+    "binary_view": lambda texts: pa.array([text.encode() for text in texts]).cast(pa.binary_view()),
+    "dictionary of binary": lambda texts: pa.array([text.encode() for text in texts]).dictionary_encode(),
+    "dictionary": lambda texts: pa.array(texts).dictionary_encode(),
+    "string_view": lambda texts: pa.array(texts).cast(pa.string_view()),
+    "large_string": lambda texts: pa.array(texts, pa.large_string()),
+}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_text_is_text_in_columns_of_every_type(tmp_path, kind):
+    names = [f"d{number}" for number in range(len(TEXTS))]
+    table = pa.table({"id": TYPES[kind](names), "text": TYPES[kind](TEXTS)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    pack(tmp_path / "out", tmp_path / "a.parquet", seq_len=32, block=100)
+    assert stream(tmp_path / "out") == gpt2_ids(TEXTS)
+    assert document_ids(tmp_path / "out") == names
+    assert whole(tmp_path / "out")
+    pq.write_table(pa.table({"prompt": TYPES[kind](TEXTS)}), tmp_path / "p.parquet")
+    assert sum(map(len, batches(expand([tmp_path / "p.parquet"])[0], Recipe("m")))) == len(TEXTS)
+
+
+def test_bytes_that_are_no_text_are_a_fault_of_their_row(tmp_path):
+    table = pa.table({"id": pa.array([b"a", b"\xff\0", b"c"]), "text": pa.array([b"good", b"too", b"caf\xe9"])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    pack(tmp_path / "out", tmp_path / "a.parquet", seq_len=2, on_error="skip")
+    assert document_ids(tmp_path / "out") == ["a", "\\xff\0"]
+    assert [(fault["offset"], fault["reason"]) for fault in faults(tmp_path / "out")] == [(2, "invalid_utf8")]
+
+
+def test_conversations_in_binary_columns(tmp_path):
+    messages = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two."}]
+    kind = pa.list_(pa.struct({"role": pa.binary(), "content": pa.binary()}))
+    raw = [{key: value.encode() for key, value in message.items()} for message in messages]
+    pq.write_table(pa.table({"messages": pa.array([raw], kind)}), tmp_path / "a.parquet")
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}])
+    template = tmp_path / "template"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    for name in ("a.parquet", "a.jsonl"):
+        pack(tmp_path / f"{name}.run", tmp_path / name, seq_len=4, chat=True, chat_template=str(template))
+    assert stream(tmp_path / "a.parquet.run") == stream(tmp_path / "a.jsonl.run")
+
+
+NS = 1_700_000_000_123_456_789
+TIMES = [
+    (pa.array([NS // 1000], pa.timestamp("us")), "2023-11-14 22:13:20.123456"),
+    (pa.array([NS], pa.timestamp("ns")), "2023-11-14 22:13:20.123456789"),
+    (pa.array([NS // 1000 * 1000], pa.timestamp("ns")), "2023-11-14 22:13:20.123456"),
+    (pa.array([NS // 1000 * 1000], pa.timestamp("ns", "UTC")), "2023-11-14 22:13:20.123456+00:00"),
+    (pa.array([10**17], pa.timestamp("ms")), str(10**17)),
+    (pa.array([19_000], pa.date32()), str(datetime.date(1970, 1, 1) + datetime.timedelta(19_000))),
+    (pa.array([2**31 - 1], pa.date32()), str(2**31 - 1)),
+    (pa.array([90_000], pa.duration("s")), "1 day, 1:00:00"),
+    (pa.array([10**18], pa.duration("s")), str(10**18)),
+    (pa.array([1], pa.duration("ns")), "1"),
+    (pa.array([1], pa.time64("ns")), "00:00:00.000000001"),
+    (pa.array([NS // 1000], pa.timestamp("us")).dictionary_encode(), "2023-11-14 22:13:20.123456"),
+]
+
+
+@pytest.mark.parametrize(("column", "name"), TIMES, ids=[f"{column.type} {name}" for column, name in TIMES])
+def test_times_are_ids(tmp_path, column, name):
+    pq.write_table(pa.table({"id": column, "text": ["one"]}), tmp_path / "a.parquet")
+    pack(tmp_path / "out", tmp_path / "a.parquet", seq_len=2)
+    assert document_ids(tmp_path / "out") == [name]
+    pq.write_table(pa.table({"id": column, "prompt": ["one"]}), tmp_path / "p.parquet")
+    [[request]] = batches(expand([tmp_path / "p.parquet"])[0], Recipe("m"))
+    assert (request.id, request.fault) == (name, None)
+
+
+def test_a_time_that_is_no_text_is_a_fault(tmp_path):
+    pq.write_table(pa.table({"text": pa.array([2**31 - 1, 1], pa.date32())}), tmp_path / "a.parquet")
+    assert pack(tmp_path / "out", tmp_path / "a.parquet", on_error="skip").ledger["faults"] == {"not_text": 2}
+
+
+# --- columns that are not there, and damage ---------------------------------
+
+
+@pytest.mark.parametrize("command", ["pack", "plan"])
+def test_files_without_the_column_are_one_wrong_request(tmp_path, run, command):
+    for number in range(3):
+        pq.write_table(pa.table({"id": ["a"] * 9, "messages": [[]] * 9}), tmp_path / f"{number}.parquet")
+    extra = ["--out", tmp_path / "out", "--on-error", "skip"] if command == "pack" else []
+    code, _, told = run(command, tmp_path, *extra)
+    assert code == 2
+    assert "0.parquet has no column 'text'; it has id, messages: did you mean --chat?" in told
+    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "0.parquet")
+    assert "it has body: name the one to read with --text-field" in run(command, tmp_path / "0.parquet", *extra)[2]
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_file_of_several_without_the_column_is_a_fault(tmp_path):
+    pq.write_table(pa.table({"n": [1] * 9}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "b.parquet")
+    report = pack(tmp_path / "out", [tmp_path / "a.parquet", tmp_path / "b.parquet"], seq_len=32, on_error="skip")
+    assert report.ledger["faults"] == {"missing_field": 1}
+    assert stream(tmp_path / "out") == gpt2_ids(TEXTS)
+
+
+def test_rows_of_messages_hint_at_chat(tmp_path):
+    corpus = write_jsonl(tmp_path / "a.jsonl", [{"messages": []}])
+    with pytest.raises(DataError, match=r"field 'text' is missing; there are messages: did you mean --chat\?"):
+        pack(tmp_path / "out", corpus)
+
+
+@pytest.mark.parametrize("packing", ["snappy", "gzip", "zstd", "brotli", "lz4", "none"])
+def test_damaged_pages_are_corrupt_whatever_packs_them(tmp_path, packing):
+    texts = [f"document {number} {number * 7919}" for number in range(3000)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", compression=packing, use_dictionary=False)
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[40:400] = b"\xff" * 360
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.parquet.*(damaged|cannot be read as) Parquet|not valid UTF-8"):
+        pack(tmp_path / "out", tmp_path / "a.parquet")
+    reasons = set(pack(tmp_path / "skip", tmp_path / "a.parquet", on_error="skip").ledger["faults"])
+    assert reasons <= {"corrupt", "invalid_utf8"}
+    assert reasons
+
+
+# --- little memory ----------------------------------------------------------
+
+
+def repeated(path, rows, size, others=()):
+    """A file of some KB in which one text of `size` bytes is stored once and stands in `rows` rows."""
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), ["word " * (size // 5)])
+    text = (
+        pa.concat_arrays([column.cast(pa.string()), pa.array(others, pa.string())])
+        if others
+        else column.cast(pa.large_string())
+    )
+    pq.write_table(pa.table({"text": text}), path, row_group_size=1 << 20)
+    return path
+
+
+@pytest.mark.parametrize("block", [1 << 16, 1 << 20])
+def test_batches_are_small_when_decoded(tmp_path, monkeypatch, block):
+    path = repeated(tmp_path / "a.parquet", 300, 1 << 20)
+    assert os.path.getsize(path) < 100_000
+    with pq.ParquetFile(path) as file:
+        read = []
+        iterated = pq.ParquetFile.iter_batches
+
+        def noted(self, *args, **named):
+            for batch in iterated(self, *args, **named):
+                read.append(batch.nbytes)
+                yield batch
+
+        monkeypatch.setattr(pq.ParquetFile, "iter_batches", noted)
+        found = [batch.num_rows for batch in batches_of(shard_of(path), file, 0, ["text"], block)]
+        assert found == [1] * 300
+        assert max(read) <= 1.1 * DECODED
+        assert 0.9 < decoded_size(shard_of(path), file.metadata, 0, ["text"]) / (300 << 20) < 1.1
+
+
+def test_nested_texts_that_are_stored_once_are_bounded_too(tmp_path):
+    messages = [[{"role": "system", "content": "word " * 100_000}, {"role": "user", "content": "x"}]] * 400
+    pq.write_table(pa.table({"messages": messages}), tmp_path / "a.parquet")
+    with pq.ParquetFile(tmp_path / "a.parquet") as file:
+        sizes = [batch.nbytes for batch in batches_of(shard_of(tmp_path / "a.parquet"), file, 0, ["messages"], 1 << 20)]
+    assert max(sizes) <= 2 << 20
+    assert len(sizes) >= 100
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_batches_hold_every_row_in_order(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    pool = ["x" * int(size) for size in rng.integers(0, 3000, 40)]
+    texts = [pool[n] if rng.random() < 0.7 else f"unique {rng.random()}" for n in rng.integers(0, 40, 2000)]
+    texts[5] = None
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=int(rng.integers(1, 1500)))
+    shard = shard_of(tmp_path / "a.parquet")
+    with pq.ParquetFile(tmp_path / "a.parquet") as file:
+        found = [
+            batch.column(0).to_pylist()
+            for group in range(file.num_row_groups)
+            for batch in batches_of(shard, file, group, ["text"], 5000)
+        ]
+    assert [text for batch in found for text in batch] == texts
+    assert all(len(batch) == 1 or sum(len(text or "") for text in batch) <= 5000 for batch in found)
+
+
+def test_slices_of_a_dictionary_column_are_small(tmp_path):
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1] * 50, pa.int32()), ["a" * 200_000, "b"])
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    pieces = list(slices([shard_of(tmp_path / "a.parquet")], Cursor(), Limits(1 << 20), ("text", "id"), 1 << 19))
+    assert max(piece.size for piece in pieces) < 1 << 20
+    assert [piece.stop - piece.start for piece in pieces][:2] == [4, 4]
+
+
+def test_a_plan_of_repeated_texts_reads_a_sample_of_them(tmp_path):
+    path = repeated(tmp_path / "a.parquet", 3000, 100_000)
+    plan = make_plan(path, seq_lens=[1024], strategies=["concat"], sample=1 << 20)
+    assert not plan.exact
+    assert plan.documents_read < 300
+    assert 0.8 < plan.documents.value / 3000 < 1.2
+
+
+@runs.needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["pack", "plan"])
+def test_memory_of_repeated_texts(tmp_path, command):
+    from test_memory import check
+
+    path = repeated(tmp_path / "a.parquet", 2000, 1 << 20)
+    extra = ["--out", tmp_path / "out"] if command == "pack" else ["--sample", "200MiB"]
+    with runs.Run(command, path, *extra) as run:
+        check(run, f"{command} of 2,000 equal texts of 1 MiB", 1 << 30)

@@ -143,11 +143,30 @@ def ask_summary(report: AskReport) -> str:
         lines.append(f"  held back  retries, {spent['budget']:,.1f} s in all, by the retry budget")
     if report.limits:
         lines.append(f"  in flight  {_limits(report.limits)}")
+    lines += _not_whole(report)
     for kind, count in report.faults.items():
         lines.append(f"  faults     {count:,} {kind.replace('_', ' ')}, such as: {report.examples[kind]}")
     if report.faults:
         lines.append("  hint       --retry-faults asks the failed ones again")
     return "\n".join(lines)
+
+
+_ENDED = {"length": "cut by the token limit", "content_filter": "filtered", "refusal": "refused"}
+
+
+def _not_whole(report: AskReport) -> list[str]:
+    """The lines that tell how replies ended, where they are not whole."""
+    lines = []
+    found = [f"{report.endings[kind]:,} {words}" for kind, words in _ENDED.items() if kind in report.endings]
+    if found:
+        left = f"; {report.left_out:,} of these left out (--all-replies sends them, too)" if report.left_out else ""
+        lines.append(f"  not whole  {', '.join(found)}{left}")
+    if "length" in report.endings:
+        lines.append("  hint       --retry-finish length asks those that were cut again, with another --max-tokens")
+    if "unknown" in report.endings:
+        unknown = _count(report.endings["unknown"], "row")
+        lines.append(f"  unknown    {unknown} of an older journal do not tell how they ended: not asked again")
+    return lines
 
 
 def _damaged(report: AskReport) -> str:

@@ -57,8 +57,20 @@ from millstream.errors import MillstreamError, RequestError
     metavar="NAME=VALUE",
     help="Any other parameter of the request; can be given again.",
 )
+@click.option(
+    "--row-params", default="", metavar="NAME,...", help="Fields of JSONL or Parquet rows to send as parameters."
+)
 @click.option("--retry-faults", is_flag=True, help="Ask again what an earlier run could not get answered.")
+@click.option(
+    "--retry-finish",
+    default="",
+    metavar="NAME,...",
+    help="Ask replies again that ended so: length, content_filter, refusal; with another --max-tokens, if given.",
+)
+@click.option("--reuse", is_flag=True, help="Take answers although properties were given in another order then.")
 @click.option("--keep-input", is_flag=True, help="Put the prompt's own fields into its row, under input.")
+@click.option("--keep-body", is_flag=True, help="Keep the server's whole reply in the row, under body.")
+@click.option("--all-replies", is_flag=True, help="With --out -, replies that were cut, filtered or refused, too.")
 @click.option("--batch-format", is_flag=True, help="Write rows as OpenAI's Batch API does.")
 @click.option(
     "--max-reply", type=SIZE, default="64MiB", show_default=True, metavar="SIZE", help="Bytes of a reply at most."
@@ -78,6 +90,8 @@ def ask(
     in_flight: str,
     price: str | None,
     schema: str | None,
+    row_params: str,
+    retry_finish: str,
     **options: Any,
 ) -> None:
     """Ask an OpenAI-compatible server every prompt of PROMPTS, many at once, and get exactly one row for each.
@@ -102,11 +116,13 @@ def ask(
         in_flight=_in_flight(in_flight),
         price=_price(price),
         schema=_schema(schema),
+        row_params=_names(row_params),
+        retry_finish=_names(retry_finish),
         **options,
     )
     try:
         with ending_like_an_interrupt(), watch_ask() as on_progress:
-            report = ask_to(out, prompts, settings, journal=journal, on_progress=on_progress)
+            report = ask_to(out, prompts, settings, journal=journal, on_progress=on_progress, on_note=_note)
     except KeyboardInterrupt:
         _end_interrupted("stopped at once", kept=journal is not None or out != "-")
     click.echo(json.dumps(asdict(report), indent=1) if as_json else ask_summary(report), err=out == "-")
@@ -115,8 +131,17 @@ def ask(
         raise MillstreamError(f"stopped before it would cost more than --max-cost. A higher one {on}")
     if report.stopped:
         _end_interrupted("stopped", kept=report.kept)
-    if report.faults:
+    if report.faults or report.left_out:
         sys.exit(WITH_FAULTS)
+
+
+def _note(words: str) -> None:
+    click.echo(f"millstream: {words}", err=True)
+
+
+def _names(text: str) -> list[str]:
+    """NAME,NAME as a list."""
+    return [name.strip() for name in text.split(",")] if text else []
 
 
 def _end_interrupted(how: str, *, kept: bool) -> NoReturn:

@@ -88,7 +88,9 @@ class AskReport:
     `millstream.aio.jobs.Spent`); `limits` are the (second, attempts in flight) of an adaptive run. `stopped` says why
     it ended before its prompts did: "interrupted" or "too dear". `kept` says whether there is a journal,
     from which the next run goes on; `damaged` counts its lines that nothing could be made of, `damaged_lines` are the
-    numbers of the first few.
+    numbers of the first few. `endings` counts the replies that are not whole: "length" (cut by the limit of ids),
+    "content_filter", "refusal", and, if such are asked again, "unknown" of older journals; `left_out` of them did not
+    go to standard output. `notes` tells of what the prompts have and nobody asked for.
     """
 
     out: str
@@ -109,6 +111,9 @@ class AskReport:
     kept: bool = True
     damaged: int = 0
     damaged_lines: list[int] = field(default_factory=list)
+    endings: dict[str, int] = field(default_factory=dict)
+    left_out: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def attempts(self) -> int:

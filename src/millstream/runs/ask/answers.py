@@ -169,11 +169,6 @@ class AnswerJournal:
         places[order[found]] = self._places[at[found]]
         return places
 
-    def is_fault(self, places: Ids) -> Ids:
-        """For each place of `find_many`, whether a fault is there; False for -1."""
-        faults: Ids = (places >= 0) & (places & 1 == 1)
-        return faults
-
     def row(self, place: int, request_id: str | None, index: int) -> bytes | None:
         """The row at a place of `find_many`, as it was appended but with this id and index; None if it is damaged.
 
@@ -293,6 +288,11 @@ class AnswerJournal:
                 if not line.startswith(_HEADER + b'1"') and _is_json(line):
                     raise RequestError(f"{self.path} was written by a newer millstream: use that one") from error
         self._note_damage(number)
+
+
+def is_fault(place: int) -> bool:
+    """Whether a fault is at a place of `AnswerJournal.find_many`."""
+    return place >= 0 and bool(place & 1)
 
 
 def is_ours(folder: str) -> bool:

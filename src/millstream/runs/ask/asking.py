@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 
 from millstream.bridge import run
@@ -12,6 +13,8 @@ from millstream.formats.sources import InputShard
 from millstream.runs.ask.answers import JOURNAL, AnswerJournal, Header, is_ours
 from millstream.runs.ask.bodies import Recipe
 from millstream.runs.ask.client import Client
+from millstream.runs.ask.earlier import Again, refuse_other_order
+from millstream.runs.ask.endings import checked_endings
 from millstream.runs.ask.output import Output, identity, opened, refuse_existing, refuse_inputs, refuse_journal
 from millstream.runs.ask.prompts import batches
 from millstream.runs.ask.requests import Request
@@ -27,36 +30,56 @@ def ask_to(
     *,
     journal: str | None = None,
     on_progress: Callable[[AskProgress], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> AskReport:
     """Ask every prompt of `prompts` and write one JSON row each to `out` ("-": replies alone, to standard output).
 
     The journal (in `out`.run unless `journal` names a folder) is the truth: every outcome is in it before it is
     anywhere else, and the same call after any interruption asks only what has none. `out` is never an input, and a file
-    that no journal of ours has written is replaced only with `AskSettings.overwrite`.
+    that no journal of ours has written is replaced only with `AskSettings.overwrite`. `on_note` is told at once what is
+    worth knowing of the prompts; the report has it, too.
 
     Raises RequestError for wrong settings, RunError when a server refuses for a reason that every request shares, and
     KeyboardInterrupt when it is interrupted a second time, before what ran has ended.
     """
     if settings.max_cost is not None and settings.price is None:
         raise RequestError("the most it may cost needs prices: give --price IN,OUT")
+    if settings.all_replies and out != "-":
+        raise RequestError("--all-replies is for --out -: a file gets all rows")
     shards = expand([prompts])
     if len(shards) != 1:
         raise RequestError(f"{prompts}: prompts come from one file, or '-'")
     folder = _journal_folder(out, journal)
     _refuse_places(out, shards[0].uri, folder, overwrite=settings.overwrite)
     client = _client(settings)
-    recipe = Recipe(settings.model, settings.system, settings.template, client.params)
+    recipe = Recipe(settings.model, settings.system, settings.template, client.params, settings.row_params)
+    notes = _Notes(on_note)
     with contextlib.ExitStack() as stack:
-        rows = _read(shards[0], recipe, settings)
+        first, rows = _read(shards[0], recipe, settings, notes)
         kept = stack.enter_context(AnswerJournal(folder)) if folder else None
-        output = stack.enter_context(_opened(out, kept, settings, client))
+        header = Header(
+            out=_seen_from(kept, out),
+            model=settings.model,
+            params=dict(client.params),
+            retry_finish=tuple(sorted(checked_endings(settings.retry_finish))),
+        )
+        again = _again(kept, header, settings, first)
+        output = stack.enter_context(_opened(out, kept, header, overwrite=settings.overwrite))
         course = AskRun(
-            out, shards[0], rows, settings, client=client, journal=kept, output=output, on_progress=on_progress
+            out,
+            shards[0],
+            rows,
+            settings,
+            client=client,
+            journal=kept,
+            again=again,
+            output=output,
+            on_progress=on_progress,
         )
         report = run(course.main())
     if report is None:
         raise KeyboardInterrupt
-    return report
+    return replace(report, notes=notes.told)
 
 
 def _client(settings: AskSettings) -> Client:
@@ -79,13 +102,39 @@ def _client(settings: AskSettings) -> Client:
     )
 
 
-def _read(shard: InputShard, recipe: Recipe, settings: AskSettings) -> Iterator[list[Request]]:
-    """The requests; what is wrong with the file or the settings shows before anything is written."""
-    rows = batches(shard, recipe, limit=settings.limit, keep_rows=settings.keep_input)
+class _Notes:
+    """What is told of the prompts; called with the words."""
+
+    def __init__(self, on_note: Callable[[str], None] | None) -> None:
+        self.told: list[str] = []
+        self._on_note = on_note
+
+    def __call__(self, words: str) -> None:
+        self.told.append(words)
+        if self._on_note:
+            self._on_note(words)
+
+
+def _read(
+    shard: InputShard, recipe: Recipe, settings: AskSettings, tell: Callable[[str], None]
+) -> tuple[list[Request], Iterator[list[Request]]]:
+    """The first requests, and all; what is wrong with the file or the settings shows before anything is written."""
+    rows = batches(shard, recipe, limit=settings.limit, keep_rows=settings.keep_input, tell=tell)
     first = next(rows, None)
     if first is None and settings.limit != 0:
         raise RequestError(f"{shard.name} is empty: there is nothing to ask")
-    return rows if first is None else chain([first], rows)
+    return (first, chain([first], rows)) if first else ([], rows)
+
+
+def _again(journal: AnswerJournal | None, header: Header, settings: AskSettings, first: list[Request]) -> Again | None:
+    """What is asked again of a journal. Raises RequestError for one that these settings do not go with."""
+    if journal is None:
+        return None
+    if not settings.reuse:
+        refuse_other_order(journal, header)
+    again = Again(journal, header, faults=settings.retry_faults)
+    again.refuse_strangers(first)
+    return again
 
 
 # Where things are written ---------------------------------------------------------------------------------------------
@@ -117,14 +166,11 @@ def _refuse_places(out: str, prompts: str, folder: str | None, *, overwrite: boo
 
 
 @contextlib.contextmanager
-def _opened(out: str, journal: AnswerJournal | None, settings: AskSettings, client: Client) -> Iterator[Output]:
+def _opened(out: str, journal: AnswerJournal | None, header: Header, *, overwrite: bool) -> Iterator[Output]:
     """The output, after the journal says that this is where it went."""
-    header = Header(out=_seen_from(journal, out), model=settings.model, params=dict(client.params))
     if journal is not None and journal.headers and all(earlier.out != header.out for earlier in journal.headers):
         beside = os.path.realpath(journal.folder) == os.path.realpath(f"{out}.run")
-        refuse_existing(
-            out, overwrite=settings.overwrite or beside, because=f", and was not written with {journal.folder}"
-        )
+        refuse_existing(out, overwrite=overwrite or beside, because=f", and was not written with {journal.folder}")
     with opened(out, advice=advice(journal)) as output:
         if journal is not None:
             journal.begin(header)

@@ -1,11 +1,24 @@
-"""What earlier runs of a journal were asked for, beside this one: the same in another order, or with other limits."""
+"""What earlier runs of a journal were asked for and got, beside what this one wants: in another order, with another
+limit of ids, or ended otherwise."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from millstream.errors import RequestError
 from millstream.runs.ask.answers import AnswerJournal, Header
-from millstream.runs.ask.bodies import Body, canonical, caps_of, in_order, key_again, key_with_caps, without_caps
+from millstream.runs.ask.bodies import (
+    Body,
+    canonical,
+    caps_of,
+    in_order,
+    key_again,
+    key_with_caps,
+    with_caps,
+    without_caps,
+)
+from millstream.runs.ask.endings import checked_endings, ending_of
 from millstream.runs.ask.requests import Request
 
 
@@ -46,6 +59,76 @@ def other_caps(journal: AnswerJournal, now: Header) -> list[dict[str, Any]]:
         if caps != own and caps not in found:
             found.append(caps)
     return found
+
+
+class Again:
+    """Which earlier outcomes are asked again, and under which keys they are found.
+
+    Faults are with `faults`; with `endings`, replies that ended so, and faults of the same name. Their keys stay as
+    they are, whatever limit of ids they are asked with now.
+    """
+
+    def __init__(self, journal: AnswerJournal, now: Header, *, faults: bool) -> None:
+        self._journal, self._faults = journal, faults
+        self._endings = checked_endings(now.retry_finish)
+        self._caps, self._own = other_caps(journal, now), caps_of(now.params)
+
+    def find(self, requests: Sequence[Request]) -> list[int]:
+        """The places of their earlier outcomes, -1 where there is none."""
+        places: list[int] = self._journal.find_many([request.key for request in requests]).tolist()
+        if self._caps:
+            for at, request in enumerate(requests):
+                if places[at] < 0 and not request.fault:
+                    places[at] = self._find_by_other_caps(request)
+        return places
+
+    def _find_by_other_caps(self, request: Request) -> int:
+        keys = other_keys(request, self._caps)
+        for key, place in zip(keys, self._journal.find_many(keys).tolist(), strict=True):
+            if place >= 0:
+                request.key = key
+                return int(place)
+        return -1
+
+    def wants(self, row: bytes, fault: bool) -> bool:
+        """Whether the request of an earlier outcome, which is a fault or not, is asked again."""
+        if fault and self._faults:
+            return True
+        return bool(self._endings) and (_kind_of(row) if fault else ending_of(row)) in self._endings
+
+    def prepare(self, request: Request) -> None:
+        """A request that is asked again gets the limits of now, also where its row has one."""
+        if self._endings and self._own:
+            request.data = with_caps(request.data, self._own)
+
+    def refuse_strangers(self, requests: Sequence[Request]) -> None:
+        """Raise RequestError if replies are to be asked again and nothing is known of the first requests."""
+        good = [request for request in requests if not request.fault]
+        if self._endings and len(self._journal) and good and max(self.find(good)) < 0:
+            raise RequestError(
+                f"--retry-finish: none of the first {len(good):,} prompts was asked with these settings before; give"
+                f" those of the earlier run, only the limit of ids may differ{self._unknown_caps()}"
+            )
+
+    def _unknown_caps(self) -> str:
+        if self._journal.headers:
+            return ""
+        return ". This journal is older and does not say which limit it had: give that one once, without --retry-finish"
+
+
+class _FaultOf(msgspec.Struct):
+    kind: str = ""
+
+
+class _FaultRow(msgspec.Struct):
+    fault: _FaultOf
+
+
+_decode_fault = msgspec.json.Decoder(_FaultRow).decode
+
+
+def _kind_of(row: bytes) -> str:
+    return _decode_fault(row).fault.kind
 
 
 def other_keys(request: Request, caps: Sequence[Mapping[str, Any]]) -> list[bytes]:

@@ -16,8 +16,10 @@ from millstream.bridge import in_thread
 from millstream.errors import RunError
 from millstream.formats.sources import InputShard, chunks
 from millstream.llm.wire import Answer
-from millstream.runs.ask.answers import AnswerJournal
+from millstream.runs.ask.answers import AnswerJournal, is_fault
 from millstream.runs.ask.client import Client
+from millstream.runs.ask.earlier import Again
+from millstream.runs.ask.endings import ending_of
 from millstream.runs.ask.lineup import Lineup, Slot
 from millstream.runs.ask.output import Output
 from millstream.runs.ask.purse import Purse
@@ -46,7 +48,7 @@ def advice(journal: AnswerJournal | None) -> str:
 
 
 class _Asked(NamedTuple):
-    """A request that was handed to the flow; `place` is that of its earlier fault in the journal, or -1."""
+    """A request that was handed to the flow; `place` is that of its earlier outcome in the journal, or -1."""
 
     request: Request
     slot: Slot
@@ -65,15 +67,17 @@ class AskRun:
         *,
         client: Client,
         journal: AnswerJournal | None,
+        again: Again | None,
         output: Output,
         on_progress: Callable[[AskProgress], None] | None,
     ) -> None:
         self.out, self.prompts, self.rows, self.settings = out, prompts, rows, settings
-        self.client, self.journal, self.output = client, journal, output
+        self.client, self.journal, self.again, self.output = client, journal, again, output
         self.in_order = settings.ordered or out == "-"
         self.lineup = Lineup(output, in_order=self.in_order, prefix=out == "-" and journal is not None)
         self.purse = Purse(settings.price or (0.0, 0.0), settings.max_cost, client)
         self.tally = Tally(client, self.purse if settings.price else None, on_progress)
+        self.tally.tells_unknown = bool(settings.retry_finish)
         self.tripwire = Tripwire()
         self.tripped: str | None = None
         self.stopped: str | None = None
@@ -171,18 +175,15 @@ class AskRun:
 
     def _unknown(self, batch: list[Request]) -> list[Request]:
         """Those of a batch that are to be asked; the rows of the others take their place in the output."""
-        places, faulty = [-1] * len(batch), [False] * len(batch)
-        if self.journal is not None and len(self.journal):
-            found = self.journal.find_many([request.key for request in batch])
-            places, faulty = found.tolist(), self.journal.is_fault(found).tolist()
+        places = self.again.find(batch) if self.again else [-1] * len(batch)
         unknown = []
-        for request, place, fault in zip(batch, places, faulty, strict=True):
+        for request, place in zip(batch, places, strict=True):
             if request.fault:
-                row = self._kept(request, row_of_none(request), known=place >= 0)
-            elif place < 0 or (fault and self.settings.retry_faults):
+                row: bytes | None = self._kept(request, row_of_none(request), known=place >= 0)
+            elif place < 0:
                 row = None
             else:
-                row = self._earlier(request, place, fault)
+                row, place = self._earlier_or_again(request, place)
             if row is None:
                 self.under_way[self.listed] = _Asked(request, self.lineup.slot(), place)
                 self.listed += 1
@@ -192,12 +193,20 @@ class AskRun:
         self.tally.tell(self.flow)
         return unknown
 
-    def _earlier(self, request: Request, place: int, fault: bool) -> bytes | None:
-        """The row of an earlier run as the output wants it; None if it is damaged, and its prompt to be asked again."""
+    def _earlier_or_again(self, request: Request, place: int) -> tuple[bytes | None, int]:
+        """The row of an earlier run as the output wants it; none if it is to be asked (again), and the place of the row
+        that stays until then: -1 for a damaged one."""
         assert self.journal
+        assert self.again
         row = self.journal.row(place, request.id, request.index)
         if row is None:
-            return None
+            return None, -1
+        if self.again.wants(row, is_fault(place)):
+            self.again.prepare(request)
+            return None, place
+        return self._earlier(request, row, is_fault(place)), place
+
+    def _earlier(self, request: Request, row: bytes, fault: bool) -> bytes:
         self.tally.again += 1
         return self._counted(request, row, fault)
 
@@ -246,18 +255,18 @@ class AskRun:
 
     def _settle(self, outcome: Reply[Answer] | Fault) -> None:
         asked = self.under_way.pop(outcome.index)
-        row = row_of(asked.request, outcome, whole=self.settings.batch_format)
+        row = row_of(asked.request, outcome, whole=self.settings.batch_format or self.settings.keep_body)
         self.lineup.put(asked.slot, self._kept(asked.request, row))
         self.tally.tell(self.flow)
 
     def _leave(self, number: int) -> None:
-        """The next run asks it; until then an earlier fault stays."""
+        """The next run asks it; until then an earlier outcome stays."""
         request, slot, place = self.under_way.pop(number)
-        row = self._earlier(request, place, True) if place >= 0 and self.settings.retry_faults else None
+        row = self.journal.row(place, request.id, request.index) if self.journal and place >= 0 else None
         if row is None:
             self.lineup.leave(slot)
         else:
-            self.lineup.put(slot, row)
+            self.lineup.put(slot, self._earlier(request, row, is_fault(place)))
 
     def _kept(self, request: Request, row: dict[str, Any], known: bool = False) -> bytes:
         """The row of an outcome as the output wants it, after the journal has it."""
@@ -278,6 +287,9 @@ class AskRun:
             self.tally.add_fault(row)
             if self.out == "-":
                 return b""
+        elif not self.tally.add_reply(ending_of(data)) and self.out == "-" and not self.settings.all_replies:
+            self.tally.left_out += 1
+            return b""
         if self.settings.batch_format:
             return batch_line(request, row or {})
         if request.row is not None:

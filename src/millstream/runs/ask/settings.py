@@ -13,6 +13,11 @@ class AskSettings:
     that of a million ids in prompts and in replies; `max_cost`, in the same money, is never exceeded by what servers
     report. `keep_input` puts the row's own fields beside the answer. `max_reply` is the most bytes that are read of a
     reply. `overwrite` replaces an output that belongs to no journal of ours.
+
+    `row_params` names the fields of plain rows that are sent as parameters. `retry_finish` asks replies again that
+    ended so ("length", "content_filter", "refusal"), with other limits of ids in `params` if they are given. `reuse`
+    takes the answers of a run that gave properties in another order. `keep_body` keeps the server's whole reply.
+    `all_replies` sends standard output those, too, that are not whole.
     """
 
     model: str | None = None
@@ -36,6 +41,11 @@ class AskSettings:
     retry_faults: bool = False
     batch_format: bool = False
     keep_input: bool = False
+    row_params: Sequence[str] = ()
+    reuse: bool = False
+    retry_finish: Sequence[str] = ()
+    keep_body: bool = False
+    all_replies: bool = False
     max_reply: int = 64 << 20
     overwrite: bool = False
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)

@@ -10,6 +10,7 @@ from millstream.aio.flow import Flow
 from millstream.aio.limits import Adaptive
 from millstream.runs.ask.answers import AnswerJournal
 from millstream.runs.ask.client import Client
+from millstream.runs.ask.endings import NOT_WHOLE, UNKNOWN
 from millstream.runs.ask.purse import Purse
 from millstream.runs.progress import AskProgress, AskReport
 
@@ -23,6 +24,9 @@ class Tally:
         self._client, self._purse, self._on_progress = client, purse, on_progress
         self.total: int | None = None
         self.requests = self.again = 0
+        self.left_out = 0  # replies that are not whole, and that standard output does not get
+        self.tells_unknown = False  # whether rows that do not tell how they ended are of interest
+        self._endings: Counter[str] = Counter()
         self._faults: Counter[str] = Counter()
         self._examples: dict[str, str] = {}  # a message of each kind of fault
         self._started = self._told = time.perf_counter()
@@ -31,6 +35,11 @@ class Tally:
         fault = row["fault"]
         self._faults[fault["kind"]] += 1
         self._examples.setdefault(fault["kind"], fault["message"])
+
+    def add_reply(self, ending: str) -> bool:
+        """Count a reply by how it ended (see `endings`); whether it is whole, as far as one knows."""
+        self._endings[ending] += 1
+        return ending not in NOT_WHOLE
 
     @property
     def _cost(self) -> float | None:
@@ -61,12 +70,15 @@ class Tally:
         self, out: str, flow: Flow[Any, Any], *, stopped: str | None, journal: AnswerJournal | None
     ) -> AskReport:
         limit = self._client.limit
+        told = (*NOT_WHOLE, UNKNOWN) if self.tells_unknown else NOT_WHOLE
         return AskReport(
             out=out,
             requests=self.requests,
             replies=self.requests - self._faults.total(),
             faults=dict(sorted(self._faults.items())),
             examples=self._examples,
+            endings={ending: self._endings[ending] for ending in told if self._endings[ending]},
+            left_out=self.left_out,
             again=self.again,
             ids_in=self._client.used["prompt_tokens"],
             ids_out=self._client.used["completion_tokens"],

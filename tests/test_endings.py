@@ -1,0 +1,254 @@
+"""Replies that are not whole: counted, asked again, kept out of a pipe. And the order of what is given."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_asking import journalled, rows_of
+from test_rows import prompts_in, settings_for
+from wires import deciding_elsewhere, said
+
+from millstream.errors import RequestError
+from millstream.runs.ask.asking import ask_to
+
+CAPS = ("max_tokens", "max_completion_tokens")
+
+
+class Server:
+    """Cuts replies to prompts that end in "long" at fewer than 100 ids, and filters those that end in "bad"."""
+
+    def __init__(self, url=""):
+        self.url = url
+        self.asked = []  # (prompt, limit of ids)
+
+    def decide(self, body, number):
+        prompt = body["messages"][-1]["content"]
+        cap = next((body[name] for name in CAPS if name in body), None)
+        self.asked.append((prompt, cap))
+        finish = "length" if prompt.endswith("long") and cap is not None and cap < 100 else "stop"
+        if prompt.endswith("bad"):
+            finish = "content_filter"
+        text = None if prompt.startswith("thinking") and finish == "length" else f"{prompt} {cap}"
+        return 200, said(text, finish_reason=finish)
+
+    def news(self):
+        found, self.asked = sorted(self.asked), []
+        return found
+
+
+@pytest.fixture
+def server():
+    found = Server()
+    with deciding_elsewhere(found.decide) as found.url:
+        yield found
+
+
+PROMPTS = ["a", "b long", "c", "d long", "e bad"]
+
+
+@pytest.fixture
+def asking(tmp_path, server):
+    """asking(max_tokens, **settings) -> the report and the texts of the rows."""
+
+    def ask(cap=None, prompts=None, out="out.jsonl", on_note=None, **more):
+        file = prompts or prompts_in(tmp_path, PROMPTS)
+        params = {**more.pop("params", {}), **({} if cap is None else {"max_tokens": cap})}
+        path = str(tmp_path / out)
+        report = ask_to(path, file, settings_for(server.url, params=params, **more), on_note=on_note)
+        return report, [row.get("text", row.get("fault", {}).get("kind")) for row in rows_of(path)]
+
+    return ask
+
+
+def test_cut_and_filtered_replies_are_counted_and_asked_again_with_another_limit(asking, server, tmp_path):
+    report, texts = asking(10)
+    assert texts == ["a 10", "b long 10", "c 10", "d long 10", "e bad 10"]
+    assert (report.endings, len(server.news())) == ({"length": 2, "content_filter": 1}, 5)
+    report, _ = asking(10)
+    assert (report.endings, server.news()) == ({"length": 2, "content_filter": 1}, [])
+
+    mended = ["a 10", "b long 100", "c 10", "d long 100", "e bad 10"]
+    report, texts = asking(100, retry_finish=["length"])
+    assert server.news() == [("b long", 100), ("d long", 100)]
+    assert (texts, report.again, report.endings) == (mended, 3, {"content_filter": 1})
+    for more in ({"cap": 100, "retry_finish": ["length"]}, {"cap": 10}, {"cap": 100}):  # as it is, as before, at last
+        assert (asking(**more)[1], server.news()) == (mended, [])
+
+    report, texts = asking(200, retry_finish=["content_filter"])
+    assert (server.news(), texts[-1]) == ([("e bad", 200)], "e bad 200")
+    asking(50)  # a run of its own
+    assert len(server.news()) == 5
+
+
+def test_a_limit_of_another_name_and_none_at_all(asking, server):
+    asking(10)
+    server.news()
+    asking(params={"max_completion_tokens": 20}, retry_finish=["length"])
+    assert server.news() == [("b long", 20), ("d long", 20)]
+    asking(retry_finish=["length"])
+    assert server.news() == [("b long", None), ("d long", None)]
+    asking(10)
+    asking(params={"max_completion_tokens": 20})
+    asking()
+    assert server.news() == []
+
+
+@pytest.mark.parametrize("kind", ["equal", "template", "batch", "row params"])
+def test_prompts_of_every_shape_are_found_under_the_earlier_limit(asking, server, tmp_path, kind):
+    def batch(number, **body):
+        messages = [{"role": "user", "content": f"{number} long"}]
+        url = "/v1/chat/completions"
+        return {"custom_id": f"r{number}", "method": "POST", "url": url, "body": {"messages": messages, **body}}
+
+    rows, more = {
+        "equal": ([{"prompt": "x long"}] * 3 + [{"prompt": "y"}], {}),
+        "template": ([{"a": {"z": 1, "b": n}} for n in range(3)], {"template": "{a} long"}),
+        "batch": ([batch(1), batch(2, max_tokens=20), batch(3)], {}),
+        "row params": ([{"prompt": "x long", "max_tokens": 20}, {"prompt": "y"}], {"row_params": ["max_tokens"]}),
+    }[kind]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asking(10, str(path), **more)
+    first = server.news()
+    cut = [(prompt, 100) for prompt, _ in first if prompt.endswith("long")]
+    _, texts = asking(100, str(path), retry_finish=["length"], **more)
+    assert server.news() == cut
+    _, again = asking(100, str(path), retry_finish=["length"], **more)
+    assert (again, server.news()) == (texts, [])
+    assert sum(text.endswith("long 100") for text in texts) == len(cut) > 0
+
+
+def test_faults_of_a_reply_that_was_all_thought_are_asked_again_too(asking, server, tmp_path):
+    prompts = prompts_in(tmp_path, ["thinking long", "a"])
+    _, texts = asking(10, prompts)
+    assert texts == ["length", "a 10"]
+    server.news()
+    assert asking(100, prompts, retry_finish=["length"])[1] == ["thinking long 100", "a 10"]
+    assert server.news() == [("thinking long", 100)]
+
+
+def test_rows_that_do_not_tell_how_they_ended_are_not_asked_again_and_that_is_told(asking, server, tmp_path):
+    asking(10)
+    journal = tmp_path / "out.jsonl.run" / "journal.jsonl"
+    header, *lines = map(json.loads, journal.read_text().splitlines())
+    for line in lines[:2]:
+        del line["finish_reason"]
+    journal.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in [header, *lines]))
+    server.news()
+    report, _ = asking(10, retry_finish=["length", "content_filter"])
+    asked = len(server.news())
+    assert report.endings["unknown"] == 2
+    assert asked == sum(line["finish_reason"] != "stop" for line in lines[2:])
+    from millstream.report import ask_summary
+
+    assert "2 rows of an older journal do not tell how they ended: not asked again" in ask_summary(report)
+
+
+def test_asking_again_needs_the_settings_of_before(asking, server):
+    asking(10)
+    server.news()
+    with pytest.raises(RequestError, match="only the limit of ids may differ"):
+        asking(100, retry_finish=["length"], params={"temperature": 1})
+    with pytest.raises(RequestError, match="--retry-finish takes"):
+        asking(100, retry_finish=["cut"])
+    assert server.news() == []
+
+
+def test_the_whole_reply_is_kept_on_request(asking, server, tmp_path):
+    asking(10, keep_body=True)
+    for row in rows_of(tmp_path / "out.jsonl"):
+        assert row["body"] == said(row["text"], finish_reason=row["finish_reason"])
+
+
+# Order --------------------------------------------------------------------------------------------------------------
+
+
+def schema(*names):
+    properties = {name: {"type": "string"} for name in names}
+    return {"type": "object", "properties": properties}
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": schema("reasoning", "answer")}}
+
+
+def test_another_order_is_told_and_wants_a_decision(asking, server):
+    params = {"tools": [TOOL], "temperature": 0}
+    asking(params=params)
+    other = {**TOOL["function"], "parameters": schema("answer", "reasoning")}
+    turned = {"temperature": 0, "tools": [{**TOOL, "function": other}]}
+    server.news()
+    with pytest.raises(RequestError, match=r"tools: .* another order .*--reuse"):
+        asking(params=turned)
+    assert asking(params=dict(reversed(params.items())))[0].again == 5  # the order of parameters says nothing
+    assert asking(params=turned, reuse=True)[0].again == 5
+    assert asking(params=turned)[0].again == 5  # it was decided
+    assert server.news() == []
+    asking(params=turned, out="other.jsonl")
+    assert len(server.news()) == 5
+
+
+def test_journals_from_before_headers_were_asked_in_sorted_order(asking, server, tmp_path):
+    asking(params={"tools": [TOOL]})
+    journal = tmp_path / "out.jsonl.run" / "journal.jsonl"
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(RequestError, match=r"tools: .* another order"):
+        asking(params={"tools": [TOOL]})
+    server.news()
+    assert asking(params={"tools": [TOOL]}, reuse=True)[0].again == 5
+    assert server.news() == []
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+def command(server, prompts, *more):
+    call = [sys.executable, "-m", "millstream", "ask", prompts, "--model", "m", "--base-url", server.url, *more]
+    return subprocess.run(call, capture_output=True, text=True, timeout=60)
+
+
+def test_a_pipe_gets_whole_replies_only_unless_told_otherwise(server, tmp_path):
+    prompts = prompts_in(tmp_path, PROMPTS)
+    done = command(server, prompts, "--out", "-", "--max-tokens", "10")
+    assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == ["a", "c"]
+    assert "2 cut by the token limit, 1 filtered" in done.stderr
+    assert "3 of these left out" in done.stderr
+    assert done.returncode == 3
+    done = command(server, prompts, "--out", "-", "--max-tokens", "10", "--all-replies")
+    assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == PROMPTS
+    assert done.returncode == 0
+    done = command(server, prompts, "--out", str(tmp_path / "out.jsonl"), "--max-tokens", "10")
+    assert "--retry-finish length" in done.stdout
+    assert done.returncode == 0
+    again = ["--max-tokens", "100", "--retry-finish", "length"]
+    done = command(server, prompts, "--out", str(tmp_path / "out.jsonl"), *again)
+    assert "1 filtered" in done.stdout
+    assert "cut" not in done.stdout
+
+
+def test_parameters_beside_the_prompt_are_told_once_or_sent(server, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n} long", "max_tokens": 100 + n}) + "\n" for n in range(5)))
+    done = command(server, str(path), "--out", str(tmp_path / "one.jsonl"))
+    assert done.stderr.count("--row-params max_tokens") == 1
+    assert {cap for _, cap in server.news()} == {None}
+    done = command(server, str(path), "--out", str(tmp_path / "two.jsonl"), "--row-params", "max_tokens, seed")
+    assert done.stderr == ""
+    assert [cap for _, cap in server.news()] == [100, 101, 102, 103, 104]
+    assert journalled(str(tmp_path / "two.jsonl")) == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--row-params", "messages"], "'messages' cannot be a parameter"),
+        (["--retry-finish", "cut"], "--retry-finish takes length"),
+        (["--param", "stream=true"], "'stream' cannot be a parameter"),
+        (["--all-replies"], "--all-replies is for --out -"),
+    ],
+)
+def test_wrong_flags_are_one_line(server, tmp_path, flags, said):
+    done = command(server, prompts_in(tmp_path, ["a"]), "--out", str(tmp_path / "out.jsonl"), *flags)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -220,8 +220,10 @@ def test_standard_input_resumes_by_piping_it_again(tmp_path):
     assert stream(tmp_path / "out") == gpt2_ids([*(row["text"] for row in good), "mended"])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_says_how_to_go_on(tmp_path, workers):
+@pytest.mark.parametrize(
+    ("workers", "number"), [(1, signal.SIGINT), (2, signal.SIGINT), (1, signal.SIGTERM), (1, signal.SIGHUP)]
+)
+def test_ctrl_c_and_what_schedulers_send_say_how_to_go_on(tmp_path, workers, number):
     good = rows(f"{text} {n}" for n in range(2000) for text in TEXTS)
     data = jsonl(good)
     command = ["pack", "-", "--out", str(tmp_path / "out"), "--seq-len", "64", "--shard-size", "64kB"]
@@ -233,7 +235,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, workers):
         # More than a pipe holds: once it is written, the run is under way and waits for more.
         process.stdin.write(data[: len(data) // 2])
         process.stdin.flush()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, message = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"run the same command again to go on" in message
@@ -251,6 +253,65 @@ def test_show_to_a_reader_that_has_gone(packed):
     with os.fdopen(write, "wb") as gone:
         done = subprocess.run([*MILLSTREAM, "show", str(packed), "0"], stdout=gone, stderr=subprocess.PIPE, timeout=60)
     assert done.stderr == b""
+
+
+def test_a_job_whose_processes_all_get_sigterm(tmp_path):
+    """As Slurm ends one: the workers leave the answer to the run, which goes on another day."""
+    good = rows(f"{text} {n}" for n in range(2000) for text in TEXTS)
+    command = ["pack", "-", "--out", tmp_path / "out", "--seq-len", 64, "--workers", 2, "--memory", "2GiB"]
+    with subprocess.Popen(
+        [*MILLSTREAM, *map(str, command)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        process.stdin.write(jsonl(good)[:1_000_000])
+        process.stdin.flush()
+        os.killpg(process.pid, signal.SIGTERM)
+        _, message = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert message.decode().strip().endswith("run the same command again to go on.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "code"),
+    [
+        (("pack", "missing.jsonl", "--out", "out"), "RequestError", 2),
+        (("pack", "bad.jsonl", "--out", "out"), "DataError", 1),
+        (("pack", "bad.jsonl", "--out", "out", "--seq-len", "x"), "UsageError", 2),
+        (("plan", "bad.jsonl"), "DataError", 1),
+        (("verify", "missing"), "RequestError", 2),
+        (("find", "missing", "id"), "RequestError", 2),
+        (("ask", "missing.jsonl", "--out", "answers.jsonl"), "RequestError", 2),
+    ],
+)
+def test_failures_are_json_with_json(tmp_path, arguments, name, code):
+    (tmp_path / "bad.jsonl").write_text("bad\n")
+    done = cli(*arguments, "--json", cwd=tmp_path)
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["error"], told["exit_code"]) == (code, name, code)
+    assert told["message"].splitlines()[0] in done.stderr
+
+
+def test_what_was_damaged_is_told_once_in_json(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "copy")
+    (tmp_path / "copy" / "foreign").write_text("")
+    done = cli("verify", tmp_path / "copy", "--json")
+    assert done.returncode == 1
+    assert not json.loads(done.stdout)["ok"]
+
+
+def test_somebody_elses_words_do_nothing_to_a_terminal(tmp_path):
+    name = "\x9b31m\u202egnp.jsonl"
+    (tmp_path / name).write_text("bad\n")
+    done = cli("pack", name, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "<U+9B>31m<U+202E>gnp.jsonl, line 1" in done.stderr
+    assert not {"\x9b", "\u202e"} & set(done.stderr)
+
+
+def test_tab_shows_the_public_names():
+    done = subprocess.run(
+        [sys.executable, "-c", "import millstream; print(*dir(millstream))"], capture_output=True, text=True, check=True
+    )
+    assert set(millstream.__all__) <= set(done.stdout.split())
 
 
 # --- show ------------------------------------------------------------------

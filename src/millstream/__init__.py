@@ -82,3 +82,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"millstream.{_HOMES[name]}"), name)
     globals()[name] = value  # the next look-up is a plain one
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})  # those not looked up yet, too: Tab in a notebook shows them

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from millstream.runs.pack.estimates import Estimate
 from millstream.runs.pack.plan import Choice, Plan
-from millstream.view import printable
+from millstream.terminal import printable
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _WIDEST = 24  # of the picture's bars

@@ -13,6 +13,7 @@ from millstream.formats.dataset import open as open_run
 from millstream.formats.kinds import fault_place
 from millstream.runs.pack.provenance import Provenance, tokenizer_of
 from millstream.samples import Sample
+from millstream.terminal import printable
 
 _COLOURS = ("green", "cyan", "yellow", "magenta", "bright_blue", "bright_red")
 
@@ -108,12 +109,3 @@ def _size(document: Located) -> str:
     if not document.length:
         return f"left out, as its {document.cut_off:,} ids are more than a sample"
     return f"{document.length:,} ids, and {document.cut_off:,} that were cut off, as a sample has no more"
-
-
-def printable(text: str) -> str:
-    """Text without the control characters that would move a terminal's cursor or change its colours.
-
-    >>> printable("a\\x1b[31mb\\tc")
-    'a␛[31mb\\tc'
-    """
-    return "".join(chr(0x2400 + ord(c)) if c < " " and c not in "\n\t" else c for c in text).replace("\x7f", "␡")

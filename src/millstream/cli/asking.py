@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 import click
 
-from millstream.cli.types import INTERRUPTED, SIZE, WITH_FAULTS, ending_like_an_interrupt, needs_ask_extra
-from millstream.errors import MillstreamError, RequestError
+from millstream.cli.types import INTERRUPTED, SIZE, WITH_FAULTS, Ended, needs_ask_extra
+from millstream.errors import RequestError, RunError
 
 
 @click.command(short_help="Ask an LLM server every prompt of a file.")
@@ -103,6 +103,7 @@ def ask(
     from dataclasses import asdict
 
     from millstream.report import ask_summary, watch_ask
+    from millstream.terminal import printable
 
     with needs_ask_extra():
         from millstream.runs.ask.asking import ask_to
@@ -121,16 +122,17 @@ def ask(
         **options,
     )
     try:
-        with ending_like_an_interrupt(), watch_ask() as on_progress:
+        with watch_ask() as on_progress:
             report = ask_to(out, prompts, settings, journal=journal, on_progress=on_progress, on_note=_note)
     except KeyboardInterrupt:
         _end_interrupted("stopped at once", kept=journal is not None or out != "-")
-    click.echo(json.dumps(asdict(report), indent=1) if as_json else ask_summary(report), err=out == "-")
+    click.echo(json.dumps(asdict(report), indent=1) if as_json else printable(ask_summary(report)), err=out == "-")
     if report.stopped == "too dear":
         on = "goes on from here" if report.kept else "asks everything again: only --journal keeps what is answered"
-        raise MillstreamError(f"stopped before it would cost more than --max-cost. A higher one {on}")
+        message = f"stopped before it would cost more than --max-cost. A higher one {on}"
+        raise Ended(message, RunError.exit_code, reported=as_json)
     if report.stopped:
-        _end_interrupted("stopped", kept=report.kept)
+        _end_interrupted("stopped", kept=report.kept, reported=as_json)
     if report.faults or report.left_out:
         sys.exit(WITH_FAULTS)
 
@@ -144,11 +146,10 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")] if text else []
 
 
-def _end_interrupted(how: str, *, kept: bool) -> NoReturn:
+def _end_interrupted(how: str, *, kept: bool, reported: bool = False) -> NoReturn:
     on = "Nothing is lost: run the same command again to go on"
     none = "What came out is all there is: without --journal the same command asks everything again"
-    click.echo(f"millstream: {how}. {on if kept else none}.", err=True)
-    sys.exit(INTERRUPTED)
+    raise Ended(f"{how}. {on if kept else none}.", INTERRUPTED, reported=reported)
 
 
 def _in_flight(text: str) -> Any:

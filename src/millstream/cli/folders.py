@@ -5,7 +5,8 @@ import sys
 
 import click
 
-from millstream.errors import MillstreamError, RunError
+from millstream.cli.types import Ended
+from millstream.errors import RunError
 
 
 @click.command(short_help="Check a run folder: every byte, every count, every id.")
@@ -20,6 +21,7 @@ def verify(folder: str, as_json: bool) -> None:
     from dataclasses import asdict
 
     from millstream.integrity import verify as check
+    from millstream.terminal import printable
 
     verdict = check(folder)
     if as_json:
@@ -27,9 +29,10 @@ def verify(folder: str, as_json: bool) -> None:
     elif verdict.ok:
         click.echo(f"{folder} is whole: {verdict.files} files, {verdict.bytes:,} bytes, {verdict.samples:,} samples.")
     for problem in verdict.problems:
-        click.echo(f"{folder}: {problem}", err=True)
+        click.echo(printable(f"{folder}: {problem}"), err=True)
     if not verdict.ok:
-        raise MillstreamError(f"{folder} is not whole: take out what is foreign, pack the rest again with --overwrite")
+        advice = "take out what is foreign, pack the rest again with --overwrite"
+        raise Ended(f"{folder} is not whole: {advice}", RunError.exit_code, reported=as_json)
 
 
 @click.command(short_help="Write a finished run in the formats that trainers read.")
@@ -95,7 +98,8 @@ def find(folder: str, document_id: str, as_text: bool, as_json: bool) -> None:
     own is named for its place, as in corpus.jsonl#1024.
     """
     from millstream.runs.pack.provenance import provenance, text_of
-    from millstream.view import printable, show_provenance
+    from millstream.terminal import printable
+    from millstream.view import show_provenance
 
     found = provenance(folder, document_id)
     if as_json:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from millstream.cli.types import IDS, INTERRUPTED, SIZE, WITH_FAULTS
+from millstream.cli.types import IDS, INTERRUPTED, SIZE, WITH_FAULTS, Ended
 
 
 @click.command(short_help="Pack a corpus into samples of exactly N token ids.")
@@ -110,6 +110,7 @@ def pack(sources: tuple[str, ...], out: str, as_json: bool, format_: str, **opti
     from millstream.report import pack_summary, watch_pack
     from millstream.runs.pack.packing import pack_to
     from millstream.runs.pack.settings import Settings
+    from millstream.terminal import printable
 
     settings = Settings(format=format_, **options)
     keep_freed_memory()
@@ -117,9 +118,9 @@ def pack(sources: tuple[str, ...], out: str, as_json: bool, format_: str, **opti
         with watch_pack() as on_progress:
             report = pack_to(out, sources, settings, on_progress=on_progress)
     except KeyboardInterrupt:
-        click.echo("\nmillstream: stopped. Nothing is lost: run the same command again to go on.", err=True)
-        sys.exit(INTERRUPTED)
-    click.echo(json.dumps(report.as_json(), indent=1) if as_json else pack_summary(report))
+        click.echo(err=True)  # behind the line of progress
+        raise Ended("stopped. Nothing is lost: run the same command again to go on.", INTERRUPTED) from None
+    click.echo(json.dumps(report.as_json(), indent=1) if as_json else printable(pack_summary(report)))
     if (report.faults or report.unreadable) and not report.already:
         sys.exit(WITH_FAULTS)
 

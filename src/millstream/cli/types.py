@@ -54,6 +54,17 @@ def needs_ask_extra() -> Iterator[None]:
         raise RequestError(f"this command needs {error.name}: pip install 'millstream[ask]'") from error
 
 
+class Ended(Exception):
+    """How a command ended that was stopped, or found what it looked for to be bad, with its exit code.
+
+    `reported`: its report, printed as JSON, has said so already.
+    """
+
+    def __init__(self, message: str, exit_code: int, *, reported: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code, self.reported = exit_code, reported
+
+
 @contextmanager
 def ending_like_an_interrupt() -> Iterator[None]:
     """SIGTERM and SIGHUP are a Ctrl-C, unless whoever started us has them ignored, as nohup does."""

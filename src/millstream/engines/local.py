@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import IO, Any, TypeVar
 
 from millstream.errors import WorkerDied
@@ -98,22 +98,32 @@ def _widen(pipe: IO[bytes]) -> None:
             fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 1 << 20)
 
 
+@contextlib.contextmanager
+def _inherited_as_ignored() -> Iterator[None]:
+    """Ctrl-C reaches the whole group, and a scheduler's SIGTERM every process of a job: only this one answers them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class _Pool:
     def __init__(self, function: Callable[[Any], Any], workers: int) -> None:
         command = [sys.executable, "-P", "-c", "from millstream.engines.worker import main; main()"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        # An ignored SIGINT is inherited: Ctrl-C reaches the whole group, but only this process answers it.
-        main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
-        try:
+        with _inherited_as_ignored():
             self.processes = [
                 # Without buffers: a frame read ahead into one would never make its pipe readable for `select`.
                 subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
                 for _ in range(workers)
             ]
-        finally:
-            if main:
-                signal.signal(signal.SIGINT, before)
         self.selector = selectors.DefaultSelector()
         self.queued = [0] * workers
         for number, process in enumerate(self.processes):

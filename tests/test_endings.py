@@ -150,9 +150,33 @@ def test_asking_again_needs_the_settings_of_before(asking, server):
     server.news()
     with pytest.raises(RequestError, match="only the limit of ids may differ"):
         asking(100, retry_finish=["length"], params={"temperature": 1})
+    with pytest.raises(RequestError, match="another system"):
+        asking(100, retry_finish=["length"], system="Be brief.")
     with pytest.raises(RequestError, match="--retry-finish takes"):
         asking(100, retry_finish=["cut"])
     assert server.news() == []
+
+
+def test_new_prompts_may_stand_in_front_of_those_asked_again(asking, server, tmp_path):
+    asking(10)
+    server.news()
+    prompts = prompts_in(tmp_path, [*(f"new {n}" for n in range(100)), *PROMPTS])
+    report, _ = asking(100, prompts, retry_finish=["length"])
+    assert len(server.news()) == 102
+    assert report.again == 3
+
+
+def test_a_journal_without_headers_is_asked_again_only_as_far_as_it_is_known(asking, server, tmp_path):
+    asking(10)
+    journal = tmp_path / "out.jsonl.run" / "journal.jsonl"
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[1:]))
+    server.news()
+    with pytest.raises(RequestError, match="too old to tell its own"):
+        asking(100, retry_finish=["length"])
+    asking(10)  # now it has a header
+    assert server.news() == []
+    asking(100, retry_finish=["length"])
+    assert server.news() == [("b long", 100), ("d long", 100)]
 
 
 def test_the_whole_reply_is_kept_on_request(asking, server, tmp_path):
@@ -184,6 +208,8 @@ def test_another_order_is_told_and_wants_a_decision(asking, server):
     assert asking(params=turned, reuse=True)[0].again == 5
     assert asking(params=turned)[0].again == 5  # it was decided
     assert server.news() == []
+    with pytest.raises(RequestError, match="another order"):
+        asking(50, params=params, retry_finish=["length"])  # other limits, and found all the same
     asking(params=turned, out="other.jsonl")
     assert len(server.news()) == 5
 

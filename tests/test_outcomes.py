@@ -189,6 +189,8 @@ def test_a_list_of_messages_is_one_conversation(elsewhere, conversation):
     messages = conversation([{"role": "system", "content": "be"}, {"role": "user", "content": "brief"}])
     assert ask(messages, url, model="m").text == "be brief"
     assert shown(ask([messages, "a"], url, model="m")) == ["be brief", "a"]
+    rows = [{"role": "nurse", "prompt": "a"}, {"role": "clerk", "messages": messages}]
+    assert len(ask(rows, url, model="m")) == 2
 
 
 def test_bad_prompts_and_stops_lose_nothing_in_synchronous_code(elsewhere):

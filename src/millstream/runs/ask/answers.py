@@ -58,6 +58,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_
     model: str | None = None
     params: dict[str, Any] = {}
     """In the order in which they were given."""
+    system: str | None = None
+    template: str | None = None
     retry_finish: tuple[str, ...] = ()
     """How replies had ended that were asked again."""
 

@@ -61,6 +61,8 @@ def ask_to(
             out=_seen_from(kept, out),
             model=settings.model,
             params=dict(client.params),
+            system=settings.system,
+            template=settings.template,
             retry_finish=tuple(sorted(checked_endings(settings.retry_finish))),
         )
         again = _again(kept, header, settings, first)

@@ -25,26 +25,12 @@ hash_of_nothing = blake2b(digest_size=16)
 NEVER_PARAMS = {"messages": "messages come from the prompts", "stream": "replies come whole"}
 _NEVER_OF_ROWS = {*NEVER_PARAMS, "prompt", "custom_id", "id", "body"}
 LIKELY_PARAMS = frozenset(
-    [
-        "model",
-        "temperature",
-        "top_p",
-        "top_k",
-        "max_tokens",
-        "max_completion_tokens",
-        "n",
-        "stop",
-        "seed",
-        "tools",
-        "tool_choice",
-        "response_format",
-        "logprobs",
-        "top_logprobs",
-        "frequency_penalty",
-        "presence_penalty",
-        "logit_bias",
-        "reasoning_effort",
-    ]
+    {
+        *("model", "temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "max_tokens"),
+        *("max_completion_tokens", "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"),
+        *("logprobs", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "response_format"),
+        *("guided_json", "reasoning_effort", "chat_template_kwargs"),
+    }
 )
 """What a row that has a prompt means to be sent, in all likelihood."""
 

@@ -291,7 +291,11 @@ def _is_one(prompts: Any) -> bool:
     if isinstance(prompts, str | Mapping):
         return True
     several = isinstance(prompts, Sequence) and not isinstance(prompts, bytes | bytearray)
-    return several and bool(prompts) and all(isinstance(each, Mapping) and "role" in each for each in prompts)
+    return several and bool(prompts) and all(map(_is_message, prompts))
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and "role" in value and not {"prompt", "messages"} & set(value)
 
 
 def _whole(timeout: float | None) -> dict[str, Any]:

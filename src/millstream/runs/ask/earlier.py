@@ -9,6 +9,7 @@ import msgspec
 from millstream.errors import RequestError
 from millstream.runs.ask.answers import AnswerJournal, Header
 from millstream.runs.ask.bodies import (
+    CAPS,
     Body,
     canonical,
     caps_of,
@@ -16,7 +17,6 @@ from millstream.runs.ask.bodies import (
     key_again,
     key_with_caps,
     with_caps,
-    without_caps,
 )
 from millstream.runs.ask.endings import checked_endings, ending_of
 from millstream.runs.ask.requests import Request
@@ -28,15 +28,16 @@ def refuse_other_order(journal: AnswerJournal, now: Header) -> None:
     Keys don't tell the two apart, but a constrained model does: it writes properties as a schema has them. Only the
     order within a parameter matters. Before journals had headers, bodies were sent with all properties sorted.
     """
-    alike = [each for each in journal.headers if _same(each, now)]
+    alike = [each for each in journal.headers if _same(each, now) or (now.retry_finish and _same_but_caps(each, now))]
     if alike:
-        earlier = {name: in_order(value) for name, value in alike[-1].params.items()}
+        shared = [name for name, value in alike[-1].params.items() if name in now.params and name not in CAPS]
+        earlier = {name: in_order(alike[-1].params[name]) for name in shared}
     elif len(journal) and not journal.headers:
         earlier = {name: canonical(value) for name, value in now.params.items()}
     else:
         return
     for name, value in now.params.items():
-        if earlier.get(name, b"") != in_order(value) and name in earlier:
+        if name in earlier and earlier[name] != in_order(value):
             raise RequestError(
                 f"{name}: an earlier run gave its properties in another order ({_differing(earlier[name], value)}), and"
                 " replies may depend on it: --reuse takes its answers as they are, another --journal asks anew"
@@ -49,7 +50,7 @@ def other_caps(journal: AnswerJournal, now: Header) -> list[dict[str, Any]]:
     They are those of earlier runs that were alike in all else, if this run asks some replies again, or does as one that
     did: then the same prompts have the keys of the limits that they were first asked with.
     """
-    alike = [each for each in journal.headers if each.model == now.model and _same_but_caps(each.params, now.params)]
+    alike = [each for each in journal.headers if _same_but_caps(each, now)]
     own = caps_of(now.params)
     if not now.retry_finish and not any(each.retry_finish and caps_of(each.params) == own for each in alike):
         return []
@@ -69,26 +70,20 @@ class Again:
     """
 
     def __init__(self, journal: AnswerJournal, now: Header, *, faults: bool) -> None:
-        self._journal, self._faults = journal, faults
+        self._journal, self._now, self._faults = journal, now, faults
         self._endings = checked_endings(now.retry_finish)
         self._caps, self._own = other_caps(journal, now), caps_of(now.params)
 
     def find(self, requests: Sequence[Request]) -> list[int]:
         """The places of their earlier outcomes, -1 where there is none."""
         places: list[int] = self._journal.find_many([request.key for request in requests]).tolist()
-        if self._caps:
-            for at, request in enumerate(requests):
-                if places[at] < 0 and not request.fault:
-                    places[at] = self._find_by_other_caps(request)
+        for caps in self._caps:
+            missing = [at for at, place in enumerate(places) if place < 0 and not requests[at].fault]
+            keys = [_other_key(requests[at], caps) for at in missing]
+            for at, key, place in zip(missing, keys, self._journal.find_many(keys).tolist(), strict=True):
+                if place >= 0:
+                    places[at], requests[at].key = place, key
         return places
-
-    def _find_by_other_caps(self, request: Request) -> int:
-        keys = other_keys(request, self._caps)
-        for key, place in zip(keys, self._journal.find_many(keys).tolist(), strict=True):
-            if place >= 0:
-                request.key = key
-                return int(place)
-        return -1
 
     def wants(self, row: bytes, fault: bool) -> bool:
         """Whether the request of an earlier outcome, which is a fault or not, is asked again."""
@@ -102,18 +97,24 @@ class Again:
             request.data = with_caps(request.data, self._own)
 
     def refuse_strangers(self, requests: Sequence[Request]) -> None:
-        """Raise RequestError if replies are to be asked again and nothing is known of the first requests."""
-        good = [request for request in requests if not request.fault]
-        if self._endings and len(self._journal) and good and max(self.find(good)) < 0:
-            raise RequestError(
-                f"--retry-finish: none of the first {len(good):,} prompts was asked with these settings before; give"
-                f" those of the earlier run, only the limit of ids may differ{self._unknown_caps()}"
-            )
+        """Raise RequestError if replies are to be asked again, but with these settings all prompts would be.
 
-    def _unknown_caps(self) -> str:
-        if self._journal.headers:
-            return ""
-        return ". This journal is older and does not say which limit it had: give that one once, without --retry-finish"
+        A journal from before headers does not tell its settings: there it shows in the first requests.
+        """
+        headers, now = self._journal.headers, self._now
+        if not self._endings or not len(self._journal):
+            return
+        if headers and not any(_same_but_caps(each, now) for each in headers):
+            raise RequestError(
+                f"--retry-finish: no earlier run had these settings (the last, another {_unlike(headers[-1], now)});"
+                " only the limit of ids may differ"
+            )
+        good = [request for request in requests if not request.fault]
+        if not headers and good and max(self.find(good)) < 0:
+            raise RequestError(
+                "--retry-finish: nothing of this journal was asked with these settings, and it is too old to tell its"
+                " own: give them once, with the limit of ids of then and without --retry-finish"
+            )
 
 
 class _FaultOf(msgspec.Struct):
@@ -131,18 +132,30 @@ def _kind_of(row: bytes) -> str:
     return _decode_fault(row).fault.kind
 
 
-def other_keys(request: Request, caps: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """The keys that the same request has with other limits of ids."""
+def _other_key(request: Request, caps: Mapping[str, Any]) -> bytes:
+    """The key that the same request has with other limits of ids."""
     body = Body(request.data, None, request.path, request.twin)
-    return [key_again(key_with_caps(body, request.id, each), request.before) for each in caps]
+    return key_again(key_with_caps(body, request.id, caps), request.before)
 
 
 def _same(one: Header, other: Header) -> bool:
-    return one.model == other.model and canonical(one.params) == canonical(other.params)
+    return _unlike(one, other, caps=True) is None
 
 
-def _same_but_caps(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return canonical(without_caps(one)) == canonical(without_caps(other))
+def _same_but_caps(one: Header, other: Header) -> bool:
+    return _unlike(one, other) is None
+
+
+def _unlike(one: Header, other: Header, *, caps: bool = False) -> str | None:
+    """What the two were given that differs, whatever the order; None if it is the same. Limits of ids: if `caps`."""
+    for name in ("model", "system", "template"):
+        if getattr(one, name) != getattr(other, name):
+            return name
+    for name in {**one.params, **other.params}:
+        given = [each.params.get(name, msgspec.UNSET) for each in (one, other)]
+        if (caps or name not in CAPS) and (msgspec.UNSET in given or canonical(given[0]) != canonical(given[1])):
+            return name
+    return None
 
 
 def _differing(earlier: bytes, now: Any) -> str:

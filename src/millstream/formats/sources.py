@@ -1,5 +1,6 @@
 """The input shards of a corpus, and how they become bytes."""
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -7,12 +8,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from millstream.errors import Unusable
+from millstream.errors import RequestError, Unusable
 from millstream.formats.kinds import wide_encoding
 
 READ = 1 << 20
 """Bytes read at once. Blocks of 1 MiB tokenize faster than larger ones, which fall out of the processor's cache."""
 
+USUAL_WINDOW = 128 << 20
+"""Bytes that any frame of a zstd file may hold at once: as much as the zstd program takes without being asked."""
+
+_COUNTED_WINDOW = 8 << 20  # a smaller one is within what a process was measured to need
+_ZSTD_READ = 1 << 10  # 32 MiB unpacked at most: four bytes can become 128 KiB
 _END = 1 << 20
 
 
@@ -143,26 +149,82 @@ def gunzip(file: BinaryIO, size: int | None = None) -> Iterator[bytes]:
 
 
 def unzstd(file: BinaryIO) -> Iterator[bytes]:
-    """What zstd data in a file unpacks to, over all its frames. Raises Unusable where it is damaged or ends early, or
-    needs what is not there."""
+    """What zstd data in a file unpacks to, over all its frames.
+
+    Raises Unusable where it is damaged or ends early, or needs a dictionary; and at a frame that holds more at once
+    than the first one and `USUAL_WINDOW`, as memory was counted without it.
+    """
     import zstandard
 
+    most = max(USUAL_WINDOW, zstd_window(file))
+    unpack = zstandard.ZstdDecompressor(max_window_size=most)
     # Small pieces bound what one call can unpack to; python-zstandard's reader would hide a truncated frame.
-    decoder, fed = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), False
-    for piece in _pieces(file, 1 << 13):
+    decoder, fed = unpack.decompressobj(), False
+    for piece in _pieces(file, _ZSTD_READ):
         while piece:
             try:
                 out = decoder.decompress(piece)
             except zstandard.ZstdError as error:
-                raise Unusable("truncated", f"damaged zstd data ({error})") from error
+                raise Unusable(*_zstd_fault(str(error), most)) from error
             fed = True
             if out:
                 yield out
             piece = decoder.unused_data if decoder.eof else b""
             if decoder.eof:
-                decoder, fed = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), False
+                decoder, fed = unpack.decompressobj(), False
     if fed:
         raise Unusable("truncated", "the zstd data ends early")
+
+
+def _zstd_fault(error: str, most: int) -> tuple[str, str]:
+    if "Dictionary mismatch" in error:
+        return "unreadable", "it was packed with a zstd dictionary: unpack it first, with zstd -d -D DICTIONARY"
+    if "too much memory" in error:
+        told = f"a zstd frame in it needs a window of over {most >> 20:,} MiB: unpack it first, with zstd -d --long=31"
+        return "unreadable", told
+    return "truncated", f"damaged zstd data ({error})"
+
+
+def zstd_window(file: BinaryIO) -> int:
+    """Bytes that unpacking the first frame of a zstd file holds at once; 0 where there is none. The file is at its
+    beginning before and after.
+
+    Frames that are to be skipped come before it in what pzstd writes. The form: RFC 8878, section 3.1.
+    """
+    import zstandard
+
+    at, window = 0, 0
+    head = file.read(18)
+    while head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:
+        at += 8 + int.from_bytes(head[4:8], "little")
+        file.seek(at)
+        head = file.read(18)
+    with contextlib.suppress(zstandard.ZstdError):  # damaged, which the reader says
+        found = zstandard.get_frame_parameters(head)
+        window = min(found.window_size, found.content_size)  # an unknown size is the largest number
+    file.seek(0)
+    return int(window)
+
+
+def unpacking_memory(shards: Iterable[InputShard], memory: int) -> int:
+    """Bytes that unpacking needs beyond the usual, of the `memory` that there is.
+
+    Raises RequestError if it is more than half of it.
+    """
+    largest, largest_shard = 0, None
+    for shard in shards:
+        if shard.packed == "zstd":
+            with contextlib.suppress(OSError), open(shard.uri, "rb") as file:
+                window = zstd_window(file)
+                if window > largest:
+                    largest, largest_shard = window, shard
+    if largest_shard and largest > memory // 2:
+        raise RequestError(
+            f"{largest_shard.called} was packed with a window of {largest >> 20:,} MiB, which is held while it is "
+            f"read, and --memory is {memory >> 20:,}MiB: give --memory {2 * largest >> 20}MiB, or pack it again "
+            "without zstd's --long"
+        )
+    return largest if largest > _COUNTED_WINDOW else 0
 
 
 def fingerprint(shard: InputShard) -> dict[str, object]:

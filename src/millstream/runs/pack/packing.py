@@ -31,7 +31,7 @@ from millstream.formats.manifest import (
 from millstream.formats.parquet import check_columns
 from millstream.formats.shards import Shape
 from millstream.formats.slices import Limits, slices, units
-from millstream.formats.sources import InputShard, rough_total
+from millstream.formats.sources import InputShard, rough_total, unpacking_memory
 from millstream.records import Cursor, Fault, Slice
 from millstream.runs.pack.encode import CHECK_FIRST, Encode, Encoded
 from millstream.runs.pack.folder import (
@@ -122,6 +122,7 @@ class PackRun:
         self.dtype = self.tokenizer.dtype if self.tokenizer else np.dtype(np.uint32)
         self.chat = chat_of(settings, self.tokenizer)
         held = window_memory(settings, 4 if settings.masked else self.dtype.itemsize, rough)
+        held += unpacking_memory(self.shards, settings.memory)
         self.workers, self.workers_why = choose_workers(settings, vocab_size, self.max_document, rough, held)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.started = time.perf_counter()

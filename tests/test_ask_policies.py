@@ -274,6 +274,8 @@ def test_thousands_of_failures_in_a_row_are_only_failures():
     """The waits double with each; they must not do so beyond what a float holds."""
 
     class Gone:
+        base_url = "http://127.0.0.1"
+
         async def send(self, data, path):
             raise WireError(CONNECTION, "refused")
 

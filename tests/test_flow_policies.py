@@ -280,9 +280,9 @@ def test_whoever_watches_is_told_at_once_whatever_the_order():
         await asyncio.sleep(10.0 - item)
         return item
 
-    watch = lambda outcome, time: told.append((outcome.index, time))  # noqa: E731
+    watch = lambda outcome, began, time: told.append((outcome.index, began, time))  # noqa: E731
     run(all_of(Flow(call, range(3), in_flight=3, in_order=True, watch=watch)))
-    assert told == [(2, 8.0), (1, 9.0), (0, 10.0)]
+    assert told == [(2, 0.0, 8.0), (1, 0.0, 9.0), (0, 0.0, 10.0)]
 
 
 @pytest.mark.parametrize("in_flight", [8, 64])

@@ -53,8 +53,9 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
     is admitted. A `batched` source is an async one of lists of items, pulled a list at a time.
 
     `delay` says how long to wait after a failure. A request whose wait is infinite, or above `longest_wait`, is held:
-    the first until another request succeeds, the second for its time, both only as long as anything else is left to do.
-    Then they end in faults that are marked `held`. `watch` is told every outcome at once, in the order of completion.
+    the first until one succeeds that began later, the second for its time, both only while anything else is left to do.
+    Then they end in faults that are marked `held`. `watch` is told every outcome at once, in the order of completion,
+    with the times (s) when its last attempt began and ended.
 
     An exception of the *source* is raised to the reader, after the outcomes of what was admitted before it.
     """
@@ -78,7 +79,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         canaries: int = 0,
         head_start: float = 5.0,
         longest_wait: float = math.inf,
-        watch: Callable[[Outcome[R], float], None] | None = None,
+        watch: Callable[[Outcome[R], float, float], None] | None = None,
         batched: bool = False,
     ) -> None:
         self._places = in_flight if isinstance(in_flight, Places) else Places(in_flight)
@@ -88,7 +89,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._timeout, self._deadline, self._delay = timeout, deadline, delay
         self._gate, self._budget, self._hedge = gate, budget, hedge
         self._canaries, self._head_start = canaries, head_start
-        self._longest_wait, self._watch = longest_wait, watch
+        self._longest_wait, self.watch = longest_wait, watch
         self._batched = batched
         self._stock: deque[T] = deque()  # pulled, and not yet admitted
         self.spent = Spent()
@@ -99,6 +100,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._head: Job[T] | None = None  # it is its turn, but the gate is not open yet
         self._retries: list[tuple[float, int, Job[T]]] = []  # a heap by the time they are due
         self._held: dict[Job[T], None] = {}  # for a success, or for longer than is waited for them alone
+        self._succeeded_at = -math.inf  # when anything did last
         self._scarcity = Stretches()  # when retries that were due waited for the budget
         self._slow: deque[tuple[Job[T], int]] = deque()  # to be hedged, and the attempts they had then
         self._done: deque[Ended] = deque()  # to be handed out
@@ -467,9 +469,10 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
             self._hedge.learn(now - job.since)
         if job.tokens and self._budget:
             self._budget.give_back(job.tokens, now)
+        self._succeeded_at = now
         if self._held:
-            self._release_held(now)
-        self._deliver(Reply(job.index, value, now - job.began, job.attempts), now)
+            self._release_held([job for job in self._held if job.since <= attempt.began], now)
+        self._deliver(Reply(job.index, value, now - job.began, job.attempts), now, attempt.began)
 
     def _failed(self, job: "Job[T]", error: Exception | None, now: float) -> None:
         """One attempt failed (error None: it was cancelled from outside)."""
@@ -501,12 +504,13 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
             heapq.heappush(self._retries, (job.due, job.index, job))
         self._mind_deadline(job)
 
-    def _release_held(self, now: float) -> None:
-        """A request succeeded: whoever waited for that may try again. The retry budget spreads them."""
-        for job in [job for job in self._held if job.due == math.inf]:
-            del self._held[job]
-            job.due = now
-            heapq.heappush(self._retries, (now, job.index, job))
+    def _release_held(self, jobs: "list[Job[T]]", now: float) -> None:
+        """These may try again, if a success is all that they wait for. The retry budget spreads them."""
+        for job in jobs:
+            if job.due == math.inf:
+                del self._held[job]
+                job.due = now
+                heapq.heappush(self._retries, (now, job.index, job))
 
     def _is_all_held(self) -> bool:
         """Nothing runs, and nothing else is due or can be admitted, whatever time brings."""
@@ -515,6 +519,11 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         return all(job in self._held for _, _, job in self._retries if not job.settled)
 
     def _give_up_held(self, now: float) -> None:
+        """All that is left is held: it is given up, or tried once more if anything has succeeded meanwhile."""
+        hopeful = [job for job in self._held if job.since < self._succeeded_at and job.due == math.inf]
+        if hopeful:
+            self._release_held(hopeful, now)
+            return
         held, self._held, self._retries = list(self._held), {}, []
         for job in held:
             job.settled = True
@@ -536,11 +545,11 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         message = "not asked: the run was stopped before"
         self._deliver(Fault(job.index, "stopped", message, now - job.began, job.attempts), now)
 
-    def _deliver(self, outcome: Outcome[R], now: float) -> None:
+    def _deliver(self, outcome: Outcome[R], now: float, began: float | None = None) -> None:
         size = self._weigh(outcome.value) if self._weigh and isinstance(outcome, Reply) else 0
         self._bytes += size
-        if self._watch is not None:
-            self._watch(outcome, now)
+        if self.watch is not None:
+            self.watch(outcome, now if began is None else began, now)
         ended = Ended(outcome, now, size)
         if not self._in_order:
             self._done.append(ended)

@@ -40,20 +40,33 @@ class Spent:
 class Job(Generic[T]):
     """A request on its way: its number, what to call the function with, and how far it has come (times in seconds).
 
-    `attempts` are those that were begun. `counted` is for whoever decides on the next one (a `Delay`), to count what it
-    wants counted. `before` is when the attempt before the present one failed, or when the first one began.
+    `attempts` are those that were begun. `counted`, `alone` and `alone_since` are for whoever decides on the next (a
+    `Delay`), to keep in what it needs. `before` is when the attempt before this one failed, or when the first began.
     """
 
     __slots__ = (
-        *("alarm", "attempts", "before", "began", "counted", "due", "held_back", "index", "item", "last", "settled"),
-        *("scarcity", "since", "tasks", "tokens", "until"),
+        *(
+            "alarm",
+            "alone",
+            "alone_since",
+            "attempts",
+            "before",
+            "began",
+            "counted",
+            "due",
+            "held_back",
+            "index",
+            "item",
+            "last",
+        ),
+        *("scarcity", "settled", "since", "tasks", "tokens", "until"),
     )
 
     def __init__(self, index: int, item: T, began: float, until: float | None) -> None:
         self.index, self.item, self.began, self.until = index, item, began, until
         self.since = self.due = began  # when it began to wait or to be attempted; when the next attempt may begin
-        self.before = began
-        self.attempts = self.counted = 0
+        self.before = self.alone_since = began
+        self.attempts = self.counted = self.alone = 0
         self.tokens = 0  # of the retry budget, taken by its retries
         self.held_back = self.scarcity = 0.0  # by the retry budget; how long that held back any, when it began to wait
         self.last: Exception | None = None  # what its last attempt failed with
@@ -70,7 +83,7 @@ class Job(Generic[T]):
 Delay: TypeAlias = Callable[[Exception, Job[Any]], float | None]
 """(what an attempt raised, its request) -> seconds to wait before the next one, or None to give up.
 
-Infinite: not before another request has succeeded.
+Infinite: not before another request has succeeded that began later.
 """
 
 

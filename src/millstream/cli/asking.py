@@ -40,6 +40,13 @@ from millstream.errors import RequestError, RunError
 @click.option("--timeout", default=600.0, show_default=True, metavar="S", help="Seconds for one attempt.")
 @click.option("--deadline", type=float, metavar="S", help="Seconds for a request with all its retries.")
 @click.option("--attempts", default=5, show_default=True, type=click.IntRange(1), help="Attempts at a request.")
+@click.option(
+    "--longest-wait",
+    default=600.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds that a server's Retry-After is waited for when nothing else is left to ask.",
+)
 @click.option("--rpm", type=click.FloatRange(0, min_open=True), metavar="N", help="Requests a minute at most.")
 @click.option("--tpm", type=click.FloatRange(0, min_open=True), metavar="N", help="Ids a minute at most.")
 @click.option("--ordered", is_flag=True, help="Write rows in the prompts' order, not as they are answered.")

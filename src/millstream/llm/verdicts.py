@@ -357,7 +357,7 @@ def verdict(status: int | None, said: Said, url: str, seconds: float | None = No
     return next(line for line in HTTP if line.fit(status, said, url, seconds))
 
 
-def named(kind: str) -> Verdict:
+def of_row(kind: str) -> Verdict:
     """The verdict on a row that made no request."""
     return next((line for line in (BAD_ROW, TWICE) if line.kind == kind), replace(BAD_ROW, kind=kind))
 

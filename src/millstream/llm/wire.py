@@ -224,6 +224,10 @@ def wait_before_retry(error: Exception, attempts: int, most: int, draw: random.R
     again = error.retry if isinstance(error, WireError) else isinstance(error, TimeoutError)
     if not again or attempts >= most:
         return None
-    wait = draw.uniform(0.0, min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(attempts, _DOUBLINGS)))
-    asked = getattr(error, "retry_after", None)
-    return wait if asked is None else asked + wait
+    asked: float | None = getattr(error, "retry_after", None)
+    return (asked or 0.0) + backoff(attempts, draw)
+
+
+def backoff(attempts: int, draw: random.Random, longest: float = LONGEST_WAIT) -> float:
+    """Seconds to wait after so many attempts, at random up to a bound that doubles and is never above `longest`."""
+    return draw.uniform(0.0, min(longest, FIRST_WAIT * 2.0 ** min(attempts, _DOUBLINGS)))

@@ -93,6 +93,7 @@ def _client(settings: AskSettings) -> Client:
         timeout=settings.timeout,
         deadline=settings.deadline,
         attempts=settings.attempts,
+        longest_wait=settings.longest_wait,
         rpm=settings.rpm,
         tpm=settings.tpm,
         hedge=settings.hedge,

@@ -21,19 +21,19 @@ from typing import Any, Literal, TypeAlias
 
 from millstream.aio import Fault, Flow, race
 from millstream.aio.hedging import Hedge
-from millstream.aio.jobs import Job
 from millstream.aio.limits import Adaptive, Fixed
 from millstream.aio.places import Places
 from millstream.aio.rates import All, Rate, RetryBudget, per_minute
 from millstream.bridge import run
 from millstream.errors import RequestError
 from millstream.llm.replies import MOST
-from millstream.llm.verdicts import SCHEMA, named
-from millstream.llm.wire import Answer, Wire, WireError, wait_before_retry
+from millstream.llm.verdicts import SCHEMA, of_row
+from millstream.llm.wire import Answer, Wire, WireError
 from millstream.runs.ask.bodies import body_from, in_order, words
 from millstream.runs.ask.outcomes import Outcomes, collected, leave_with
 from millstream.runs.ask.pieces import Pieces
 from millstream.runs.ask.requests import Reply, Request, outcome_of
+from millstream.runs.ask.retrying import LONGEST_ASKED, Retrying
 from millstream.runs.ask.servers import Servers
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
@@ -43,8 +43,6 @@ _DEFAULT: Any = object()
 _CHARACTERS_PER_ID = 4
 _FIRST_GUESS = 256  # ids of a reply, before any has come
 _WINDOW_BYTES = 64 << 20  # of replies that wait to be handed out
-
-_FIRST_CONNECTIONS = 3  # attempts at a server that has never answered: its address may be wrong
 
 
 class Client:
@@ -59,7 +57,9 @@ class Client:
     schema, asks for JSON that fits it; a reply that does not is tried again.
 
     `in_flight` attempts run at once, over all that the client does; ``"auto"`` finds out how many. `timeout` bounds one
-    attempt, `deadline` a request with all its retries and waits (seconds; None: no bound); `attempts` are made at most.
+    attempt, `deadline` a request with all its retries and waits (seconds; None: no bound); `attempts` are made at most,
+    not counting those for which the server was too busy while others got through. A server that asks to be left alone
+    for longer than `longest_wait` (seconds) is, while there is anything else to ask.
     `rpm` and `tpm` bound the requests and the ids of a minute. `hedge` asks slow requests a second time, at another
     server if there is one, and takes the first reply. A reply has at most `max_reply` bytes, unpacked.
 
@@ -78,6 +78,7 @@ class Client:
         timeout: float | None = 600.0,
         deadline: float | None = None,
         attempts: int = 5,
+        longest_wait: float = LONGEST_ASKED,
         rpm: float | None = None,
         tpm: float | None = None,
         hedge: bool = False,
@@ -118,7 +119,8 @@ class Client:
             "weigh": lambda answer: len(answer.raw),
             "timeout": timeout,
             "deadline": deadline,
-            "delay": self._delay,
+            "delay": Retrying(self.servers, attempts, self._draw).delay,
+            "longest_wait": longest_wait,
             "gate": self.gate,
             "budget": RetryBudget(),
             "hedge": Hedge(self.attempt) if hedge else None,
@@ -195,6 +197,10 @@ class Client:
         body = _written(self._body(prompt))
         return Pieces(wire, body, timeout=whole, attempts=self._attempts, draw=self._draw)
 
+    def holding(self, on_held: Callable[[Exception], None]) -> Retrying:
+        """How failures are asked again where a request may be held until the servers are back; `on_held` is told."""
+        return Retrying(self.servers, self._attempts, self._draw, on_held)
+
     # The parts of it ------------------------------------------------------------------------------------------------
 
     def flow(self, requests: Any, **options: Any) -> Flow[Request, Answer]:
@@ -204,7 +210,7 @@ class Client:
     async def attempt(self, request: Request) -> Answer:
         """One attempt at one request, at the next server in turn. Raises WireError."""
         if request.fault:
-            raise WireError(named(request.fault[0]), request.fault[1])
+            raise WireError(of_row(request.fault[0]), request.fault[1])
         request.server = self.servers.pick(request.server, self._clock())
         try:
             answer = await self.servers.send(request.server, request.data, request.path, self._clock)
@@ -217,12 +223,6 @@ class Client:
         _count(self.used, answer.usage)
         self._learned_ids += 0.05 * ((answer.usage.get("completion_tokens") or 0) - self._learned_ids)
         return answer
-
-    def _delay(self, error: Exception, job: Job[Request]) -> float | None:
-        most = self._attempts
-        if not self.used and isinstance(error, WireError) and error.kind == "connection":
-            most = min(most, _FIRST_CONNECTIONS)
-        return wait_before_retry(error, job.attempts, most, self._draw)
 
     def likely_ids(self, request: Request) -> tuple[float, float]:
         """Ids in a request and in its reply, as far as one can know beforehand: its limit, else what replies had."""

@@ -5,21 +5,25 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from millstream.aio import Fault, Flow
+from millstream.aio import Reply as Done
 from millstream.errors import AskStopped
-from millstream.llm.wire import Answer, WireError
+from millstream.llm.wire import Answer
 from millstream.runs.ask.requests import Reply, outcome_of
-from millstream.runs.ask.tripwire import named, sentence
+from millstream.runs.ask.tripwire import Tripwire
 
 
 class Outcomes(AsyncIterator[Reply | Fault]):
     """The outcomes of a run of requests, inside ``async with``; after the block nothing of it is alive.
 
-    Raises AskStopped, once, at the first fault that every other request would share: a wrong key, no such model, no
-    quota left. What was under way then comes to its end before, and is in the exception's `outcomes`.
+    Raises AskStopped, once, when it is clear that every other request would end the same way: a wrong key, no such
+    model, no quota left (docs/verdicts.md says after how many). What was under way then comes to its end before, and is
+    in the exception's `outcomes`.
     """
 
     def __init__(self, flow: Flow[Any, Answer]) -> None:
         self._flow = flow
+        self._tripwire = Tripwire(flow.stop, shared=True)
+        flow.watch = self._tripwire.seen
         self.rest: list[Reply | Fault] = []
         """What was not handed out when the run was stopped, in order of the requests, the fault that stopped it too."""
 
@@ -32,16 +36,17 @@ class Outcomes(AsyncIterator[Reply | Fault]):
 
     async def __anext__(self) -> Reply | Fault:
         outcome = await anext(self._flow)
-        if isinstance(outcome, Fault) and isinstance(outcome.error, WireError) and outcome.error.fatal:
-            self._flow.stop()
-            self.rest.append(named(outcome))
+        if self._tripwire.reason is not None:
+            self._keep(outcome)
             async for each in self._flow:
-                if not (isinstance(each, Fault) and each.kind == "stopped"):
-                    self.rest.append(outcome_of(each))
+                self._keep(each)
             self.rest.sort(key=_index)
-            reason = f"{sentence(named(outcome))} Stopped: every other request would end the same way"
-            raise AskStopped(reason, self.rest)
+            raise AskStopped(self._tripwire.reason, self.rest)
         return outcome_of(outcome)
+
+    def _keep(self, outcome: Done[Answer] | Fault) -> None:
+        if not (isinstance(outcome, Fault) and outcome.kind == "stopped"):
+            self.rest.append(outcome_of(outcome))
 
 
 async def collected(outcomes: Outcomes, found: list[Reply | Fault]) -> list[Reply | Fault]:

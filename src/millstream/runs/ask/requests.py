@@ -1,6 +1,6 @@
 """What is asked, and what the model said: a `Request` in, a `Reply` out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -8,8 +8,7 @@ import msgspec
 from millstream.aio import Fault
 from millstream.aio import Reply as Done
 from millstream.llm.tolerant import mapping
-from millstream.llm.wire import CHAT, Answer
-from millstream.runs.ask.tripwire import named
+from millstream.llm.wire import CHAT, Answer, WireError
 
 
 class Request(msgspec.Struct, eq=False, gc=False):
@@ -91,3 +90,17 @@ def outcome_of(done: Done[Answer] | Fault) -> Reply | Fault:
     if isinstance(done, Fault):
         return named(done)
     return reply_of(done.value, index=done.index, latency=done.seconds, attempts=done.attempts)
+
+
+def named(fault: Fault) -> Fault:
+    """A fault in the server's own words, without the exception's class in front."""
+    if fault.faults:
+        faults = tuple(map(named, fault.faults))
+        return replace(fault, message=f"all {len(faults)} failed, the last with {faults[-1].message}", faults=faults)
+    if not isinstance(fault.error, WireError):
+        return fault
+    return replace(fault, kind=fault.error.kind, message=str(fault.error))
+
+
+def sentence(fault: Fault) -> str:
+    return fault.message if fault.message.endswith((".", "?", "!")) else f"{fault.message}."

@@ -8,8 +8,7 @@ import msgspec
 from millstream.aio import Fault, Reply
 from millstream.formats.batch import output_row
 from millstream.llm.wire import Answer, WireError
-from millstream.runs.ask.requests import Request
-from millstream.runs.ask.tripwire import named
+from millstream.runs.ask.requests import Request, named
 
 _encode = msgspec.json.encode
 

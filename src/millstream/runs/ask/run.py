@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -78,8 +77,7 @@ class AskRun:
         self.purse = Purse(settings.price or (0.0, 0.0), settings.max_cost, client)
         self.tally = Tally(client, self.purse if settings.price else None, on_progress)
         self.tally.tells_unknown = bool(settings.retry_finish)
-        self.tripwire = Tripwire()
-        self.tripped: str | None = None
+        self.tripwire = Tripwire(lambda: self.flow.stop())
         self.stopped: str | None = None
         self.interrupts = 0
         self.listed = 0
@@ -100,18 +98,18 @@ class AskRun:
                 async with self.flow:
                     async for outcome in self.flow:
                         self._take(outcome)
-                    self._settle_held()
-                if self.stopped or self.tripped:
+                    self._settle_held(ended=not (self.stopped or self.tripwire.reason))
+                if self.stopped or self.tripwire.reason:
                     await self._leave_the_rest()
-            self.lineup.end(stopped=bool(self.stopped or self.tripped))
+            self.lineup.end(stopped=bool(self.stopped or self.tripwire.reason))
         except BaseException as error:
             with contextlib.suppress(RunError):  # what happened first is what is told
                 self.lineup.end(stopped=True)
             if isinstance(error, asyncio.CancelledError) and self.interrupts > 1:
                 return None
             raise
-        if self.tripped:
-            raise RunError(self.tripped + advice(self.journal))
+        if self.tripwire.reason:
+            raise RunError(self.tripwire.reason + advice(self.journal))
         return self.tally.report(self.out, self.flow, stopped=self.stopped, journal=self.journal)
 
     def _flow(self) -> Any:
@@ -123,6 +121,8 @@ class AskRun:
             gate=All(gates) if gates else None,
             canaries=_CANARIES,
             batched=True,
+            delay=self.client.holding(self._hold).delay,
+            watch=self.tripwire.seen,
         )
 
     def _listen_to_interrupts(self, stack: contextlib.AsyncExitStack) -> None:
@@ -201,6 +201,7 @@ class AskRun:
         row = self.journal.row(place, request.id, request.index)
         if row is None:
             return None, -1
+        self.tripwire.answered |= not is_fault(place)
         if self.again.wants(row, is_fault(place)):
             self.again.prepare(request)
             return None, place
@@ -215,7 +216,7 @@ class AskRun:
         self._leave_all()
         if self.out == "-" or self.prompts.uri == "-":
             return  # nothing may come behind a row that is missing; and whoever writes to us may never end
-        with contextlib.suppress(RunError) if self.tripped else contextlib.nullcontext():
+        with contextlib.suppress(RunError) if self.tripwire.reason else contextlib.nullcontext():
             for batch in self.rows:
                 self._unknown(batch)
                 self._leave_all()
@@ -232,26 +233,26 @@ class AskRun:
         """An outcome; faults that may turn out to be everybody's are held until that is known."""
         if isinstance(outcome, Fault) and outcome.kind in _NOT_ASKED:
             self._leave(outcome.index)
-            self.stopped = self.stopped or (None if self.tripped else TOO_DEAR)
+            self.stopped = self.stopped or (None if self.tripwire.reason else TOO_DEAR)
             return
-        reason = self.tripwire.reason(outcome, time.monotonic())
-        if isinstance(outcome, Reply) or not (reason or self.tripwire.suspicious):
-            self._settle(outcome)
-        else:
+        if isinstance(outcome, Fault) and self.tripwire.doubts(outcome):
             self.held.append(outcome)
-        if reason:
-            self.tripped = self.tripped or reason
-            self.flow.stop()
-            for fault in self.held:
-                self._leave(fault.index)
-            self.held.clear()
-        elif not self.tripwire.suspicious:
+        else:
+            self._settle(outcome)
+        if self.held and not self.tripwire.doubts(self.held[0]):
             self._settle_held()
 
-    def _settle_held(self) -> None:
-        for fault in self.held:
-            self._settle(fault)
-        self.held.clear()
+    def _hold(self, error: Exception) -> None:
+        self.tripwire.held(error, asyncio.get_running_loop().time())
+
+    def _settle_held(self, ended: bool = False) -> None:
+        """Of the faults that were in doubt those that are no more; all, if the run ended and nothing stopped it."""
+        held, self.held = self.held, []
+        for fault in held:
+            if ended or not self.tripwire.doubts(fault):
+                self._settle(fault)
+            else:
+                self.held.append(fault)
 
     def _settle(self, outcome: Reply[Answer] | Fault) -> None:
         asked = self.under_way.pop(outcome.index)

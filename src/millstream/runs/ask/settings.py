@@ -12,7 +12,8 @@ class AskSettings:
     `timeout` bounds one attempt and `deadline` a request with all its retries, in seconds; None: no bound. `price` is
     that of a million ids in prompts and in replies; `max_cost`, in the same money, is never exceeded by what servers
     report. `keep_input` puts the row's own fields beside the answer. `max_reply` is the most bytes that are read of a
-    reply. `overwrite` replaces an output that belongs to no journal of ours.
+    reply. A server that asks to be left alone for longer than `longest_wait` seconds is, while anything else
+    is left to ask; then the run stops. `overwrite` replaces an output that belongs to no journal of ours.
 
     `row_params` names the fields of plain rows that are sent as parameters. `retry_finish` asks replies again that
     ended so ("length", "content_filter", "refusal"), with other limits of ids in `params` if they are given. `reuse`
@@ -31,6 +32,7 @@ class AskSettings:
     timeout: float | None = 600.0
     deadline: float | None = None
     attempts: int = 5
+    longest_wait: float = 600.0
     rpm: float | None = None
     tpm: float | None = None
     hedge: bool = False

@@ -506,7 +506,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         (json.dumps(batch_row(5, messages=user("a"))).encode(), "'custom_id' is not text but int"),
         (json.dumps(batch_row("", messages=user("a"))).encode(), "'custom_id' is empty"),
         (json.dumps(batch_row("a")).encode(), "'messages' is no list of messages"),
-        (json.dumps(batch_row("a", "/v1/embeddings", input="a")).encode(), "'url' is '/v1/embeddings'"),
+        (json.dumps(batch_row("a", "embeddings", input="a")).encode(), "'url' is 'embeddings'"),
         (json.dumps(batch_row("a", messages=user("a"), model=5)).encode(), "'body' names no model"),
         (json.dumps(batch_row("a", messages=user("a"), seed=float("inf"))).encode(), "NaN or Infinity"),
         (json.dumps(batch_row("a", messages=user("a"), stream=True)).encode(), "'stream'"),

@@ -2,8 +2,10 @@
 
 import asyncio
 import itertools
+import json
+import re
 import threading
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from queue import Queue
 
 import msgspec
@@ -133,3 +135,24 @@ def deciding_elsewhere(decide):
         loop.call_soon_threadsafe(stop.set)
         thread.join()
         loop.close()
+
+
+@asynccontextmanager
+async def serving(reply_to):
+    """The address of a server that answers each request with the bytes of `reply_to(path, body)`; all that it heard."""
+    heard = []
+
+    async def handle(reader, writer):
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            size = int(re.search(r"(?i)content-length: (\d+)", head)[1])
+            heard.append((head.split(" ")[1], json.loads(await reader.readexactly(size))))
+            writer.write(reply_to(*heard[-1]))
+        writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}", heard
+    finally:
+        server.close()
+        await server.wait_closed()

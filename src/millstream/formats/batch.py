@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-PATHS = ("/chat/completions", "/completions")
-"""What `parse_request` takes unless told otherwise."""
+CHAT = "/chat/completions"
+"""The path of a request unless told otherwise."""
 
 LONGEST_ID = 64
 """Characters of a custom_id that every server is known to take."""
@@ -85,8 +85,8 @@ def is_request(row: Mapping[str, Any]) -> bool:
     return "body" in row and "custom_id" in row and ("url" in row or "method" in row)
 
 
-def parse_request(row: Mapping[str, Any], paths: tuple[str, ...] | None = PATHS) -> BatchRequest:
-    """The request in a row. Raises ValueError that says what is missing or wrong; `paths` None: any path will do.
+def parse_request(row: Mapping[str, Any]) -> BatchRequest:
+    """The request in a row, for any path. Raises ValueError that says what is missing or wrong.
 
     >>> parse_request({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": "m"}})
     BatchRequest(custom_id='a', path='/completions', body={'model': 'm'})
@@ -99,10 +99,8 @@ def parse_request(row: Mapping[str, Any], paths: tuple[str, ...] | None = PATHS)
     if method != "POST":
         raise ValueError(f"'method' is {method!r:.40}; a batch takes POST only")
     if not isinstance(url, str) or not url.startswith("/"):
-        raise ValueError(f"'url' is {url!r:.80}; it is a path such as '/v1{PATHS[0]}'")
+        raise ValueError(f"'url' is {url!r:.80}; it is a path such as '/v1{CHAT}'")
     path = url.removeprefix("/v1") if url.startswith("/v1/") else url
-    if paths is not None and path not in paths:
-        raise ValueError(f"'url' is {url!r:.80}; supported are {' and '.join('/v1' + known for known in paths)}")
     if not isinstance(body, dict):
         raise ValueError(f"'body' is not an object but {type(body).__name__}")
     if body.get("stream"):
@@ -110,7 +108,7 @@ def parse_request(row: Mapping[str, Any], paths: tuple[str, ...] | None = PATHS)
     return BatchRequest(custom_id, path, body)
 
 
-def request_row(custom_id: str, body: Mapping[str, Any], path: str = PATHS[0]) -> dict[str, Any]:
+def request_row(custom_id: str, body: Mapping[str, Any], path: str = CHAT) -> dict[str, Any]:
     """A row that asks. Raises ValueError for a custom_id that is empty or over `LONGEST_ID` characters.
 
     >>> request_row("a", {"model": "m", "prompt": "hi"}, "/completions")
@@ -179,7 +177,8 @@ def output_row(
 def read_outcome(row: Mapping[str, Any]) -> BatchOutcome:
     """What a row of any producer says. Raises ValueError only if it has no custom_id.
 
-    It is ok if `error` is null, there is a response with status 200, and its body is an object without an error.
+    It is ok if `error` is null, there is a response with status 200, and its body is an array, or an object without an
+    error.
 
     >>> read_outcome({"custom_id": "a", "response": {"status_code": 200, "body": {"choices": []}}, "error": None})
     BatchOutcome(custom_id='a', ok=True, code=None, message=None)
@@ -230,7 +229,7 @@ def _failure(row: Mapping[str, Any]) -> tuple[int | None, Any]:
         return refused, body if isinstance(body, str) and body else {"message": f"HTTP {status}"}
     if status != 200:
         return None, {"code": "no_status", "message": "the response has no HTTP status"}
-    if not isinstance(body, Mapping):
+    if not isinstance(body, Mapping | list):
         return None, {"code": "no_body", "message": "the response has no body"}
     return None, None
 

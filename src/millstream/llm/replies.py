@@ -5,8 +5,9 @@ from typing import Any, Protocol
 
 import msgspec
 
+from millstream.llm.addresses import CHAT
 from millstream.llm.peers import Peer
-from millstream.llm.tolerant import BLANK, fitted, mapping, text_in, thought_in, usage_of, word_of
+from millstream.llm.tolerant import BLANK, fitted, json_of, mapping, text_in, thought_in, usage_of, word_of
 from millstream.llm.verdicts import NO_TEXT, SPEECHLESS, TOO_LONG, UNUSABLE, WITHHELD, WireError
 
 MOST = 64 << 20
@@ -14,6 +15,8 @@ MOST = 64 << 20
 
 _MOST_OF_ERROR = 1 << 20  # bytes that are read of a reply that is no answer
 GIVEN_UP = {"error", "abort"}  # what servers call the end of a reply that they did not end
+_NOT_FINISHED = ("failed", "cancelled")  # what the responses endpoint calls that
+_WITH_CHOICES = "/completions"  # how the paths end whose replies have choices
 _FINAL = {  # finish_reason -> what it means if there is no text: another attempt would be paid for and end the same way
     "length": (NO_TEXT, "no text: all of max_tokens went into thinking; give it more"),
     "content_filter": (WITHHELD, "no text: the server's content filter took it away"),
@@ -26,7 +29,8 @@ class Answer(msgspec.Struct, frozen=True):
     `usage` is the server's own count of ids; `raw` the whole reply, JSON; `server` the base URL that gave it. A model
     that refused or called tools may have said nothing else: then `refusal` is the text, too, or the text is empty.
     `reasoning` is what it thought before it spoke, where the server shows that. Of several choices, `texts` and
-    `finish_reasons` have all.
+    `finish_reasons` have all. The reply of an endpoint without choices (embeddings, rerank, ...) is `opaque`: it has no
+    text, and all that it says is in its body.
     """
 
     text: str
@@ -40,11 +44,12 @@ class Answer(msgspec.Struct, frozen=True):
     reasoning: str | None = None
     texts: tuple[str | None, ...] = ()
     finish_reasons: tuple[str | None, ...] = ()
+    opaque: bool = False
 
     @property
-    def body(self) -> dict[str, Any]:
-        """The whole reply, decoded anew each time."""
-        return mapping(self.raw)
+    def body(self) -> Any:
+        """The whole reply, decoded anew each time: an object; an array, where an endpoint answers with one."""
+        return json_of(self.raw)
 
 
 class Incoming(Protocol):
@@ -83,12 +88,16 @@ def too_large(peer: Peer, most: int) -> WireError:
     return peer.error(TOO_LONG, f"a reply of over {most:,} bytes, the most that is read (--max-reply)", status=200)
 
 
-def answer_in(peer: Peer, content: bytes) -> Answer:
-    """The answer in a reply with status 200. Raises WireError: what cannot be used is asked again like a 502.
+def answer_in(peer: Peer, content: bytes, path: str = CHAT) -> Answer:
+    """The answer in a reply with status 200 to a request for `path`. Raises WireError for what is none.
 
     >>> answer_in(Peer(""), b'{"choices": [{"message": {"content": "Paris"}}], "usage": {"total_tokens": 9}}').usage
     {'total_tokens': 9}
+    >>> answer_in(Peer(""), b'{"data": [], "usage": {"total_tokens": 9}}', "/embeddings").opaque
+    True
     """
+    if not path.endswith(_WITH_CHOICES):
+        return _opaque(peer, content)
     try:
         body = _decode(content)
     except (ValueError, RecursionError):
@@ -115,6 +124,21 @@ def answer_in(peer: Peer, content: bytes) -> Answer:
         texts=tuple(map(_text_of, several)),
         finish_reasons=tuple(each.finish_reason for each in several),
     )
+
+
+def _opaque(peer: Peer, content: bytes) -> Answer:
+    """A reply of whatever form, as long as it is JSON and neither an error nor a reply that was not finished."""
+    try:
+        found = json_of(content)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict | list):
+        raise unusable(peer, _looks_like(content), {})
+    named = found if isinstance(found, dict) else {}
+    usage, model, status = usage_of(named.get("usage")), named.get("model"), named.get("status")
+    if named.get("error") or status in _NOT_FINISHED:
+        raise not_whole(peer, named.get("error"), "error", usage)
+    return Answer("", model if isinstance(model, str) else None, usage, None, content, peer.url, opaque=True)
 
 
 def not_whole(peer: Peer, error: Any, finish_reason: str | None, usage: dict[str, Any]) -> WireError:

@@ -54,7 +54,7 @@ class SdkWire:
             await response.close()
         if response.status != 200:
             raise self._peer().refused(response.status, content, response.headers)
-        return answer_in(self._peer(), content)
+        return answer_in(self._peer(), content, path)
 
     def pieces(self, body: Mapping[str, Any] | bytes, path: str = CHAT) -> Stream:
         """One attempt whose text comes piece by piece; see `Wire.pieces`."""

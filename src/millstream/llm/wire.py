@@ -125,7 +125,7 @@ class Wire:
             raise self._lost(error) from None  # its cause may hold the key
         if response.status != 200:
             raise self._peer.refused(response.status, content, response.headers)
-        return answer_in(self._peer, content)
+        return answer_in(self._peer, content, path)
 
     async def _content(self, response: ClientResponse) -> bytes:
         """The body of a reply, as far as it is read."""

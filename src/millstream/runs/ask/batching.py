@@ -529,7 +529,7 @@ def _request(shard: InputShard, number: int, line: bytes) -> tuple[BatchRequest,
     """The request of a line, and its url as it stands there."""
     try:
         row = parse_line(line)
-        return parse_request(row, paths=None), row["url"]
+        return parse_request(row), row["url"]
     except ValueError as error:
         raise DataError(f"{shard.name}, line {number}: {error}") from None
 

@@ -220,10 +220,14 @@ class Bodies:
             checked_messages(body.get("messages"))
         if body.get("stream"):
             raise ValueError("'body' asks for a stream, and replies come whole: leave it out")
-        filled = {**{name: value for name, value in self._given.items() if name not in body}, **body}
+        has_choices = path.endswith("/completions")
+        unfit = {*body, *(() if has_choices else ("response_format",))}
+        filled = {**{name: value for name, value in self._given.items() if name not in unfit}, **body}
         if filled["model"] is None:
             filled["model"] = self._given["model"]
-        if not isinstance(filled["model"], str):
+        if filled["model"] is None and not has_choices:
+            del filled["model"]  # a server that ranks and scores may have but one
+        elif not isinstance(filled["model"], str):
             raise ValueError("'body' names no model: put one in, or give --model")
         return Body(in_order(filled), _hash(_encode_sorted(filled)), path)
 

@@ -21,7 +21,7 @@ def row_of(request: Request, outcome: Reply[Answer] | Fault, *, whole: bool = Fa
     tail = {"latency_s": round(outcome.seconds, 4), "attempts": outcome.attempts}
     if isinstance(outcome, Reply):
         answer = outcome.value
-        body = {"body": answer.body} if whole else {}
+        body = {"body": answer.body} if whole or answer.opaque else {}
         return {**_head(request), **_told(answer), "usage": answer.usage, "model": answer.model, **tail, **body}
     fault = named(outcome)
     status = {"status": fault.error.status} if isinstance(fault.error, WireError) and fault.error.status else {}
@@ -38,7 +38,7 @@ def _told(answer: Answer) -> dict[str, Any]:
         "tool_calls": answer.tool_calls,
     }
     there = {name: value for name, value in more.items() if value}
-    return {"text": answer.text, "finish_reason": answer.finish_reason, **there}
+    return {"text": None if answer.opaque else answer.text, "finish_reason": answer.finish_reason, **there}
 
 
 def row_of_none(request: Request) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def batch_line(request: Request, row: Mapping[str, Any]) -> bytes:
     custom_id = str(request.index) if request.id is None else request.id
     name, fault = f"batch_req_{request.key.hex()}", row.get("fault")
     if fault is None:
-        return _encode(output_row(custom_id, name=name, body=row.get("body") or _body(row)))
+        return _encode(output_row(custom_id, name=name, body=row["body"] if "body" in row else _body(row)))
     error, status = {"code": fault["kind"], "message": fault["message"]}, fault.get("status", 200)
     if status == 200:
         return _encode(output_row(custom_id, name=name, error=error))

@@ -1,14 +1,17 @@
 """A pack run in words: progress while it goes, a summary at the end."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from millstream.formats.corpus import ignored_files
 from millstream.runs.progress import AskProgress, AskReport, Progress, Report
 
-_LINE_EVERY = 10.0  # seconds between plain lines, where there is no terminal
+_WRITTEN_OVER = 0.2  # seconds between lines on a terminal
+_FIRST_LINE, _LONGEST_WAIT = 10.0, 300.0  # seconds between plain lines, where there is none
 
 
 def _rates(now: Progress) -> tuple[float, float]:
@@ -24,24 +27,39 @@ def bottleneck(stages: dict[str, float], workers: int) -> str:
     return max(cost, key=lambda name: cost[name]) if cost else "-"
 
 
-def progress_line(now: Progress) -> str:
-    """One line of progress: how much, how fast, how long still, and what it waits for."""
+def progress_line(now: Progress, width: int | None = None) -> str:
+    """One line of progress: how much, how fast, how long still, and what it waits for; what matters least is left out
+    where it would be wider than `width`."""
     byte_rate, id_rate = _rates(now)
     parts = [
-        f"{now.documents:,} documents",
-        f"{now.ids:,} ids",
-        f"{byte_rate / 1e6:.0f} MB/s",
-        f"{id_rate / 1e6:.1f} M ids/s",
+        (0, f"{now.share:4.0%}" if now.share is not None else ""),
+        (2, f"{now.documents:,} documents"),
+        (3, f"{now.ids:,} ids"),
+        (6, f"{byte_rate / 1e6:.0f} MB/s"),
+        (4, f"{id_rate / 1e6:.1f} M ids/s"),
+        (1, _left(now)),
+        (7, f"slowest: {bottleneck(now.stages, now.workers)}"),
+        (5, f"{now.faults:,} faulty" if now.faults else ""),
     ]
-    if now.total_bytes:
-        share = min(1.0, now.bytes / now.total_bytes)
-        parts.insert(0, f"{share:4.0%}")
-        if byte_rate:
-            parts.append(f"{_time(max(0, now.total_bytes - now.bytes) / byte_rate)} left")
-    parts.append(f"slowest: {bottleneck(now.stages, now.workers)}")
-    if now.faults:
-        parts.append(f"{now.faults:,} faulty")
-    return " · ".join(parts)
+    return fitting(parts, width)
+
+
+def _left(now: Progress) -> str:
+    if now.share is None or now.share_before is None or now.share <= now.share_before:
+        return ""
+    return f"{_time(now.seconds * (1 - now.share) / (now.share - now.share_before))} left"
+
+
+def fitting(parts: list[tuple[int, str]], width: int | None) -> str:
+    """The parts (rank, text) in one line; of those that do not fit into `width`, the ones of the highest rank go.
+
+    >>> fitting([(0, "40%"), (2, "12 documents"), (1, "0:03 left")], 20)
+    '40% · 0:03 left'
+    """
+    kept = [part for part in parts if part[1]]
+    while len(kept) > 1 and width is not None and len(" · ".join(text for _, text in kept)) > width:
+        kept.remove(max(kept))
+    return " · ".join(text for _, text in kept)
 
 
 def _time(seconds: float) -> str:
@@ -50,16 +68,27 @@ def _time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+class _NowAndThen:
+    """When the next plain line is due: soon at first, later less often, so that a night fills no page."""
+
+    def __init__(self) -> None:
+        self._last, self._wait = time.monotonic(), _FIRST_LINE
+
+    def due(self) -> bool:
+        if time.monotonic() - self._last < self._wait:
+            return False
+        self._last, self._wait = time.monotonic(), min(2 * self._wait, _LONGEST_WAIT)
+        return True
+
+
 @contextmanager
 def watch_pack() -> Iterator[Callable[[Progress], None]]:
-    """Show progress on standard error: a live bar on a terminal, else a plain line every 10 seconds."""
+    """Show progress on standard error: a live bar on a terminal, else a plain line now and then."""
     if not sys.stderr.isatty():
-        last = time.monotonic()
+        lines = _NowAndThen()
 
         def line(now: Progress) -> None:
-            nonlocal last
-            if time.monotonic() - last >= _LINE_EVERY:
-                last = time.monotonic()
+            if lines.due():
                 print(progress_line(now), file=sys.stderr, flush=True)
 
         yield line
@@ -69,52 +98,53 @@ def watch_pack() -> Iterator[Callable[[Progress], None]]:
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
-    with Bar(BarColumn(20), TextColumn("{task.description}"), console=console, transient=True) as bar:
+    bar_width = 20 if console.width >= 100 else 8
+    with Bar(BarColumn(bar_width), TextColumn("{task.description}"), console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
         def update(now: Progress) -> None:
-            bar.update(task, completed=now.bytes, total=now.total_bytes, description=progress_line(now))
+            line = progress_line(now, console.width - bar_width - 2)
+            bar.update(task, completed=now.share or 0, total=now.share and 1.0, description=line)
 
         yield update
 
 
 @contextmanager
 def watch_ask() -> Iterator[Callable[[AskProgress], None]]:
-    """Show progress on standard error: a line that is written over on a terminal, else one every 10 seconds."""
+    """Show progress on standard error: a line that is written over on a terminal, else one now and then."""
     terminal = sys.stderr.isatty()
-    every = 0.2 if terminal else _LINE_EVERY
-    last = time.monotonic()
+    lines, shown = _NowAndThen(), 0.0
 
     def line(now: AskProgress) -> None:
-        nonlocal last
-        if time.monotonic() - last >= every:
-            last = time.monotonic()
-            print(ask_line(now), file=sys.stderr, end="\033[K\r" if terminal else "\n", flush=True)
+        nonlocal shown
+        if terminal and time.monotonic() - shown >= _WRITTEN_OVER:
+            shown = time.monotonic()
+            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1  # a cursor at the edge would wrap
+            print(ask_line(now, width), file=sys.stderr, end="\033[K\r", flush=True)
+        elif not terminal and lines.due():
+            print(ask_line(now), file=sys.stderr, flush=True)
 
     yield line
     if terminal:
         print(end="\033[K", file=sys.stderr, flush=True)
 
 
-def ask_line(now: AskProgress) -> str:
-    """One line of progress of an ask run."""
+def ask_line(now: AskProgress, width: int | None = None) -> str:
+    """One line of progress of an ask run; what matters least is left out where it would be wider than `width`."""
     seconds = max(now.seconds, 1e-9)
     rate = now.asked / seconds
     parts = [
-        f"{now.done:,} done",
-        f"{now.in_flight} in flight",
-        f"{rate:.1f} requests/s",
-        f"{_scaled(now.ids_out / seconds).strip()} ids/s",
+        (0, f"{min(1.0, now.done / now.total):4.0%}" if now.total else ""),
+        (1, f"{now.done:,} done"),
+        (2, f"{now.faults:,} failed" if now.faults else ""),
+        (6, f"{now.in_flight} in flight"),
+        (5, f"{rate:.1f} requests/s"),
+        (8, f"{_scaled(now.ids_out / seconds).strip()} ids/s"),
+        (4, "" if now.cost is None else f"cost {now.cost:.4g}"),
+        (3, f"{_time(max(0, now.total - now.done) / rate)} left" if now.total and rate else ""),
+        (7, f"waits for {now.waits_for}"),
     ]
-    if now.faults:
-        parts.insert(1, f"{now.faults:,} failed")
-    if now.total:
-        parts.insert(0, f"{min(1.0, now.done / now.total):4.0%}")
-    if now.cost is not None:
-        parts.append(f"cost {now.cost:.4g}")
-    if now.total and rate:
-        parts.append(f"{_time(max(0, now.total - now.done) / rate)} left")
-    return " · ".join([*parts, f"waits for {now.waits_for}"])
+    return fitting(parts, width)
 
 
 def ask_summary(report: AskReport) -> str:
@@ -212,7 +242,7 @@ def pack_summary(report: Report) -> str:
         f"{extra}, {shards}, in {report.out}"
     )
     if report.already:
-        head = f"{report.out} is finished already: nothing to do.\n{head}"
+        head = f"{report.out} is finished already: nothing to do.\n{head}\n  settings   {in_words(report.settings)}"
     lines = [
         head,
         f"  documents  {documents['in']:,} in = {documents['whole']:,} whole + {documents['split']:,} split"
@@ -267,6 +297,25 @@ def _if_any(counts: dict[str, int], *names: str) -> str:
     ' + 3 truncated'
     """
     return "".join(f" + {counts[name]:,} {name.replace('_', ' ')}" for name in names if counts.get(name))
+
+
+def in_words(settings: dict[str, Any]) -> str:
+    """The settings of a run, from its manifest: the tokenizer and how it packs, and what else was asked for.
+
+    >>> in_words({"tokenizer": {"name": "gpt2"}, "seq_len": 2048, "strategy": "concat", "eos_id": 50256, "limit": None})
+    'gpt2, 2,048 ids, concat, eos'
+    """
+    told = [settings["tokenizer"]["name"] if settings["tokenizer"] else "ids as they are"]
+    told += [f"{settings['seq_len']:,} ids", settings["strategy"]]
+    told += [name for name in ("bos", "eos") if settings.get(f"{name}_id") is not None]
+    for name in ("window", "max_segments", "shuffle", "overlong", "limit", "validation"):
+        value = settings.get(name)
+        if (value is not None and value != 0.0) or (name, value) == ("shuffle", 0):
+            told.append(f"{name.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{name} {value}")
+    told += [f"chat, loss {settings['chat']['loss']}"] if settings.get("chat") else []
+    told += [f"remainder {settings['remainder']}"] if settings.get("remainder", "keep") != "keep" else []
+    told += [settings["format"]] if settings.get("format", "npy") != "npy" else []
+    return ", ".join([*told, *(settings.get("exports") or ())])
 
 
 def _scaled(number: float) -> str:

@@ -5,10 +5,15 @@ from typing import Any, NamedTuple
 
 
 class Progress(NamedTuple):
-    """How far a run is, for whoever shows it. Bytes are decompressed where the input is."""
+    """How far a run is, for whoever shows it. Bytes are decompressed where the input is.
+
+    `share` of the corpus is packed, from 0 to 1, and `share_before` was when this process began; None with standard
+    input. `bytes_before` and `ids_before` are likewise.
+    """
 
     bytes: int
-    total_bytes: int | None
+    share: float | None
+    share_before: float | None
     documents: int
     ids: int
     faults: int
@@ -21,7 +26,8 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """How a run ended. `ledger` is the manifest's; `stages` are seconds of work by stage, over all processes.
+    """How a run ended. `ledger` and `settings` are the manifest's; `stages` are seconds of work by stage, over all
+    processes.
 
     `compared` bytes were compared with the reference engine; `not_compared` documents were not, as it cannot encode
     them, `not_compared_such_as` has the id of one and what it said.
@@ -47,6 +53,7 @@ class Report:
     compared: int
     hints: list[str]
     tokenizer: str | None
+    settings: dict[str, Any]
     validation: dict[str, Any] | None = None
     not_compared: int = 0
     not_compared_such_as: tuple[str, str] | None = None

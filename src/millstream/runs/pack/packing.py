@@ -34,6 +34,7 @@ from millstream.formats.slices import Limits, slices, units
 from millstream.formats.sources import InputShard, rough_total, unpacking_memory
 from millstream.records import Cursor, Fault, Slice
 from millstream.runs.pack.encode import CHECK_FIRST, Encode, Encoded
+from millstream.runs.pack.extent import Extent
 from millstream.runs.pack.folder import (
     NOT_COMPARED,
     Inputs,
@@ -116,8 +117,7 @@ class PackRun:
         self.tokenizer = load_tokenizer(name) if name else None
         self.identity = identity(settings, self.tokenizer)
         rough = rough_total(self.shards)
-        certain = not any(shard.packed or shard.kind == "parquet" for shard in self.shards)
-        self.total_bytes = rough if certain else None  # for the time left
+        self.extent = Extent(self.shards)
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else 0
         self.dtype = self.tokenizer.dtype if self.tokenizer else np.dtype(np.uint32)
         self.chat = chat_of(settings, self.tokenizer)
@@ -440,7 +440,8 @@ class PackRun:
         elapsed = time.perf_counter() - self.started
         return Progress(
             mark.bytes,
-            self.total_bytes,
+            self.extent.share(mark.cursor),
+            self.extent.share(start.cursor),
             mark.ordinal,
             ids,
             sum(mark.faults.values()),
@@ -507,6 +508,7 @@ class PackRun:
             not_compared_such_as=self.not_compared_such_as,
             hints=hints,
             tokenizer=self.tokenizer.name if self.tokenizer else None,
+            settings=settings,
             validation=validation,
             exports=exports,
             ignored=self.found.ignored_by_kind(),

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -24,9 +25,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millstream.errors import RequestError, RunError
+from millstream.formats import sources
 from millstream.formats.corpus import expand
 from millstream.formats.sources import InputShard
-from millstream.runs.ask import prompts
+from millstream.runs.ask import lines, prompts
 from millstream.runs.ask.bodies import Recipe
 from millstream.runs.ask.prompts import batches
 
@@ -359,7 +361,7 @@ def test_it_does_not_matter_where_batches_and_reads_end(tmp_path, monkeypatch, s
     whole = told(read(path))
     assert len(whole) == len(MIXED) - 2
     for name in "_FIRST_BLOCK", "_BLOCK", "_ROWS":
-        monkeypatch.setattr(prompts, name, size)
+        monkeypatch.setattr(lines, name, size)
     read_little(monkeypatch, size)
     assert told(read(path)) == whole
 
@@ -705,12 +707,48 @@ def test_a_file_that_goes_away_is_named_without_its_folder(tmp_path):
             list(batches(shard, RECIPE))
 
 
-def test_a_line_without_an_end_is_no_prompt(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts, "_LONGEST_LINE", 2 << 20)
-    path = write(tmp_path / "rows.txt", b"one\n" + b"x" * (2 << 20) + b"\nthree\n" + b"x" * (4 << 20))
-    requests, message = until_it_breaks(path)
-    assert len(requests) == 3
-    assert "a line of over 2 MiB" in message
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.parametrize("end", [b"", b"\n", b"\nfour\n"])
+def test_a_line_that_is_too_long_is_a_fault(tmp_path, monkeypatch, kind, end):
+    """Whether it ends in the piece in which it gets too long, in a later one, with the file, or begins it."""
+    monkeypatch.setattr(lines, "LONGEST_LINE", 2 << 20)
+    small = (lambda text: text) if kind == "txt" else (lambda text: b'{"prompt": "%b"}' % text)
+    long = [b"\xef\xbb\xbf" + b"a" * (3 << 20), small(b"one"), b"x" * ((2 << 20) + 5), small(b"two"), b"y" * (5 << 20)]
+    content = b"\n".join(long) + (end.replace(b"four", small(b"four")))
+    requests = read(write(tmp_path / f"rows.{kind}", content))
+    faulty = [0, 2, 4]
+    assert [request.index for request in requests if request.fault] == faulty
+    assert len(requests) == (6 if b"four" in end else 5)
+    for index in faulty:
+        assert requests[index].fault == ("bad_row", f"rows.{kind}, line {index + 1}: over 2 MiB, which is no prompt")
+    assert len({request.key for request in requests}) == len(requests)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "READ", 100_000)
+        again = read(write(tmp_path / f"rows.{kind}", content))
+    assert [request.key for request in again[1:]] == [request.key for request in requests[1:]]
+
+
+def test_a_line_without_an_end_takes_no_memory(tmp_path):
+    """200 MB in one line; what is over 32 MiB is not kept."""
+    script = (
+        "import resource, sys\n"
+        "from millstream.formats.corpus import expand\n"
+        "from millstream.runs.ask.bodies import Recipe\n"
+        "from millstream.runs.ask.prompts import batches\n"
+        "[shard] = expand(['-'])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(sum(len(batch) for batch in batches(shard, Recipe('m'))))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    call = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with call.stdin:
+        for _ in range(200):
+            call.stdin.write(b"x" * 1_000_000)
+        call.stdin.write(b'\n{"prompt": "last"}')
+    with call.stdout:
+        count, growth = map(int, call.stdout.read().split())
+    assert (call.wait(), count) == (0, 2)
+    assert growth < 120_000 * (1024 if sys.platform == "darwin" else 1)  # the pieces, and once more as they are joined
 
 
 # Parquet ------------------------------------------------------------------------------------------------------------

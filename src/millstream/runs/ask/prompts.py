@@ -10,10 +10,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from millstream.errors import RequestError, RunError, Unusable
+from millstream.errors import RequestError
 from millstream.formats.batch import is_request, parse_line
-from millstream.formats.parquet import batches_of, names_of, values_of
-from millstream.formats.sources import InputShard, chunks
+from millstream.formats.sources import InputShard
 from millstream.records import Ids
 from millstream.runs.ask.bodies import (
     LIKELY_PARAMS,
@@ -27,13 +26,10 @@ from millstream.runs.ask.bodies import (
     text_of,
     words,
 )
+from millstream.runs.ask.lines import TooLong, lines_of, row_groups
 from millstream.runs.ask.requests import Request
 
-_ROWS = 1024
-_FIRST_BLOCK, _BLOCK = 4 << 10, 64 << 10  # bytes of lines in a batch: few at first, so that asking starts at once
-_LONGEST_LINE = 32 << 20
 _PERHAPS = 22  # bits of a hash
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def batches(
@@ -47,10 +43,11 @@ def batches(
     """The requests of a file in its order, at most `limit`, in lists that are never empty.
 
     A list comes from up to 1,024 rows or 64 KiB; on standard input, from the whole lines that are there. A row that
-    makes no request is among them with a fault of kind ``bad_row``, and one with the custom_id of an earlier row with
-    ``duplicate_id``. A key depends on body, path and id, and on how many rows with the same came before: an edited row
-    gets another key, a moved one keeps its own, equal ones stay distinct. `keep_rows` fills in `Request.row`. `tell` is
-    called, once, if rows have parameters beside their prompt that `Recipe.row_params` does not name.
+    makes no request (a line of over 32 MiB, too) is among them with a fault of kind ``bad_row``, and one with the
+    custom_id of an earlier row with ``duplicate_id``. A key depends on body, path and id, and on how many rows with the
+    same came before: an edited row gets another key, a moved one keeps its own, equal ones stay distinct. `keep_rows`
+    fills in `Request.row`. `tell` is called, once, if rows have parameters beside their prompt that `Recipe.row_params`
+    does not name.
 
     Raises RequestError for a recipe that does not fit, RunError if the file cannot be read to its end.
 
@@ -88,13 +85,17 @@ class _Reader:
     def batches(self, limit: int | None) -> Iterator[list[Request]]:
         if limit is not None and limit <= 0:
             return
+        groups: Iterator[tuple[int, list[Any] | TooLong]]
         if self._prompts.kind == "parquet":
-            groups = _row_groups(self._prompts, self._bodies, self._keep_rows, self._watch)
+            groups = row_groups(self._prompts, self._bodies, self._keep_rows, self._watch)
         else:
-            groups = _lines(self._prompts)
+            groups = lines_of(self._prompts)
         read: Any = {"parquet": self._of_columns, "text": self._of_texts}.get(self._prompts.kind, self._of_json)
         for number, rows in groups:
-            batch = read(number, rows)
+            if isinstance(rows, TooLong):
+                batch = [self._fault(self._count, number, None, rows.digest, rows)]
+            else:
+                batch = read(number, rows)
             if limit is not None:
                 del batch[limit - self._count :]
             self._count += len(batch)
@@ -313,115 +314,3 @@ def _json_of(given: Mapping[str, Any], line: bytes | None) -> bytes | None:
         return bytes(_any_json(line))
     except (ValueError, TypeError, RecursionError):
         return None
-
-
-# Files --------------------------------------------------------------------------------------------------------------
-
-
-def _lines(prompts: InputShard) -> Iterator[tuple[int, list[bytes]]]:
-    """Lines without their ends, in lists for a batch each, with the number of the first."""
-    number = 1
-    for block in _blocks(prompts):
-        lines = block.split(b"\n")
-        if not lines[-1]:
-            lines.pop()
-        for at in range(0, len(lines), _ROWS):
-            yield number, lines[at : at + _ROWS]
-            number += len(lines[at : at + _ROWS])
-
-
-def _blocks(prompts: InputShard) -> Iterator[bytes]:
-    """The bytes of a file in whole lines, as soon as these have come."""
-    size, held, length = _FIRST_BLOCK, [b""], 0  # held: the line that goes on
-    first = True
-    try:
-        for chunk in chunks(prompts):
-            end = chunk.rfind(b"\n") + 1
-            held.append(chunk[:end] or chunk)
-            length += len(held[-1])
-            if end:
-                data = b"".join(held)
-                held, length = [chunk[end:]], len(chunk) - end
-                at = len(_BYTE_ORDER_MARK) if first and data.startswith(_BYTE_ORDER_MARK) else 0
-                first = False
-                while at < len(data):
-                    stop = (data.rfind(b"\n", at, at + size) + 1) or (data.find(b"\n", at) + 1)
-                    yield data[at:stop]
-                    at, size = stop, min(2 * size, _BLOCK)
-            if length > _LONGEST_LINE:
-                raise RunError(f"{prompts.name} has a line of over {_LONGEST_LINE >> 20} MiB: is it a file of prompts?")
-    except (Unusable, OSError) as error:
-        raise _unreadable(prompts, getattr(error, "strerror", None) or error) from error
-    data = b"".join(held)
-    if first:
-        data = data.removeprefix(_BYTE_ORDER_MARK)
-    if data:
-        yield data
-
-
-def _row_groups(
-    prompts: InputShard, bodies: Bodies, whole: bool, watch: Callable[[Sequence[str], str], None]
-) -> Iterator[tuple[int, list[Any]]]:
-    """Rows of a Parquet file as mappings, in lists for a batch each, with the number of the first, from 1."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 1
-    try:
-        with open(prompts.uri, "rb"):
-            pass  # raises what opening any file raises; Arrow's message has the whole path in it
-        with pq.ParquetFile(prompts.uri, pre_buffer=False, buffer_size=_BLOCK) as file:
-            columns = _columns(prompts, file.schema_arrow.names, bodies)
-            watch(file.schema_arrow.names, prompts.name)
-            for group in range(file.num_row_groups):
-                wanted = file.schema_arrow.names if whole else columns
-                for batch in batches_of(prompts, file, group, wanted, _BLOCK):
-                    for at in range(0, batch.num_rows, _ROWS):
-                        rows = batch.slice(at, _ROWS)
-                        yield number, _values(rows, bodies.row_params)
-                        number += rows.num_rows
-    except pa.ArrowException as error:
-        raise _unreadable(prompts, f"damaged or no Parquet: {error}") from error
-    except OSError as error:
-        raise _unreadable(prompts, error.strerror or f"damaged Parquet: {error}") from error
-
-
-def _columns(prompts: InputShard, there: list[str], bodies: Bodies) -> list[str]:
-    fields, own = bodies.fields, bodies.row_params
-    for wanted, purpose in ((sorted(fields), "for the template"), (own, "for --row-params")):
-        if missing := [name for name in wanted if name not in there]:
-            raise RequestError(f"{prompts.name} has no column {missing[0]!r} {purpose}; it has {', '.join(there)}")
-    if not fields and not {"prompt", "messages"} & set(there):
-        raise RequestError(
-            f"{prompts.name} has no column 'prompt' or 'messages'; it has {', '.join(there)}: give --template"
-        )
-    return [name for name in there if name in {*fields, *own, "prompt", "messages", "custom_id", "id"}]
-
-
-def _values(batch: Any, own: Sequence[str]) -> list[Any]:
-    """A batch's rows as mappings; one that cannot be had as its ValueError. `own` are its parameters."""
-    names = batch.schema.names
-    sent = [name for name in ("messages", *own) if name in names]
-    columns = [
-        (names_of if name in ("custom_id", "id") else values_of)(column)
-        for name, column in zip(names, batch.columns, strict=True)
-    ]
-    rows: list[Any] = []
-    for values in zip(*columns, strict=True):
-        row = dict(zip(names, values, strict=True))
-        wrong = next((value for value in values if isinstance(value, ValueError | OverflowError)), None)
-        for name in sent if wrong is None else ():
-            row[name] = _without_nulls(row[name])
-        rows.append(row if wrong is None else wrong if isinstance(wrong, ValueError) else ValueError(str(wrong)))
-    return rows
-
-
-def _without_nulls(value: Any) -> Any:
-    """Structs have all the fields that any row has: what a row did not give is null there."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return list(map(_without_nulls, value)) if isinstance(value, list) else value
-
-
-def _unreadable(prompts: InputShard, reason: object) -> RunError:
-    return RunError(f"{prompts.name}: {reason}. What was asked before is kept")

@@ -1,0 +1,160 @@
+"""The file that prompts come from: its lines, or its rows in columns, some for a batch each."""
+
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from typing import Any
+
+from millstream.errors import RequestError, RunError, Unusable
+from millstream.formats.parquet import batches_of, names_of, values_of
+from millstream.formats.sources import InputShard, chunks
+from millstream.runs.ask.bodies import Bodies
+
+LONGEST_LINE = 32 << 20
+_ROWS = 1024
+_FIRST_BLOCK, _BLOCK = 4 << 10, 64 << 10  # bytes of lines in a batch: few at first, so that asking starts at once
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class TooLong(ValueError):
+    """A line of over 32 MiB, which is not kept; `digest` is its hash."""
+
+    def __init__(self, digest: bytes) -> None:
+        super().__init__(f"over {LONGEST_LINE >> 20} MiB, which is no prompt")
+        self.digest = digest
+
+
+def lines_of(prompts: InputShard) -> Iterator[tuple[int, list[Any] | TooLong]]:
+    """Lines without their ends, in lists for a batch each, with the number of the first, from 1.
+
+    On standard input a list has what is there. Raises RunError if the file cannot be read to its end.
+    """
+    number = 1
+    for block in _blocks(prompts):
+        if isinstance(block, TooLong):
+            yield number, block
+            number += 1
+            continue
+        lines = block.split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        for at in range(0, len(lines), _ROWS):
+            yield number, lines[at : at + _ROWS]
+            number += len(lines[at : at + _ROWS])
+
+
+def _blocks(prompts: InputShard) -> Iterator[bytes | TooLong]:
+    """The bytes of a file in whole lines, as soon as these have come."""
+    size, first = _FIRST_BLOCK, True
+    for data in _whole_lines(prompts):
+        if isinstance(data, TooLong):
+            yield data
+            first = False
+            continue
+        at = len(_BYTE_ORDER_MARK) if first and data.startswith(_BYTE_ORDER_MARK) else 0
+        first = False
+        while at < len(data):
+            stop = (data.rfind(b"\n", at, at + size) + 1) or (data.find(b"\n", at) + 1) or len(data)
+            yield data[at:stop] if stop - at <= LONGEST_LINE else TooLong(_digest(data[at:stop].rstrip(b"\n")))
+            at, size = stop, min(2 * size, _BLOCK)
+
+
+def _whole_lines(prompts: InputShard) -> Iterator[bytes | TooLong]:
+    """The same in as large pieces as they come; only the last may lack its line end."""
+    held, length = [b""], 0  # the line that goes on
+    skipped: Any = None  # the hash of one that goes on and is too long
+    try:
+        for chunk in chunks(prompts):
+            if skipped is not None:
+                line, ended, chunk = chunk.partition(b"\n")
+                skipped.update(line)
+                if not ended:
+                    continue
+                yield TooLong(skipped.digest())
+                skipped = None
+            end = chunk.rfind(b"\n") + 1
+            held.append(chunk[:end] or chunk)
+            length += len(held[-1])
+            if end:
+                yield b"".join(held)
+                held, length = [chunk[end:]], len(chunk) - end
+            if length > LONGEST_LINE:
+                skipped = blake2b(b"".join(held), digest_size=16)
+                held, length = [b""], 0
+    except (Unusable, OSError) as error:
+        raise _unreadable(prompts, getattr(error, "strerror", None) or error) from error
+    if skipped is not None:
+        yield TooLong(skipped.digest())
+    elif length:
+        yield b"".join(held)
+
+
+def _digest(line: bytes) -> bytes:
+    return blake2b(line, digest_size=16).digest()
+
+
+def row_groups(
+    prompts: InputShard, bodies: Bodies, whole: bool, watch: Callable[[Sequence[str], str], None]
+) -> Iterator[tuple[int, list[Any] | TooLong]]:
+    """Rows of a Parquet file as mappings, in lists for a batch each, with the number of the first, from 1."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 1
+    try:
+        with open(prompts.uri, "rb"):
+            pass  # raises what opening any file raises; Arrow's message has the whole path in it
+        with pq.ParquetFile(prompts.uri, pre_buffer=False, buffer_size=_BLOCK) as file:
+            columns = _columns(prompts, file.schema_arrow.names, bodies)
+            watch(file.schema_arrow.names, prompts.name)
+            for group in range(file.num_row_groups):
+                wanted = file.schema_arrow.names if whole else columns
+                for batch in batches_of(prompts, file, group, wanted, _BLOCK):
+                    for at in range(0, batch.num_rows, _ROWS):
+                        rows = batch.slice(at, _ROWS)
+                        yield number, _values(rows, bodies.row_params)
+                        number += rows.num_rows
+    except pa.ArrowException as error:
+        raise _unreadable(prompts, f"damaged or no Parquet: {error}") from error
+    except OSError as error:
+        raise _unreadable(prompts, error.strerror or f"damaged Parquet: {error}") from error
+
+
+def _columns(prompts: InputShard, there: list[str], bodies: Bodies) -> list[str]:
+    fields, own = bodies.fields, bodies.row_params
+    for wanted, purpose in ((sorted(fields), "for the template"), (own, "for --row-params")):
+        if missing := [name for name in wanted if name not in there]:
+            raise RequestError(f"{prompts.name} has no column {missing[0]!r} {purpose}; it has {', '.join(there)}")
+    if not fields and not {"prompt", "messages"} & set(there):
+        raise RequestError(
+            f"{prompts.name} has no column 'prompt' or 'messages'; it has {', '.join(there)}: give --template"
+        )
+    return [name for name in there if name in {*fields, *own, "prompt", "messages", "custom_id", "id"}]
+
+
+def _values(batch: Any, own: Sequence[str]) -> list[Any]:
+    """A batch's rows as mappings; one that cannot be had as its ValueError. `own` are its parameters."""
+    names = batch.schema.names
+    sent = [name for name in ("messages", *own) if name in names]
+    columns = [
+        (names_of if name in ("custom_id", "id") else values_of)(column)
+        for name, column in zip(names, batch.columns, strict=True)
+    ]
+    rows: list[Any] = []
+    for values in zip(*columns, strict=True):
+        row = dict(zip(names, values, strict=True))
+        wrong = next((value for value in values if isinstance(value, ValueError | OverflowError)), None)
+        for name in sent if wrong is None else ():
+            row[name] = _without_nulls(row[name])
+        rows.append(row if wrong is None else wrong if isinstance(wrong, ValueError) else ValueError(str(wrong)))
+    return rows
+
+
+def _without_nulls(value: Any) -> Any:
+    """Structs have all the fields that any row has: what a row did not give is null there."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value
+
+
+def _unreadable(prompts: InputShard, reason: object) -> RunError:
+    return RunError(f"{prompts.name}: {reason}. What was asked before is kept")

@@ -46,6 +46,16 @@ class Ids(Size):
 IDS = Ids()
 
 
+def numbers(text: str | None, flag: str, form: str) -> tuple[float, ...] | None:
+    """Numbers with commas between them, if there are any."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not {form}", param_hint=flag) from None
+
+
 @contextmanager
 def needs_ask_extra() -> Iterator[None]:
     try:

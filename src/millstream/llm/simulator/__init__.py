@@ -8,7 +8,8 @@ All time is the event loop's, so that it runs under a virtual clock as well.
         ...  # ask server.url, look at server.stats
 """
 
-from millstream.llm.simulator.behaviour import KINDS, Behaviour, Fault, Latency, parse_fault, parse_latency
+from millstream.llm.simulator.behaviour import Behaviour, Latency, parse_latency
+from millstream.llm.simulator.faults import KINDS, Fault, parse_fault
 from millstream.llm.simulator.server import Server, application, running, serve
 from millstream.llm.simulator.stats import Stats
 

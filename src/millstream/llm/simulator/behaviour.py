@@ -9,95 +9,9 @@ from struct import unpack
 from typing import Literal, NamedTuple
 
 from millstream.errors import RequestError
+from millstream.llm.simulator.faults import Fault
 
 _NORMAL = NormalDist()
-
-ERRORS: dict[str, tuple[int, str, str | None, str]] = {
-    "429": (429, "requests", "rate_limit_exceeded", "Rate limit reached; try again later."),
-    "500": (500, "server_error", None, "The server had an error while processing your request."),
-    "503": (503, "service_unavailable", None, "The engine is overloaded; try again later."),
-    "529": (529, "overloaded_error", None, "Overloaded"),
-    "408": (408, "timeout", None, "Request timed out."),
-    "400": (400, "invalid_request_error", None, "The request is not valid."),
-    "401": (401, "invalid_request_error", "invalid_api_key", "Incorrect API key provided."),
-    "403": (403, "invalid_request_error", "unsupported_country_region_territory", "You are not allowed to do this."),
-    "404-model": (404, "invalid_request_error", "model_not_found", "The model does not exist."),
-    "413": (413, "invalid_request_error", "request_too_large", "The request is too large."),
-    "quota": (429, "insufficient_quota", "insufficient_quota", "You exceeded your current quota."),
-}
-"""Kind of fault -> HTTP status, and `type`, `code` and `message` of the body."""
-
-WAITS_FIRST = {"500", "408"}  # what a server finds out only after it has worked on the request; the rest comes at once
-_SECONDS = {"429": 1.0, "503": None, "529": None, "slow-bytes": 0.05}  # kinds with a time: the one when none is given
-
-KINDS = (
-    *ERRORS,
-    *("disconnect", "cut", "between", "hang", "slow-bytes", "garbage", "truncated-json", "html"),
-    *("empty-choices", "null-content", "bad-schema", "error-event"),
-)
-"""What can go wrong with a request, beside the HTTP errors:
-
-disconnect      the connection closes before the first byte of the reply
-cut             it closes in the middle of the body, of a stream without ``[DONE]``
-between         the reply is fine, but the connection closes on the next request that comes over it, without a byte
-hang            no answer until the client goes away
-slow-bytes      the body comes in 16 pieces, a stream piece by piece, with SECONDS between two
-garbage         200 with bytes that are no UTF-8
-truncated-json  200 with half of the JSON, in a body that is whole for HTTP
-html            200 with an HTML page
-empty-choices   200 with an empty list of choices
-null-content    200 with null in place of the text
-bad-schema      200 with a text that fits no JSON schema of an object
-error-event     an error in mid stream, then ``[DONE]``; requests without a stream are spared
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One kind of fault and how often it comes; see `parse_fault`.
-
-    `seconds` is Retry-After for 429, 503 and 529 (None: no such header), the pause between two pieces for slow-bytes.
-    `times` limits it to the first that many requests of each body (None: no limit).
-    """
-
-    kind: str
-    probability: float
-    seconds: float | None = None
-    times: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise RequestError(f"no fault is called {self.kind!r}; there are: {', '.join(KINDS)}")
-        if not 0 <= self.probability <= 1:
-            raise RequestError(f"fault {self.kind}: the probability is {self.probability:g}, not within 0 and 1")
-        if self.seconds is not None and self.kind not in _SECONDS:
-            raise RequestError(f"fault {self.kind} takes no seconds; these do: {', '.join(_SECONDS)}")
-        if self.seconds is not None and not 0 <= self.seconds < math.inf:
-            raise RequestError(f"fault {self.kind}: {self.seconds:g} seconds is no time to wait")
-        if self.times is not None and self.times < 1:
-            raise RequestError(f"fault {self.kind}: times must be 1 or more")
-
-
-def parse_fault(text: str) -> Fault:
-    """A fault from ``KIND:PROBABILITY[:SECONDS][:times=N]``.
-
-    >>> parse_fault("429:0.05:2")
-    Fault(kind='429', probability=0.05, seconds=2.0, times=None)
-    >>> parse_fault("503:1.0:times=2")  # the first two requests of each body fail, then it works
-    Fault(kind='503', probability=1.0, seconds=None, times=2)
-    >>> parse_fault("429:0.05").seconds
-    1.0
-    """
-    kind, *rest = text.strip().split(":")
-    times = int(rest.pop()[6:]) if rest and rest[-1].startswith("times=") and rest[-1][6:].isdecimal() else None
-    try:
-        probability, *seconds = map(float, rest)
-        wait = seconds[0] if seconds else _SECONDS.get(kind)
-        if len(seconds) > 1:
-            raise ValueError
-    except ValueError:
-        raise RequestError(f"a fault is KIND:PROBABILITY[:SECONDS][:times=N], not {text!r}") from None
-    return Fault(kind, probability, wait, times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +83,9 @@ class Behaviour:
     capacity       requests in service at once; None: no limit
     overload       beyond it: "queue" (wait, first come first served) or "429"
     rpm, tpm       requests and ids a minute; a minute's worth may come at once. Beyond: 429 with Retry-After
+    hide_limits    no Retry-After with any 429 of a limit, and so nothing tells of it
+    quota          ids that may be billed in all; then every request gets 429 with "insufficient_quota"
+    price          of a million ids in prompts, in replies and, perhaps, in prompts from a cache: for `Stats.cost`
     api_key        the key to ask for; None: all are welcome
     models         what /v1/models lists; a request may name any other
     """
@@ -182,22 +99,39 @@ class Behaviour:
     overload: Literal["queue", "429"] = "queue"
     rpm: int | None = None
     tpm: int | None = None
+    hide_limits: bool = False
+    quota: int | None = None
+    price: tuple[float, ...] | None = None
     api_key: str | None = None
     models: tuple[str, ...] = ("simulated",)
 
     def __post_init__(self) -> None:
-        for name in ("reply_ids", "capacity", "rpm", "tpm"):
+        for name in ("reply_ids", "capacity", "rpm", "tpm", "quota"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise RequestError(f"{name} must be 1 or more, not {number}")
         if self.overload not in ("queue", "429"):
             raise RequestError(f'overload is "queue" or "429", not {self.overload!r}')
+        if self.price is not None and (
+            len(self.price) not in (2, 3) or not all(0 <= one < math.inf for one in self.price)
+        ):
+            raise RequestError(f"a price (--price) is IN,OUT or IN,OUT,CACHED, each a number from 0, not {self.price}")
 
 
 class Treatment(NamedTuple):
     seconds: float
     fault: Fault | None
     draws: Iterator[float]
+
+    @property
+    def kind(self) -> str:
+        """Of its fault; empty: there is none."""
+        return self.fault.kind if self.fault else ""
+
+    @property
+    def number(self) -> float:
+        """Of its fault."""
+        return (self.fault and self.fault.number) or 0.0
 
 
 def draws_of(key: bytes, attempt: int) -> Iterator[float]:
@@ -223,6 +157,7 @@ def key_of(seed: int, body: bytes) -> bytes:
 def treatment_of(behaviour: Behaviour, key: bytes, attempt: int, stream: bool) -> Treatment:
     """What happens to a request whose body was seen `attempt` times before.
 
+    >>> from millstream.llm.simulator.faults import parse_fault
     >>> behaviour = Behaviour(faults=(parse_fault("503:1:times=2"), parse_fault("cut:1")))
     >>> [treatment_of(behaviour, b"key", attempt, False).fault.kind for attempt in range(4)]
     ['503', '503', 'cut', 'cut']

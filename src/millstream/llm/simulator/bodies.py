@@ -1,16 +1,20 @@
-"""What the simulator reads and says: requests and replies of OpenAI's API, as JSON."""
+"""What the simulator reads and writes: requests and replies of OpenAI's API, as JSON."""
 
-from collections.abc import Iterator
-from typing import Annotated, Any, NamedTuple
+import base64
+import math
+from collections.abc import Callable
+from hashlib import blake2b
+from struct import pack
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import msgspec
 
-from millstream.llm.simulator.behaviour import Behaviour
+from millstream.llm.simulator.behaviour import Behaviour, draws_of
+from millstream.llm.simulator.words import LETTERS_PER_ID, begin_of, count_ids, fitting, letters_in, pieces_of, reply_to
 
-_CHARACTERS_PER_ID = 4
 CREATED = 1_700_000_000  # seconds since 1970, always the same: a reply depends on the request and the seed alone
-_CAPITALS = {"france": "France is Paris", "germany": "Germany is Berlin", "italy": "Italy is Rome"}
-_FILLING = ("the", "wheel", "turns", "and", "grain", "becomes", "flour", "as", "water", "runs", "over", "stone")
+_DIMENSIONS = 8  # of an embedding that asks for none
+_encode = msgspec.json.encode
 
 
 class _Part(msgspec.Struct):
@@ -35,7 +39,7 @@ class _Format(msgspec.Struct):
     json_schema: _Schema | None = None
 
 
-_Limit = Annotated[int, msgspec.Meta(ge=1)] | None
+_Count = Annotated[int, msgspec.Meta(ge=1)] | None
 
 
 class Chat(msgspec.Struct):
@@ -43,20 +47,24 @@ class Chat(msgspec.Struct):
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    max_tokens: _Limit = None
-    max_completion_tokens: _Limit = None
+    max_tokens: _Count = None
+    max_completion_tokens: _Count = None
+    n: _Count = None
     response_format: _Format | None = None
 
     def said(self) -> tuple[str, int]:
-        """The last user message, and the characters of all messages."""
-        last, characters = "", 0
+        """The last user message, and the letters of all messages."""
+        last, letters = "", 0
         for message in self.messages:
             content = message.content or ""
             text = content if isinstance(content, str) else "".join(part.text for part in content)
-            characters += len(text)
+            letters += letters_in(text)
             if message.role == "user":
                 last = text
-        return last, characters
+        return last, letters
+
+    def reply(self, behaviour: Behaviour, key: bytes) -> "Reply":
+        return _reply_to(self, behaviour, "chatcmpl-", key)
 
 
 class Completion(msgspec.Struct):
@@ -64,168 +72,208 @@ class Completion(msgspec.Struct):
     prompt: str | list[int]
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    max_tokens: _Limit = None
+    max_tokens: _Count = None
+    n: _Count = None
 
     max_completion_tokens = None
     response_format = None
 
     def said(self) -> tuple[str, int]:
         if isinstance(self.prompt, str):
-            return self.prompt, len(self.prompt)
-        return f"{len(self.prompt)} ids", len(self.prompt) * _CHARACTERS_PER_ID
+            return self.prompt, letters_in(self.prompt)
+        return f"{len(self.prompt)} ids", len(self.prompt) * LETTERS_PER_ID
+
+    def reply(self, behaviour: Behaviour, key: bytes) -> "Reply":
+        return _reply_to(self, behaviour, "cmpl-", key)
+
+
+class Embedding(msgspec.Struct):
+    model: str
+    input: str | list[Any]
+    dimensions: _Count = None
+    encoding_format: str | None = None
+
+    stream = None
+    stream_options = None
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(text, str) or _are_ids(text) for text in self.texts):
+            raise ValueError("'input' is a text, a list of ids, or a list of either")
+
+    @property
+    def texts(self) -> list[Any]:
+        return [self.input] if isinstance(self.input, str) or _are_ids(self.input) else self.input
+
+    def reply(self, behaviour: Behaviour, key: bytes) -> "Reply":
+        texts = self.texts
+        letters = [letters_in(text) if isinstance(text, str) else len(text) * LETTERS_PER_ID for text in texts]
+        vectors = [_vector(text, self.dimensions or _DIMENSIONS, self.encoding_format) for text in texts]
+        return Reply("embd-" + key.hex(), self.model, (), sum(map(count_ids, letters)), 0, vectors=vectors)
+
+
+def _are_ids(given: Any) -> bool:
+    return isinstance(given, list) and all(isinstance(one, int) for one in given)
+
+
+Asked: TypeAlias = Chat | Completion | Embedding
+
+
+class Choice(NamedTuple):
+    """One choice of a reply; `text` is None where something else, or nothing, stands in its place."""
+
+    text: str | None
+    finish: str
+    refusal: str | None = None
+    calls: list[dict[str, Any]] | None = None
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What beside the text stands in a message."""
+        more: dict[str, Any] = {} if self.refusal is None else {"refusal": self.refusal}
+        return more if self.calls is None else {**more, "tool_calls": self.calls}
+
+    def half(self, finish: str) -> "Choice":
+        text = self.text or ""
+        return Choice(text[: len(text) // 2], finish)
 
 
 class Reply(NamedTuple):
-    """What to answer, apart from how. `text` is None for null-content."""
+    """What to answer, apart from how; `thought` are ids of it that `completion_tokens` does not count, `cached` ids of
+    the prompt that were read from a cache. `naming` None: no usage is told."""
 
-    chat: bool
     name: str
     model: str
-    text: str | None
-    finish: str
+    choices: tuple[Choice, ...]
     ids_in: int
     ids_out: int
+    thought: int = 0
+    cached: int = 0
+    naming: str | None = "openai"
+    vectors: list[Any] | None = None
 
     @property
-    def usage(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self.ids_in,
-            "completion_tokens": self.ids_out,
-            "total_tokens": self.ids_in + self.ids_out,
-        }
+    def usage(self) -> dict[str, Any] | None:
+        total, told = self.ids_in + self.ids_out, self.ids_out - self.thought
+        if self.naming != "openai":
+            return self.naming and {"input_tokens": self.ids_in, "output_tokens": told}  # type: ignore[return-value]
+        if self.vectors is not None:
+            return {"prompt_tokens": self.ids_in, "total_tokens": total}
+        usage: dict[str, Any] = {"prompt_tokens": self.ids_in, "completion_tokens": told, "total_tokens": total}
+        return {**usage, "prompt_tokens_details": {"cached_tokens": self.cached}} if self.cached else usage
 
     def whole(self, empty: bool = False) -> bytes:
         """The body of a reply at once; `empty`: without choices."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": self.finish}
-        if self.chat:
-            choice["message"] = {"role": "assistant", "content": self.text}
-        else:
-            choice["text"] = self.text
-        return msgspec.json.encode(
-            {
-                "id": self.name,
-                "object": "chat.completion" if self.chat else "text_completion",
-                "created": CREATED,
-                "model": self.model,
-                "choices": [] if empty else [choice],
-                "usage": self.usage,
-            }
-        )
+        if self.vectors is not None:
+            data = [{"object": "embedding", "index": at, "embedding": one} for at, one in enumerate(self.vectors)]
+            return _encode({"object": "list", "data": [] if empty else data, "model": self.model, "usage": self.usage})
+        choices = [] if empty else [self._choice(at, choice) for at, choice in enumerate(self.choices)]
+        return _encode({**self._head(""), "choices": choices, "usage": self.usage})
 
     def events(self, include_usage: bool, empty: bool = False) -> list[bytes]:
         """The events of a streamed reply, without the closing one: role, pieces of 4 characters, finish, usage."""
-        common: dict[str, Any] = {
-            "id": self.name,
-            "object": "chat.completion.chunk" if self.chat else "text_completion",
-            "created": CREATED,
-            "model": self.model,
-        }
+        common = self._head(".chunk")
         if include_usage:
             common["usage"] = None
-        encode = msgspec.json.encode
-
-        def event(piece: str | None, finish: str | None, **more: str) -> bytes:
-            said: dict[str, Any] = {"delta": {**more, "content": piece}} if self.chat else {"text": piece}
-            choices = [] if empty else [{"index": 0, **said, "logprobs": None, "finish_reason": finish}]
-            return b"data: %b\n\n" % encode({**common, "choices": choices})
-
-        text = self.text
-        pieces: list[str | None] = [None] if text is None else [*_pieces(text)]
-        events = [event(piece, None) for piece in pieces]
-        if self.chat:
-            events.insert(0, event(None if text is None else "", None, role="assistant"))
-        events.append(event(None if text is None else "", self.finish))
+        events = []
+        for at, choice in enumerate(self.choices):
+            for said, finish in self._pieces(choice):
+                choices = [] if empty else [{"index": at, **said, "logprobs": None, "finish_reason": finish}]
+                events.append(b"data: %b\n\n" % _encode({**common, "choices": choices}))
         if include_usage:
-            events.append(b"data: %b\n\n" % encode({**common, "choices": [], "usage": self.usage}))
+            events.append(b"data: %b\n\n" % _encode({**common, "choices": [], "usage": self.usage}))
         return events
 
+    @property
+    def _is_chat(self) -> bool:
+        return self.name.startswith("chat")
 
-def count_ids(characters: int) -> int:
-    """The simulator's idea of token ids: one per 4 characters begun.
+    def _head(self, of_a_piece: str) -> dict[str, Any]:
+        kind = f"chat.completion{of_a_piece}" if self._is_chat else "text_completion"
+        return {"id": self.name, "object": kind, "created": CREATED, "model": self.model}
 
-    >>> count_ids(0), count_ids(1), count_ids(4), count_ids(5)
-    (0, 1, 1, 2)
+    def _choice(self, at: int, choice: Choice) -> dict[str, Any]:
+        head: dict[str, Any] = {"index": at, "logprobs": None, "finish_reason": choice.finish}
+        if not self._is_chat:
+            return {**head, "text": choice.text}
+        return {**head, "message": {"role": "assistant", "content": choice.text, **choice.said}}
+
+    def _pieces(self, choice: Choice) -> list[tuple[dict[str, Any], str | None]]:
+        """What each event says of a choice, and its finish_reason."""
+        text = choice.text
+        ending = None if text is None else ""
+        pieces: list[str | None] = [None] if text is None else [*pieces_of(text)]
+        if not self._is_chat:
+            return [*(({"text": piece}, None) for piece in pieces), ({"text": ending}, choice.finish)]
+        calls = choice.calls and [{"index": at, **call} for at, call in enumerate(choice.calls)]
+        more = choice._replace(calls=calls).said
+        deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ending}]
+        deltas += [{"content": piece, **more} for piece in pieces]
+        return [*(({"delta": delta}, None) for delta in deltas), ({"delta": {"content": ending}}, choice.finish)]
+
+
+def altered(reply: Reply, kind: str) -> Reply:
+    """A reply as the fault `kind` has it, if that changes what it says rather than how it is sent."""
+    change = _CHANGES.get(kind)
+    return reply if change is None or reply.vectors is not None else change(reply)
+
+
+_CALL = {"id": "call_1", "type": "function", "function": {"name": "grind", "arguments": '{"grain": "wheat"}'}}
+_CHANGES: dict[str, Callable[[Reply], Reply]] = {
+    "null-content": lambda reply: _with(reply, lambda choice: Choice(None, choice.finish)),
+    "bad-schema": lambda reply: _with(reply, lambda choice: Choice('["not", "what", "was", "asked"]', choice.finish)),
+    "length": lambda reply: _with(reply, lambda choice: choice.half("length")),
+    "filtered": lambda reply: _with(reply, lambda choice: Choice(None, "content_filter")),
+    "half-filtered": lambda reply: _with(reply, lambda choice: choice.half("content_filter")),
+    "refused": lambda reply: _with(reply, lambda choice: Choice(None, "stop", refusal="I cannot help with that.")),
+    "tool-calls": lambda reply: _with(reply, lambda choice: Choice(None, "tool_calls", calls=[_CALL])),
+    "all-thought": lambda reply: _with(reply, lambda choice: Choice(None, "length")),
+    "aborted": lambda reply: _with(reply, lambda choice: choice.half("abort")),
+    "no-usage": lambda reply: reply._replace(naming=None),
+    "other-usage": lambda reply: reply._replace(naming="other"),
+    "hidden-thinking": lambda reply: _with(reply, lambda choice: choice.half(choice.finish))._replace(
+        thought=reply.ids_out // 2
+    ),
+    "cached": lambda reply: reply._replace(cached=reply.ids_in // 2),
+}
+
+
+def _with(reply: Reply, change: Callable[[Choice], Choice]) -> Reply:
+    return reply._replace(choices=tuple(map(change, reply.choices)))
+
+
+def _reply_to(asked: Chat | Completion, behaviour: Behaviour, prefix: str, key: bytes) -> Reply:
+    message, letters = asked.said()
+    limit = asked.max_completion_tokens or asked.max_tokens
+    choices, ids_out = [], 0
+    for number in range(asked.n or 1):
+        text, finish = _formed(reply_to(message, behaviour.reply_ids, key[0], number), asked.response_format), "stop"
+        if limit and letters_in(text) > limit * LETTERS_PER_ID:
+            text, finish = begin_of(text, limit * LETTERS_PER_ID), "length"
+        choices.append(Choice(text, finish))
+        ids_out += count_ids(letters_in(text))
+    return Reply(prefix + key.hex(), asked.model, tuple(choices), count_ids(letters), ids_out)
+
+
+def _formed(text: str, form: _Format | None) -> str:
+    if form and form.type == "json_schema" and form.json_schema:
+        return _encode(fitting(form.json_schema.schema, text)).decode()
+    if form and form.type == "json_object":
+        return _encode({"reply": text}).decode()
+    return text
+
+
+def _vector(text: str | list[int], dimensions: int, encoding: str | None) -> Any:
+    """The direction that a text, or a list of ids, points to: of length 1, and the same for the same text."""
+    key = blake2b(_encode(text), digest_size=16).digest()
+    numbers = [2 * draw - 1 for draw, _ in zip(draws_of(key, 0), range(dimensions), strict=False)]
+    length = math.sqrt(sum(number * number for number in numbers)) or 1.0
+    numbers = [number / length for number in numbers]
+    return base64.b64encode(pack(f"<{dimensions}f", *numbers)).decode() if encoding == "base64" else numbers
+
+
+def error_body(message: str, kind: str, code: str | None) -> bytes:
     """
-    return -(-characters // _CHARACTERS_PER_ID)
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """
-    >>> list(_pieces("Paris."))
-    ['Pari', 's.']
-    """
-    return (text[start : start + _CHARACTERS_PER_ID] for start in range(0, len(text), _CHARACTERS_PER_ID))
-
-
-def reply_to(message: str, reply_ids: int | None = None, turn: int = 0) -> str:
-    """The text that answers a message; `turn` chooses the words that fill it up to `reply_ids` ids of 4 characters.
-
-    >>> reply_to("What is the capital of France?")
-    'The capital of France is Paris.'
-    >>> reply_to("Why?"), reply_to("x" * 61)[-7:]
-    ('reply to: Why?', 'xxx ...')
-    >>> reply_to("Why?", reply_ids=6), reply_to("Why?", reply_ids=2)
-    ('reply to: Why? the whee.', 'reply t.')
-    """
-    lowered = message[:200].lower()
-    if "capital of " in lowered:
-        for country, answer in _CAPITALS.items():
-            if f"capital of {country}" in lowered:
-                return f"The capital of {answer}."
-    text = f"reply to: {message[:60]}" + " ..." * (len(message) > 60)
-    if reply_ids is None:
-        return text
-    length = reply_ids * _CHARACTERS_PER_ID
-    turn %= len(_FILLING)
-    filling = " " + " ".join(_FILLING[turn:] + _FILLING[:turn])
-    text += filling * -(-max(0, length - len(text)) // len(filling))
-    return text[: length - 1] + "."
-
-
-def fitting(schema: dict[str, Any], text: str) -> Any:
-    """A value that fits a simple JSON schema, with `text` for free strings; null for what it does not know.
-
-    >>> fitting({"type": "object", "properties": {"city": {"type": "string"}, "people": {"type": "integer"},
-    ...     "rivers": {"type": "array", "items": {"enum": ["Seine", "Marne"]}}, "big": {"type": "boolean"}}}, "Paris")
-    {'city': 'Paris', 'people': 1, 'rivers': ['Seine'], 'big': True}
-    >>> fitting({"type": ["number", "null"], "minimum": 2.5}, "")
-    2.5
-    """
-    if "const" in schema:
-        return schema["const"]
-    if schema.get("enum"):
-        return schema["enum"][0]
-    kind = schema.get("type")
-    if isinstance(kind, list):
-        kind = kind[0] if kind else None
-    if kind == "object":
-        return {name: fitting(item, text) for name, item in schema.get("properties", {}).items()}
-    if kind == "array":
-        return [fitting(schema.get("items", {}), text)] * max(1, schema.get("minItems", 1))
-    if kind in ("integer", "number"):
-        return schema.get("minimum", min(1, schema.get("maximum", 1)))
-    return {"string": text, "boolean": True}.get(kind or "")
-
-
-def error_body(error: str, code: str | None, message: str) -> bytes:
-    """
-    >>> error_body("overloaded_error", None, "Overloaded")
+    >>> error_body("Overloaded", "overloaded_error", None)
     b'{"error":{"message":"Overloaded","type":"overloaded_error","param":null,"code":null}}'
     """
-    return msgspec.json.encode({"error": {"message": message, "type": error, "param": None, "code": code}})
-
-
-def reply_of(behaviour: Behaviour, asked: Chat | Completion, chat: bool, key: bytes) -> Reply:
-    message, characters = asked.said()
-    text = reply_to(message, behaviour.reply_ids, key[0])
-    form = asked.response_format
-    if form and form.type == "json_schema" and form.json_schema:
-        text = msgspec.json.encode(fitting(form.json_schema.schema, text)).decode()
-    elif form and form.type == "json_object":
-        text = msgspec.json.encode({"reply": text}).decode()
-    limit = asked.max_completion_tokens or asked.max_tokens
-    finish = "stop"
-    if limit and len(text) > limit * _CHARACTERS_PER_ID:
-        text, finish = text[: limit * _CHARACTERS_PER_ID], "length"
-    name = ("chatcmpl-" if chat else "cmpl-") + key.hex()
-    return Reply(chat, name, asked.model, text, finish, count_ids(characters), count_ids(len(text)))
+    return _encode({"error": {"message": message, "type": kind, "param": None, "code": code}})

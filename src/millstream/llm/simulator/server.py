@@ -5,7 +5,6 @@ import contextlib
 import math
 import weakref
 from collections.abc import AsyncGenerator, Callable
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import msgspec
@@ -13,17 +12,11 @@ from aiohttp import web
 from yarl import URL
 
 from millstream.errors import RequestError
-from millstream.llm.simulator.behaviour import ERRORS, WAITS_FIRST, Behaviour, Latency, Treatment, key_of, treatment_of
-from millstream.llm.simulator.bodies import CREATED, Chat, Completion, Reply, error_body, reply_of
+from millstream.llm.simulator.behaviour import Behaviour, Treatment, key_of, treatment_of
+from millstream.llm.simulator.bodies import CREATED, Asked, Chat, Completion, Embedding, Reply, altered, error_body
+from millstream.llm.simulator.faults import ERRORS
+from millstream.llm.simulator.sending import JSON, PAGE, answered, closed, page
 from millstream.llm.simulator.stats import Quota, Stats
-
-_TRICKLES = 16  # pieces of a body that comes slowly
-_JSON = {"Content-Type": "application/json"}
-_EVENTS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-_DONE = b"data: [DONE]\n\n"
-_HTML = (
-    b"<!DOCTYPE html><html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>\n"
-)
 
 
 class Server(NamedTuple):
@@ -43,9 +36,8 @@ class _Simulator:
         # A connection is known by its task: aiohttp's own object for it takes no weak references.
         self.connections: weakref.WeakSet[asyncio.Task[None]] = weakref.WeakSet()
         self.doomed: weakref.WeakSet[asyncio.Task[None]] = weakref.WeakSet()
-        self.decoders: dict[bool, msgspec.json.Decoder[Any]] = {
-            True: msgspec.json.Decoder(Chat),
-            False: msgspec.json.Decoder(Completion),
+        self.decoders: dict[type[Asked], msgspec.json.Decoder[Any]] = {
+            form: msgspec.json.Decoder(form) for form in (Chat, Completion, Embedding)
         }
         self._forget()
 
@@ -57,10 +49,13 @@ class _Simulator:
     # --- what the routes call ---
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._tracked(request, True)
+        return await self._tracked(request, Chat)
 
     async def completion(self, request: web.Request) -> web.StreamResponse:
-        return await self._tracked(request, False)
+        return await self._tracked(request, Completion)
+
+    async def embedding(self, request: web.Request) -> web.StreamResponse:
+        return await self._tracked(request, Embedding)
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         if not self._allowed(request):
@@ -69,19 +64,19 @@ class _Simulator:
             {"id": name, "object": "model", "created": CREATED, "owned_by": "millstream"}
             for name in self.behaviour.models
         ]
-        return web.Response(body=msgspec.json.encode({"object": "list", "data": models}), headers=_JSON)
+        return web.Response(body=msgspec.json.encode({"object": "list", "data": models}), headers=JSON)
 
     async def show(self, request: web.Request) -> web.StreamResponse:
-        return web.Response(body=msgspec.json.encode(self.stats), headers=_JSON)
+        return web.Response(body=msgspec.json.encode(self.stats), headers=JSON)
 
     async def reset(self, request: web.Request) -> web.StreamResponse:
         self.stats.reset()
         self._forget()
-        return web.Response(body=b"{}", headers=_JSON)
+        return web.Response(body=b"{}", headers=JSON)
 
     async def unknown(self, request: web.Request) -> web.StreamResponse:
         message = f"There is no {request.method} {request.path}."
-        return web.Response(status=404, body=error_body("invalid_request_error", "unknown_url", message), headers=_JSON)
+        return web.Response(status=404, body=error_body(message, "invalid_request_error", "unknown_url"), headers=JSON)
 
     async def close(self, app: web.Application) -> None:
         """End what is in flight: a hanging request would hold up the end of the server."""
@@ -91,7 +86,7 @@ class _Simulator:
 
     # --- one request ---
 
-    async def _tracked(self, request: web.Request, chat: bool) -> web.StreamResponse:
+    async def _tracked(self, request: web.Request, form: type[Asked]) -> web.StreamResponse:
         stats, task = self.stats, asyncio.current_task()
         assert task
         stats.requests += 1
@@ -102,39 +97,41 @@ class _Simulator:
             stats.connections += 1
         self.tasks.add(task)
         try:
-            return await self._admitted(request, chat)
+            return await self._admitted(request, form)
         except asyncio.CancelledError:
             stats.gone += not self.closing
             raise
         except ConnectionError:
             stats.gone += not self.closing
-            return _closed(request)
+            return closed(request)
         finally:
             stats.in_flight -= 1
             self.tasks.discard(task)
 
-    async def _admitted(self, request: web.Request, chat: bool) -> web.StreamResponse:
+    async def _admitted(self, request: web.Request, form: type[Asked]) -> web.StreamResponse:
         behaviour, stats = self.behaviour, self.stats
         if request.task in self.doomed:
             stats.dropped += 1
-            return _closed(request)
+            return closed(request)
         body = await request.read()
         if not self._allowed(request):
             return self._turned_away("api-key", "401")
         try:
-            asked: Chat | Completion = self.decoders[chat].decode(body)
+            asked: Asked = self.decoders[form].decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             return self._turned_away("body", "400", message=str(error))
         key = key_of(behaviour.seed, body)
-        reply = reply_of(behaviour, asked, chat, key)
+        reply = asked.reply(behaviour, key)
 
+        if behaviour.quota is not None and stats.ids_in + stats.ids_out >= behaviour.quota:
+            return self._turned_away("quota", "quota")
         full = behaviour.capacity is not None and stats.in_service >= behaviour.capacity
         if full and behaviour.overload == "429":
-            return self._turned_away("overload", "429", 1.0)
+            return self._turned_away("overload", "429", None if behaviour.hide_limits else 1.0)
         if behaviour.rpm or behaviour.tpm:
             limit, wait = self._over_quota(reply.ids_in + reply.ids_out)
             if limit:
-                return self._turned_away(limit, "429", math.ceil(wait))
+                return self._turned_away(limit, "429", None if behaviour.hide_limits else math.ceil(wait))
 
         attempt = self.seen.get(key, 0)
         self.seen[key] = attempt + 1
@@ -144,9 +141,12 @@ class _Simulator:
         fault = treatment.fault
         if fault:
             stats.faults[fault.kind] += 1
-            if fault.kind in ERRORS and fault.kind not in WAITS_FIRST:
-                return self._error(fault.kind, fault.seconds)
+            if fault.kind in ERRORS and not ERRORS[fault.kind].late:
+                return self._error(fault.kind, fault.number)
         async with self._place():
+            if treatment.kind not in ERRORS:
+                cached = altered(reply, treatment.kind).cached
+                stats.bill(reply.ids_in, reply.ids_out, cached, behaviour.price or (0.0, 0.0))
             if treatment.seconds:
                 await asyncio.sleep(treatment.seconds)
             return await self._answered(request, asked, reply, treatment)
@@ -175,84 +175,19 @@ class _Simulator:
                 self.places.release()
 
     async def _answered(
-        self, request: web.Request, asked: Chat | Completion, reply: Reply, treatment: Treatment
+        self, request: web.Request, asked: Asked, reply: Reply, treatment: Treatment
     ) -> web.StreamResponse:
-        fault = treatment.fault
-        kind = fault.kind if fault else None
+        kind = treatment.kind
         if kind in ERRORS:
             return self._error(kind)
         if kind == "disconnect":
-            return _closed(request)
+            return closed(request)
         if kind == "hang":
             await asyncio.get_running_loop().create_future()
         if kind == "between":
             self.doomed.add(request.task)
-
         self.stats.statuses[200] += 1
-        self.stats.ids_in += reply.ids_in
-        self.stats.ids_out += reply.ids_out
-        if kind == "null-content":
-            reply = reply._replace(text=None)
-        elif kind == "bad-schema":
-            reply = reply._replace(text='["not", "what", "was", "asked"]')
-        elif kind == "html":
-            return web.Response(body=_HTML, headers={"Content-Type": "text/html; charset=utf-8"})
-        elif kind == "garbage":
-            noise = b"\xff" + b"".join(blake2b(reply.name.encode() + bytes([part])).digest() for part in range(4))
-            return web.Response(body=noise, headers=_JSON)
-        if asked.stream and kind != "truncated-json":
-            return await self._streamed(request, asked, reply, treatment)
-
-        body = reply.whole(empty=kind == "empty-choices")
-        if kind == "truncated-json":
-            body = body[: len(body) // 2]
-        if kind not in ("cut", "slow-bytes"):
-            return web.Response(body=body, headers=_JSON)
-        response = web.StreamResponse(headers=_JSON)
-        response.content_length = len(body)
-        await response.prepare(request)
-        if kind == "cut":
-            await response.write(body[: len(body) // 2])
-            return _closed(request, response)
-        assert fault
-        size = -(-len(body) // _TRICKLES)
-        for start in range(0, len(body), size):
-            await asyncio.sleep(fault.seconds or 0 if start else 0)
-            await response.write(body[start : start + size])
-        await response.write_eof()
-        return response
-
-    async def _streamed(
-        self, request: web.Request, asked: Chat | Completion, reply: Reply, treatment: Treatment
-    ) -> web.StreamResponse:
-        fault = treatment.fault
-        kind = fault.kind if fault else None
-        include_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        events = reply.events(include_usage, empty=kind == "empty-choices")
-        if kind in ("cut", "error-event"):
-            del events[len(events) // 2 :]
-        if kind == "error-event":
-            events.append(b"data: %b\n\n" % error_body(*ERRORS["500"][1:]))
-        if kind != "cut":
-            events.append(_DONE)
-
-        response = web.StreamResponse(headers=_EVENTS)
-        await response.prepare(request)
-        latency = self.behaviour.piece_latency
-        if kind == "slow-bytes":
-            assert fault
-            latency = Latency("fixed", (fault.seconds or 0.0,))
-        if kind == "slow-bytes" or any(latency.numbers):
-            for number, event in enumerate(events):
-                if number:
-                    await asyncio.sleep(latency.seconds(next(treatment.draws)))
-                await response.write(event)
-        else:
-            await response.write(b"".join(events))
-        if kind == "cut":
-            return _closed(request, response)
-        await response.write_eof()
-        return response
+        return await answered(request, asked, altered(reply, kind), treatment, self.behaviour.piece_latency)
 
     # --- what keeps a request out ---
 
@@ -282,17 +217,14 @@ class _Simulator:
     def _error(
         self, kind: str, seconds: float | None = None, message: str | None = None, count: bool = True
     ) -> web.Response:
-        status, error, code, default = ERRORS[kind]
+        error = ERRORS[kind]
         if count:
-            self.stats.statuses[status] += 1
-        headers = _JSON if seconds is None else {**_JSON, "Retry-After": f"{seconds:.10g}"}
-        return web.Response(status=status, body=error_body(error, code, message or default), headers=headers)
-
-
-def _closed(request: web.Request, response: web.StreamResponse | None = None) -> web.StreamResponse:
-    """Close the connection after what was written; what is returned is for aiohttp, the client sees none of it."""
-    request.protocol.force_close()
-    return response or web.Response()
+            self.stats.statuses[error.status] += 1
+        headers = {} if seconds is None else {"Retry-After": f"{seconds:.10g}"}
+        if error.page:
+            return web.Response(status=error.status, body=page(error.message), headers={**PAGE, **headers})
+        body = error_body(message or error.message, error.type, error.code)
+        return web.Response(status=error.status, body=body, headers={**JSON, **headers})
 
 
 _SIMULATOR = web.AppKey("simulator", _Simulator)
@@ -309,6 +241,7 @@ def application(behaviour: Behaviour) -> web.Application:
     app.on_shutdown.append(simulator.close)
     app.router.add_post("/v1/chat/completions", simulator.chat)
     app.router.add_post("/v1/completions", simulator.completion)
+    app.router.add_post("/v1/embeddings", simulator.embedding)
     app.router.add_get("/v1/models", simulator.models)
     app.router.add_get("/_simulator/stats", simulator.show)
     app.router.add_post("/_simulator/reset", simulator.reset)

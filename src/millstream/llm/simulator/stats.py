@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 
@@ -11,11 +12,13 @@ class Stats:
 
     statuses        of the replies begun; a request that is disconnected, dropped or hangs has none
     faults          by kind, those that came up
-    turned_away     by reason, before any draw: api-key, body (not valid), rpm, tpm, overload
+    turned_away     by reason, before any draw: api-key, body (not valid), rpm, tpm, overload, quota
     dropped         requests that came over a connection the fault "between" had closed
     gone            requests whose client went away before they were answered
     in_flight       requests here, in service or queued; `in_service` those that hold a place of the capacity
-    ids_in/ids_out  of the replies with status 200 that were begun: what would be billed
+    ids_in/ids_out  what is billed: all that came into service and did not end in an HTTP error, whether their client
+                    waited for the reply or not; `ids_cached` of ids_in were read from a cache
+    cost            of that, in the money of the behaviour's prices
     connections     those over which anything was asked
     bodies          distinct bodies admitted; `asked_again` those of them that were admitted more than once
     """
@@ -34,9 +37,19 @@ class Stats:
     most_queued: int = 0
     ids_in: int = 0
     ids_out: int = 0
+    ids_cached: int = 0
+    cost: float = 0.0
     connections: int = 0
     bodies: int = 0
     asked_again: int = 0
+
+    def bill(self, ids_in: int, ids_out: int, cached: int, price: Sequence[float]) -> None:
+        """Count ids, at prices of a million of them: in prompts, in replies and, perhaps, in prompts from a cache."""
+        given, told, from_cache = price if len(price) == 3 else (*price, price[0])
+        self.ids_in += ids_in
+        self.ids_out += ids_out
+        self.ids_cached += cached
+        self.cost += ((ids_in - cached) * given + cached * from_cache + ids_out * told) / 1e6
 
     def reset(self) -> None:
         """Forget all but what is here now."""

@@ -60,6 +60,8 @@ def test_a_large_item_is_never_overtaken_and_leaves_a_debt_that_its_reply_refund
 
 def test_a_gate_that_never_opens_ends_the_flow_instead_of_hanging():
     class Gate:
+        name = "the gate"
+
         left = 3
 
         def wait(self, item, time):

@@ -243,10 +243,12 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
                     self.waits_for = "the source"
                     return now  # the source is slow, and nothing of what it gave has begun yet
             elif wait == math.inf and not self._running:
-                self._turn_away(job, now)  # nothing will ever open this gate
+                assert self._gate
+                self._turn_away(job, now, f"not asked: {self._gate.name} is reached")  # nothing will ever open it
                 self.stop()
             else:
-                self._head, self.waits_for = job, "the rate limit"
+                assert self._gate
+                self._head, self.waits_for = job, self._gate.name
                 self._mind_deadline(job)
                 return now + wait if wait != math.inf else None
         self._scarcity.end(self._loop.time())  # from now on, what is due waits for a place
@@ -538,11 +540,10 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._waited(job, now)
         self._deliver(fault_of(job, TimeoutError(), now - job.began, late=True), now)
 
-    def _turn_away(self, job: "Job[T]", now: float) -> None:
+    def _turn_away(self, job: "Job[T]", now: float, message: str = "not asked: the run was stopped before") -> None:
         """It is not going to be tried (again): the flow was stopped."""
         job.settled = True
         self._waited(job, now)
-        message = "not asked: the run was stopped before"
         self._deliver(Fault(job.index, "stopped", message, now - job.began, job.attempts), now)
 
     def _deliver(self, outcome: Outcome[R], now: float, began: float | None = None) -> None:

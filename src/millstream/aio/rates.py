@@ -14,8 +14,11 @@ class Gate(Protocol):
     """What an attempt needs permission from, beside a free place.
 
     It is asked for one item at a time, and that item begins before the next is asked for: a large one, which waits
-    long, is never overtaken.
+    long, is never overtaken. `name` says in a few words what it is that an item waits for.
     """
+
+    @property
+    def name(self) -> str: ...
 
     def wait(self, item: Any, now: float) -> float:
         """Seconds until an attempt at `item` may begin; 0: at once; infinite: not before another attempt has ended."""
@@ -87,6 +90,8 @@ def per_minute(amount: float) -> Bucket:
 class Rate:
     """A `Gate` on one bucket: what an item costs beforehand, and what its reply says that it really used."""
 
+    name = "the rate limit"
+
     def __init__(
         self,
         bucket: Bucket,
@@ -114,9 +119,14 @@ class All:
 
     def __init__(self, gates: Sequence[Gate]) -> None:
         self._gates = gates
+        self.name = ""
 
     def wait(self, item: Any, now: float) -> float:
-        return max((gate.wait(item, now) for gate in self._gates), default=0.0)
+        longest = 0.0
+        for gate in self._gates:
+            if (wait := gate.wait(item, now)) > longest:
+                longest, self.name = wait, gate.name
+        return longest
 
     def take(self, item: Any, now: float) -> list[Any]:
         return [gate.take(item, now) for gate in self._gates]

@@ -1,13 +1,12 @@
 """`ask`: prompts in, one row for each out."""
 
 import json
-import math
 import sys
 from typing import Any, NoReturn
 
 import click
 
-from millstream.cli.types import INTERRUPTED, SIZE, WITH_FAULTS, Ended, needs_ask_extra
+from millstream.cli.types import INTERRUPTED, SIZE, WITH_FAULTS, Ended, needs_ask_extra, numbers
 from millstream.errors import RequestError, RunError
 
 
@@ -52,8 +51,17 @@ from millstream.errors import RequestError, RunError
 @click.option("--ordered", is_flag=True, help="Write rows in the prompts' order, not as they are answered.")
 @click.option("--hedge", is_flag=True, help="Ask the slowest requests twice, at most 5 % of them.")
 @click.option("--limit", type=click.IntRange(0), metavar="N", help="Only the first N prompts.")
-@click.option("--price", metavar="IN,OUT", help="Of a million ids in prompts and in replies, to show what it costs.")
-@click.option("--max-cost", type=click.FloatRange(0), metavar="C", help="Stop before it costs more; needs --price.")
+@click.option(
+    "--price",
+    metavar="IN,OUT[,CACHED]",
+    help="Of a million ids in prompts, in replies and in prompts from a cache, to show what it costs.",
+)
+@click.option(
+    "--max-cost",
+    type=click.FloatRange(0),
+    metavar="C",
+    help="Stop before it could cost more, earlier runs on this journal included; needs --price.",
+)
 @click.option("--schema", type=click.Path(), metavar="FILE", help="JSON schema that every reply must fit.")
 @click.option("--temperature", type=float)
 @click.option("--max-tokens", type=int)
@@ -122,7 +130,7 @@ def ask(
         headers=dict(map(_header, headers)),
         params=body,
         in_flight=_in_flight(in_flight),
-        price=_price(price),
+        price=numbers(price, "--price", "IN,OUT[,CACHED], such as 0.15,0.6"),
         schema=_schema(schema),
         row_params=_names(row_params),
         retry_finish=_names(retry_finish),
@@ -136,7 +144,8 @@ def ask(
     click.echo(json.dumps(asdict(report), indent=1) if as_json else printable(ask_summary(report)), err=out == "-")
     if report.stopped == "too dear":
         on = "goes on from here" if report.kept else "asks everything again: only --journal keeps what is answered"
-        message = f"stopped before it would cost more than --max-cost. A higher one {on}"
+        counts = "an attempt counts with an id a byte and --max-tokens, until its reply tells"
+        message = f"stopped before it could cost more than --max-cost ({counts}). A higher one {on}"
         raise Ended(message, RunError.exit_code, reported=as_json)
     if report.stopped:
         _end_interrupted("stopped", kept=report.kept, reported=as_json)
@@ -163,19 +172,6 @@ def _in_flight(text: str) -> Any:
     if text != "auto" and not (text.isdecimal() and int(text) >= 1):
         raise click.BadParameter(f"{text!r} is neither auto nor a number from 1", param_hint="--in-flight")
     return text if text == "auto" else int(text)
-
-
-def _price(text: str | None) -> tuple[float, float] | None:
-    """IN,OUT as two numbers."""
-    if text is None:
-        return None
-    try:
-        given, told = (float(number) for number in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not IN,OUT, such as 0.15,0.6", param_hint="--price") from None
-    if not (0 <= given < math.inf and 0 <= told < math.inf):
-        raise click.BadParameter(f"{text!r}: a price is a number from 0", param_hint="--price")
-    return given, told
 
 
 def _schema(path: str | None) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")  # what older and new
 # What aiohttp and httpx say, in this order, of a connection that ended too early, and of bytes that are no HTTP.
 _DISCONNECTED = re.compile(r"ServerDisconnected|Server disconnected")
 _BROKEN = re.compile(r"payload is not completed|without sending complete message body")
+_NO_CONNECTION = re.compile(r"Connector|ConnectError|ConnectTimeout|PoolTimeout")  # in an error's class
 _NO_HTTP = re.compile(r"Bad status line|Expected HTTP/|illegal request line")
 _TLS_ALERT = re.compile(r"\\x15\\+x03")  # the first bytes of TLS's own complaint, in an error that quotes them
 
@@ -68,7 +69,9 @@ class Peer:
         """An error that came with status 200: in the middle of a stream, or instead of choices."""
         said = said_by(error)
         found = verdict(said.status, said, self.url, said.seconds)
-        return self._judged("an error instead of a reply", said, found, status=200, seconds=said.seconds)
+        failed = self._judged("an error instead of a reply", said, found, status=200, seconds=said.seconds)
+        failed.unpaid = True
+        return failed
 
     def _judged(self, what: str, said: Said, found: Verdict, *, status: int, seconds: float | None) -> WireError:
         words = self.shown(said.message).rstrip(".")
@@ -84,25 +87,26 @@ class Peer:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 reason = self.shown(cause.verify_message)
                 advice = "for an authority of your own, set SSL_CERT_FILE"
-                return self.error(TLS, f"its certificate is not trusted: {reason}; {advice}")
+                return self.error(TLS, f"its certificate is not trusted: {reason}; {advice}", unpaid=True)
             if isinstance(cause, ssl.SSLError) and cause.reason in _NO_TLS:
-                return self.error(TLS, "no TLS is spoken there; does its URL start with http://?")
+                return self.error(TLS, "no TLS is spoken there; does its URL start with http://?", unpaid=True)
             if isinstance(cause, ConnectionRefusedError):
-                return self.error(CONNECTION, "connection refused; is the server running?")
+                return self.error(CONNECTION, "connection refused; is the server running?", unpaid=True)
             if isinstance(cause, socket.gaierror) or "DNS" in type(cause).__name__:
                 host = urlsplit(self.url).hostname
-                return self.error(CONNECTION, f"the host {host} is unknown; check the base URL")
+                return self.error(CONNECTION, f"the host {host} is unknown; check the base URL", unpaid=True)
         words = f"{type(error).__name__}: {words}"
         hint = " (if it always does, it may want https://)" if self.url.startswith("http:") else ""
         if _TLS_ALERT.search(words):
-            return self.error(TLS, "the server wants TLS; does its URL start with https://?")
+            return self.error(TLS, "the server wants TLS; does its URL start with https://?", unpaid=True)
         if _NO_HTTP.search(words):
             return self.error(CONNECTION, f"what answers there speaks no HTTP{hint}; check the base URL")
         if _DISCONNECTED.search(words):
             return self.error(CONNECTION, f"the server closed the connection without an answer{hint}")
         if _BROKEN.search(words):
             return self.error(CONNECTION, "the connection broke in the middle of the reply")
-        return self.error(CONNECTION, self.shown(words))
+        unpaid = any(_NO_CONNECTION.search(type(cause).__name__) for cause in causes)
+        return self.error(CONNECTION, self.shown(words), unpaid=unpaid)
 
 
 def _time(seconds: float) -> str:

@@ -145,7 +145,7 @@ def not_whole(peer: Peer, error: Any, finish_reason: str | None, usage: dict[str
     """What to say of a reply that came to its end, and is no answer: it has an error in it, or no text."""
     if error:
         failed = peer.failed(error)
-        failed.usage = usage
+        failed.usage, failed.unpaid = usage, False  # something was said before
         return failed
     if finish_reason in GIVEN_UP:
         return unusable(peer, f"the server gave this reply up, with finish_reason {finish_reason!r}", usage)

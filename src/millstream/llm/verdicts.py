@@ -308,7 +308,8 @@ class WireError(Exception):
     """One attempt that failed, judged by `verdict`; `kind` is one word, `status` the HTTP status if there was one.
 
     `retry_after`: the seconds the server wants to be left alone; `usage`: what was paid for all the same, in the
-    server's words; `brief`: the message, where it is told beside others; `server`: the base URL it was sent to.
+    server's words; `unpaid`: nothing was, as it was not sent, or refused; `brief`: the message, where it is told beside
+    others; `server`: the base URL it was sent to.
     """
 
     server = ""
@@ -322,11 +323,13 @@ class WireError(Exception):
         retry_after: float | None = None,
         usage: dict[str, Any] | None = None,
         brief: str | None = None,
+        unpaid: bool = False,
     ) -> None:
         super().__init__(message)
         self.verdict, self.status, self.retry_after = verdict, status, retry_after
         self.brief = brief or message
         self.usage: dict[str, Any] = usage or {}
+        self.unpaid = unpaid or status not in (None, 200) or verdict.of == "not sent"
 
     @property
     def kind(self) -> str:

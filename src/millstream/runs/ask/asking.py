@@ -20,6 +20,7 @@ from millstream.runs.ask.prompts import batches
 from millstream.runs.ask.requests import Request
 from millstream.runs.ask.run import AskRun, advice
 from millstream.runs.ask.settings import AskSettings
+from millstream.runs.ask.spendings import Spendings
 from millstream.runs.progress import AskProgress, AskReport
 
 
@@ -42,8 +43,6 @@ def ask_to(
     Raises RequestError for wrong settings, RunError when a server refuses for a reason that every request shares, and
     KeyboardInterrupt when it is interrupted a second time, before what ran has ended.
     """
-    if settings.max_cost is not None and settings.price is None:
-        raise RequestError("the most it may cost needs prices: give --price IN,OUT")
     if settings.all_replies and out != "-":
         raise RequestError("--all-replies is for --out -: a file gets all rows")
     shards = expand([prompts])
@@ -67,6 +66,8 @@ def ask_to(
         )
         again = _again(kept, header, settings, first)
         output = stack.enter_context(_opened(out, kept, header, overwrite=settings.overwrite))
+        if kept is not None:
+            stack.enter_context(_kept_spendings(kept, client, known=settings.max_cost is not None))
         course = AskRun(
             out,
             shards[0],
@@ -97,6 +98,8 @@ def _client(settings: AskSettings) -> Client:
         rpm=settings.rpm,
         tpm=settings.tpm,
         hedge=settings.hedge,
+        price=settings.price,
+        max_cost=settings.max_cost,
         schema=settings.schema,
         params=settings.params,
         headers=settings.headers,
@@ -138,6 +141,16 @@ def _again(journal: AnswerJournal | None, header: Header, settings: AskSettings,
     again = Again(journal, header, faults=settings.retry_faults)
     again.refuse_strangers(first)
     return again
+
+
+@contextlib.contextmanager
+def _kept_spendings(journal: AnswerJournal, client: Client, *, known: bool) -> Iterator[None]:
+    """What attempts in vain cost is written beside the journal; `known`: what earlier runs spent is counted."""
+    with contextlib.closing(Spendings(journal.path)) as spendings:
+        client.purse.keep = spendings.append
+        if known:
+            client.purse.pay_earlier(spendings.all())
+        yield
 
 
 # Where things are written ---------------------------------------------------------------------------------------------

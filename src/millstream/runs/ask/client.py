@@ -23,15 +23,17 @@ from millstream.aio import Fault, Flow, race
 from millstream.aio.hedging import Hedge
 from millstream.aio.limits import Adaptive, Fixed
 from millstream.aio.places import Places
-from millstream.aio.rates import All, Rate, RetryBudget, per_minute
+from millstream.aio.rates import All, Gate, Rate, RetryBudget, per_minute
 from millstream.bridge import run
 from millstream.errors import RequestError
 from millstream.llm.replies import MOST
+from millstream.llm.usage import NOT_TOLD, Usage, added, paid_ids
 from millstream.llm.verdicts import SCHEMA, of_row
 from millstream.llm.wire import Answer, Wire, WireError
 from millstream.runs.ask.bodies import body_from, in_order, words
 from millstream.runs.ask.outcomes import Outcomes, collected, leave_with
 from millstream.runs.ask.pieces import Pieces
+from millstream.runs.ask.purse import Guess, Price, Purse
 from millstream.runs.ask.requests import Reply, Request, outcome_of
 from millstream.runs.ask.retrying import LONGEST_ASKED, Retrying
 from millstream.runs.ask.servers import Servers
@@ -40,8 +42,6 @@ Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A text (what the user says), a list of messages, or a mapping with "prompt" or "messages" and other parameters."""
 
 _DEFAULT: Any = object()
-_CHARACTERS_PER_ID = 4
-_FIRST_GUESS = 256  # ids of a reply, before any has come
 _WINDOW_BYTES = 64 << 20  # of replies that wait to be handed out
 
 
@@ -63,6 +63,10 @@ class Client:
     `rpm` and `tpm` bound the requests and the ids of a minute. `hedge` asks slow requests a second time, at another
     server if there is one, and takes the first reply. A reply has at most `max_reply` bytes, unpacked.
 
+    `price` is that of a million ids in prompts, in replies and, if a third number is given, in prompts where they were
+    cached; then `cost` tells what was spent. No attempt is made that could bring it above `max_cost`: what is not asked
+    for that reason is a Fault of kind ``stopped``.
+
     A request that fails is a `Fault`, never an exception.
     """
 
@@ -82,6 +86,8 @@ class Client:
         rpm: float | None = None,
         tpm: float | None = None,
         hedge: bool = False,
+        price: Sequence[float] | None = None,
+        max_cost: float | None = None,
         schema: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
@@ -106,10 +112,12 @@ class Client:
             self.limit: Fixed | Adaptive = Adaptive(overloaded=_overloaded, work=_work)
         else:
             self.limit = Fixed(in_flight)
-        self._learned_ids = float(_FIRST_GUESS)  # of a reply: a moving average
-        rates = [Rate(per_minute(rpm))] if rpm else []
-        rates += [Rate(per_minute(tpm), lambda request: sum(self.likely_ids(request)), _ids_of)] if tpm else []
-        self.gate = All(rates) if rates else None
+        self._guess = Guess()
+        self.purse = Purse(Price.of_numbers(price) if price else None, max_cost, self._guess)
+        gates: list[Gate] = [Rate(per_minute(rpm))] if rpm else []
+        gates += [Rate(per_minute(tpm), self._guess.likely, _ids_of)] if tpm else []
+        gates += [self.purse] if max_cost is not None else []
+        self.gate = All(gates) if gates else None
         self.used: Counter[str] = Counter()  # prompt_tokens and completion_tokens of replies, as the servers told
         self.wasted: Counter[str] = Counter()  # the same of replies that could not be used
         self._flows: dict[str, Any] = {
@@ -201,6 +209,11 @@ class Client:
         """How failures are asked again where a request may be held until the servers are back; `on_held` is told."""
         return Retrying(self.servers, self._attempts, self._draw, on_held)
 
+    @property
+    def cost(self) -> float | None:
+        """What was spent so far, in the money of `price`; None: there is none."""
+        return self.purse.cost
+
     # The parts of it ------------------------------------------------------------------------------------------------
 
     def flow(self, requests: Any, **options: Any) -> Flow[Request, Answer]:
@@ -212,22 +225,27 @@ class Client:
         if request.fault:
             raise WireError(of_row(request.fault[0]), request.fault[1])
         request.server = self.servers.pick(request.server, self._clock())
+        in_vain, ids = True, NOT_TOLD
         try:
             answer = await self.servers.send(request.server, request.data, request.path, self._clock)
+            ids = paid_ids(answer.usage)
             if not answer.opaque and (reason := self._misfit(answer.text)) is not None:
                 message = f"{answer.server}: the reply does not fit the schema: {reason}"
                 raise WireError(SCHEMA, message, status=200, usage=answer.usage)
+            in_vain = False
         except WireError as error:
-            _count(self.wasted, error.usage)
+            ids = paid_ids(error.usage)
+            in_vain = not error.unpaid or ids != NOT_TOLD
+            _count(self.wasted, ids)
             raise
-        _count(self.used, answer.usage)
-        self._learned_ids += 0.05 * ((answer.usage.get("completion_tokens") or 0) - self._learned_ids)
+        finally:
+            if in_vain:  # also what was cancelled: at a timeout, or as the loser of a race
+                self.purse.failed(request, ids)
+                request.paid = added(request.paid, ids)
+        _count(self.used, ids)
+        self._guess.learn(request, ids)
+        self.purse.answered(request, ids)
         return answer
-
-    def likely_ids(self, request: Request) -> tuple[float, float]:
-        """Ids in a request and in its reply, as far as one can know beforehand: its limit, else what replies had."""
-        most = self.params.get("max_completion_tokens") or self.params.get("max_tokens")
-        return len(request.data) / _CHARACTERS_PER_ID, float(most) if most else self._learned_ids
 
     def _requests(self, prompts: Any) -> Any:
         """The requests of many prompts, of either kind of iterable; what is no prompt is a fault in its place."""
@@ -312,9 +330,9 @@ def _wire(place: Any, key: str | None, headers: Mapping[str, str] | None, proxy:
     return SdkWire(place, headers=headers, most=most)
 
 
-def _count(total: Counter[str], usage: Mapping[str, Any]) -> None:
-    for name in ("prompt_tokens", "completion_tokens"):
-        total[name] += usage.get(name) or 0
+def _count(total: Counter[str], ids: Usage) -> None:
+    total["prompt_tokens"] += ids.given or 0
+    total["completion_tokens"] += ids.told or 0
 
 
 def _overloaded(error: BaseException) -> bool:
@@ -322,12 +340,12 @@ def _overloaded(error: BaseException) -> bool:
 
 
 def _work(answer: Answer) -> float:
-    return float(answer.usage.get("completion_tokens") or 1)
+    return float(paid_ids(answer.usage).told or 1)
 
 
 def _ids_of(answer: Answer) -> float | None:
-    total = answer.usage.get("total_tokens")
-    return float(total) if isinstance(total, int) else None
+    given, told, _ = paid_ids(answer.usage)
+    return None if given is None or told is None else float(given + told)
 
 
 def _several(prompts: Any) -> Any:

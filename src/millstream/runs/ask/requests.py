@@ -18,7 +18,8 @@ class Request(msgspec.Struct, eq=False, gc=False):
     bytes that name it in the journal; `data` the body for `path`, in JSON, all in the order in which it was given. A
     row that makes no request has no data but a `fault`: (kind, message). `row` is the row itself in JSON, if it is
     wanted. `before` counts the rows before it that are equal. `twin` is another body that the key was made from, if it
-    was (see `bodies.Body`). `server` is the client's own.
+    was (see `bodies.Body`). `server` is the client's own, `paid` the usage of
+    attempts that brought nothing.
     """
 
     index: int
@@ -31,6 +32,7 @@ class Request(msgspec.Struct, eq=False, gc=False):
     before: int = 0
     twin: bytes | None = None
     server: int = -1
+    paid: dict[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

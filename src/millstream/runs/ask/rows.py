@@ -25,7 +25,8 @@ def row_of(request: Request, outcome: Reply[Answer] | Fault, *, whole: bool = Fa
         return {**_head(request), **_told(answer), "usage": answer.usage, "model": answer.model, **tail, **body}
     fault = named(outcome)
     status = {"status": fault.error.status} if isinstance(fault.error, WireError) and fault.error.status else {}
-    return {**_head(request), "fault": {"kind": fault.kind, "message": fault.message, **status}, **tail}
+    paid = {"usage": request.paid} if request.paid else {}
+    return {**_head(request), "fault": {"kind": fault.kind, "message": fault.message, **status}, **paid, **tail}
 
 
 def _told(answer: Answer) -> dict[str, Any]:

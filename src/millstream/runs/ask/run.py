@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from millstream.aio import Fault, Reply
-from millstream.aio.rates import All, Gate
 from millstream.bridge import in_thread
 from millstream.errors import RunError
 from millstream.formats.sources import InputShard, chunks
@@ -21,7 +20,6 @@ from millstream.runs.ask.earlier import Again
 from millstream.runs.ask.endings import ending_of
 from millstream.runs.ask.lineup import Lineup, Slot
 from millstream.runs.ask.output import Output
-from millstream.runs.ask.purse import Purse
 from millstream.runs.ask.requests import Request
 from millstream.runs.ask.rows import batch_line, row_of, row_of_none, with_input
 from millstream.runs.ask.settings import AskSettings
@@ -74,8 +72,7 @@ class AskRun:
         self.client, self.journal, self.again, self.output = client, journal, again, output
         self.in_order = settings.ordered or out == "-"
         self.lineup = Lineup(output, in_order=self.in_order, prefix=out == "-" and journal is not None)
-        self.purse = Purse(settings.price or (0.0, 0.0), settings.max_cost, client)
-        self.tally = Tally(client, self.purse if settings.price else None, on_progress)
+        self.tally = Tally(client, on_progress)
         self.tally.tells_unknown = bool(settings.retry_finish)
         self.tripwire = Tripwire(lambda: self.flow.stop())
         self.stopped: str | None = None
@@ -113,12 +110,9 @@ class AskRun:
         return self.tally.report(self.out, self.flow, stopped=self.stopped, journal=self.journal)
 
     def _flow(self) -> Any:
-        gates: list[Gate] = [self.client.gate] if self.client.gate else []
-        gates += [self.purse] if self.purse.most is not None else []
         return self.client.flow(
             self._to_ask(),
             in_order=self.in_order,
-            gate=All(gates) if gates else None,
             canaries=_CANARIES,
             batched=True,
             delay=self.client.holding(self._hold).delay,
@@ -280,9 +274,8 @@ class AskRun:
     def _counted(self, request: Request, data: bytes, fault: bool, row: dict[str, Any] | None = None) -> bytes:
         """A row as the output wants it (empty: not at all); `data` is the same in JSON."""
         self.tally.requests += 1
-        if row is None and (fault or self.settings.price or self.settings.batch_format):
+        if row is None and (fault or self.settings.batch_format):
             row = msgspec.json.decode(data)  # of an earlier run
-            self.purse.pay_earlier(row.get("usage") or {})
         if fault:
             assert row
             self.tally.add_fault(row)

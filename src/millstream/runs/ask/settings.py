@@ -10,10 +10,11 @@ class AskSettings:
     """What an ask run is asked for: `model`, `system`, `template`, `params`, `schema` make the requests.
 
     `timeout` bounds one attempt and `deadline` a request with all its retries, in seconds; None: no bound. `price` is
-    that of a million ids in prompts and in replies; `max_cost`, in the same money, is never exceeded by what servers
-    report. `keep_input` puts the row's own fields beside the answer. `max_reply` is the most bytes that are read of a
-    reply. A server that asks to be left alone for longer than `longest_wait` seconds is, while anything else
-    is left to ask; then the run stops. `overwrite` replaces an output that belongs to no journal of ours.
+    that of a million ids in prompts, in replies and, if a third number is given, in prompts where they were cached; no
+    attempt starts that could bring the cost, earlier runs' included, above `max_cost`. `keep_input` puts the row's own
+    fields beside the answer. `max_reply` is the most bytes that are read of a reply. A server that asks to be left
+    alone for longer than `longest_wait` seconds is, while anything else is left to ask; then the run stops. `overwrite`
+    replaces an output that belongs to no journal of ours.
 
     `row_params` names the fields of plain rows that are sent as parameters. `retry_finish` asks replies again that
     ended so ("length", "content_filter", "refusal"), with other limits of ids in `params` if they are given. `reuse`
@@ -38,7 +39,7 @@ class AskSettings:
     hedge: bool = False
     ordered: bool = False
     limit: int | None = None
-    price: tuple[float, float] | None = None
+    price: Sequence[float] | None = None
     max_cost: float | None = None
     retry_faults: bool = False
     batch_format: bool = False

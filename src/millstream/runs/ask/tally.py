@@ -11,7 +11,6 @@ from millstream.aio.limits import Adaptive
 from millstream.runs.ask.answers import AnswerJournal
 from millstream.runs.ask.client import Client
 from millstream.runs.ask.endings import NOT_WHOLE, UNKNOWN
-from millstream.runs.ask.purse import Purse
 from millstream.runs.progress import AskProgress, AskReport
 
 _PROGRESS_EVERY = 0.1  # seconds
@@ -20,8 +19,8 @@ _PROGRESS_EVERY = 0.1  # seconds
 class Tally:
     """Counts the rows of a run: `requests`, `again` (of earlier runs), and the faults by kind."""
 
-    def __init__(self, client: Client, purse: Purse | None, on_progress: Callable[[AskProgress], None] | None) -> None:
-        self._client, self._purse, self._on_progress = client, purse, on_progress
+    def __init__(self, client: Client, on_progress: Callable[[AskProgress], None] | None) -> None:
+        self._client, self._on_progress = client, on_progress
         self.total: int | None = None
         self.requests = self.again = 0
         self.left_out = 0  # replies that are not whole, and that standard output does not get
@@ -41,10 +40,6 @@ class Tally:
         self._endings[ending] += 1
         return ending not in NOT_WHOLE
 
-    @property
-    def _cost(self) -> float | None:
-        return self._purse.cost if self._purse else None
-
     def tell(self, flow: Flow[Any, Any]) -> None:
         """How far it is, if it was not told just now."""
         if self._on_progress is None:
@@ -61,7 +56,7 @@ class Tally:
                     now - self._started,
                     self._client.used["completion_tokens"],
                     self.total,
-                    self._cost,
+                    self._client.cost,
                     flow.waits_for,
                 )
             )
@@ -83,7 +78,7 @@ class Tally:
             ids_in=self._client.used["prompt_tokens"],
             ids_out=self._client.used["completion_tokens"],
             ids_wasted=self._client.wasted.total(),
-            cost=self._cost,
+            cost=self._client.cost,
             seconds=time.perf_counter() - self._started,
             spent=asdict(flow.spent),
             in_flight=limit.now,

@@ -6,13 +6,14 @@ Run as `python bench/answered.py PROMPTS COUNT MODEL JOURNAL`.
 import json
 import sys
 
-from millstream.formats.sources import expand
+from millstream.formats.corpus import expand
 from millstream.runs.ask.answers import AnswerJournal
 from millstream.runs.ask.bodies import Recipe
 from millstream.runs.ask.prompts import batches
 
 TAIL = json.dumps({
     "text": "The capital of France is Paris. " * 4,
+    "finish_reason": "stop",
     "usage": {"prompt_tokens": 12, "completion_tokens": 32, "total_tokens": 44},
     "model": "simulated", "latency_s": 0.0512, "attempts": 1,
 }, separators=(",", ":"))  # fmt: skip

@@ -84,7 +84,7 @@ def test_stop_at_a_bad_line_and_go_on_once_it_is_mended(tmp_path, monkeypatch, c
         pack(tmp_path / "out", corpus, **SMALL, **MAX, block=100)
     monkeypatch.undo()
     assert "run the same command again" in str(stopped.value)
-    assert "--on-error skip" in str(stopped.value)
+    assert "on_error='skip'" in str(stopped.value)
     assert len(str(stopped.value)) < 1000, "a message for a person"
     if name:
         assert name in str(stopped.value)
@@ -349,7 +349,7 @@ def test_a_document_that_is_too_long(tmp_path, name):
     else:
         sources = [write_jsonl(tmp_path / name, rows(texts))]
     given = {"seq_len": 4, "max_document": 2000}
-    with pytest.raises(DataError, match=r"5,0\d\d bytes.*--max-document is 2,000"):
+    with pytest.raises(DataError, match=r"5,0\d\d bytes.*max-document is 2,000"):
         pack(tmp_path / "out", sources, **given)
     report = pack(tmp_path / "skipped", sources, **given, on_error="skip")
     assert report.ledger["faults"] == {"too_long": 1}
@@ -508,31 +508,31 @@ def test_an_empty_parquet_file_and_an_empty_pipe(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"seq_len": 0}, "--seq-len 0.*at least one id"),
-        ({"seq_len": -3}, "--seq-len -3"),
+        ({"seq_len": 0}, "seq_len=0.*at least one id"),
+        ({"seq_len": -3}, "seq_len=-3"),
         ({"tokenizer": "gpt5"}, "unknown tokenizer 'gpt5': give gpt2"),
-        ({"strategy": "best"}, "--strategy best.*concat or split"),
-        ({"remainder": "burn"}, "--remainder burn.*keep or drop or pad"),
-        ({"format": "csv"}, "--format csv.*npy, parquet"),
-        ({"on_error": "cry"}, "--on-error cry.*stop or skip"),
-        ({"engine": "warp"}, "--engine warp"),
-        ({"pad_side": "top"}, "--pad-side top"),
-        ({"validation": 1.0}, "--validation 1.0.*fraction"),
-        ({"validation": -0.1}, "--validation -0.1"),
-        ({"validation": float("nan")}, "--validation nan"),
-        ({"limit": -1}, "--limit -1"),
-        ({"workers": 0}, "--workers 0.*at least 1"),
-        ({"shard_size": 0}, "--shard-size 0.*size"),
-        ({"max_document": 0}, "--max-document 0"),
-        ({"id_field": "text"}, "--id-field text"),
-        ({"memory": 1 << 20}, "--memory 1MiB is too little"),
-        ({"workers": 500}, "--workers 500.*Give --memory"),
-        ({"pad_id": -1, "remainder": "pad"}, "--pad-id -1.*0 to 50,256"),
-        ({"pad_id": 50257, "remainder": "pad"}, "--pad-id 50257"),
+        ({"strategy": "best"}, "strategy='best'.*concat or split"),
+        ({"remainder": "burn"}, "remainder='burn'.*keep or drop or pad"),
+        ({"format": "csv"}, "format='csv'.*npy, parquet"),
+        ({"on_error": "cry"}, "on_error='cry'.*stop or skip"),
+        ({"engine": "warp"}, "engine='warp'"),
+        ({"pad_side": "top"}, "pad_side='top'"),
+        ({"validation": 1.0}, "validation=1.0.*fraction"),
+        ({"validation": -0.1}, "validation=-0.1"),
+        ({"validation": float("nan")}, "validation=nan"),
+        ({"limit": -1}, "limit=-1"),
+        ({"workers": 0}, "workers=0.*at least 1"),
+        ({"shard_size": 0}, "shard_size=0.*size"),
+        ({"max_document": 0}, "max_document=0"),
+        ({"id_field": "text"}, "id_field='text'"),
+        ({"memory": 1 << 20}, "memory=1 << 20 is too little"),
+        ({"workers": 500}, "workers=500.*Give memory"),
+        ({"pad_id": -1, "remainder": "pad"}, "pad_id=-1.*0 to 50,256"),
+        ({"pad_id": 50257, "remainder": "pad"}, "pad_id=50257"),
         ({"eos_token": "</s>"}, "no token '</s>'.*endoftext"),
-        ({"tokenizer": None, "ids_field": "ids", "eos": True}, "--eos.*tokenizer"),
-        ({"tokenizer": None, "ids_field": "ids", "remainder": "pad"}, "--pad-id"),
-        ({"tokenizer": None, "ids_field": "ids", "strategy": "split"}, "--pad-id"),
+        ({"tokenizer": None, "ids_field": "ids", "eos": True}, "eos.*tokenizer"),
+        ({"tokenizer": None, "ids_field": "ids", "remainder": "pad"}, "pad_id"),
+        ({"tokenizer": None, "ids_field": "ids", "strategy": "split"}, "pad_id"),
     ],
 )
 def test_settings_that_do_not_work(tmp_path, given, message):

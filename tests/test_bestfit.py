@@ -399,15 +399,15 @@ def test_a_permutation_is_the_same_everywhere():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 1000}, "--window 1000 does not work: it belongs to --strategy best-fit"),
-        ({"max_segments": 3}, "--max-segments 3 does not work: it belongs to --strategy best-fit"),
-        ({"shuffle_window": 3}, "--shuffle-window 3 does not work: it belongs to --shuffle"),
-        ({"strategy": "best-fit", "window": 0}, "--window 0 does not work"),
-        ({"strategy": "best-fit", "max_segments": 0}, "--max-segments 0 does not work"),
-        ({"shuffle": 1, "shuffle_window": 0}, "--shuffle-window 0 does not work"),
-        ({"shuffle": -1}, "--shuffle -1 does not work"),
+        ({"window": 1000}, "window=1000 does not work: it belongs to strategy='best-fit'"),
+        ({"max_segments": 3}, "max_segments=3 does not work: it belongs to strategy='best-fit'"),
+        ({"shuffle_window": 3}, "shuffle_window=3 does not work: it belongs to shuffle"),
+        ({"strategy": "best-fit", "window": 0}, "window=0 does not work"),
+        ({"strategy": "best-fit", "max_segments": 0}, "max_segments=0 does not work"),
+        ({"shuffle": 1, "shuffle_window": 0}, "shuffle_window=0 does not work"),
+        ({"shuffle": -1}, "shuffle=-1 does not work"),
         ({"shuffle": 2**64}, "give a seed from 0"),
-        ({"strategy": "best-fit", "tokenizer": None, "ids_field": "ids"}, "give --pad-id"),
+        ({"strategy": "best-fit", "tokenizer": None, "ids_field": "ids"}, "give pad_id"),
     ],
     ids=str,
 )
@@ -463,7 +463,7 @@ def test_a_window_counts_as_memory():
     tiny = Settings(strategy="best-fit", window=32 << 20, seq_len=1)
     assert window_memory(tiny, 2, None) > held + 512 * MIB  # the order of that many samples
     assert choose_workers(wanted, 50_257, 32 * MIB, None)[0] == 2
-    with pytest.raises(RequestError, match="--memory"):
+    with pytest.raises(RequestError, match="memory="):
         choose_workers(wanted, 50_257, 32 * MIB, None, held)
     with pytest.raises(RequestError, match="window of"):
         choose_workers(wanted, 50_257, 32 * MIB, None, 1 << 30)

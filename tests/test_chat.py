@@ -243,7 +243,7 @@ def test_rows_that_cannot_be_used(row, reason, message):
 
 
 def test_templates_that_cannot_be_used():
-    with pytest.raises(Unusable, match="give one with --chat-template"):
+    with pytest.raises(RequestError, match="no chat template for messages; give one with chat_template"):
         Chat().render({"messages": [USER]})
     with pytest.raises(Unusable, match="refuses it: roles must take turns"):
         chat("brackets").render({"messages": [USER, USER]})
@@ -602,7 +602,7 @@ def test_faulty_conversations(tmp_path, folders):
     text = tmp_path / "plain.txt"
     text.write_text("no rows")
     done = cli("pack", text, "--out", tmp_path / "text", *flags)
-    assert (done.returncode, "--chat needs JSONL or Parquet" in done.stderr) == (1, True)
+    assert (done.returncode, "conversations need JSONL or Parquet" in done.stderr) == (1, True)
 
 
 WRONG = [
@@ -633,8 +633,8 @@ def test_a_template_from_a_file_decides_the_bytes(tmp_path, folders):
     template.write_text(chats.TEMPLATES["words"])
     flags = ("pack", corpus, "--out", tmp_path / "out", "--chat", "--tokenizer", "gpt2", "--seq-len", "8")
     done = cli(*flags)
-    assert (done.returncode, "give one with --chat-template" in done.stderr) == (1, True)
-    assert cli(*flags, "--chat-template", template, "--overwrite").returncode == 0
+    assert (done.returncode, "give one with --chat-template" in done.stderr) == (2, True)
+    assert cli(*flags, "--chat-template", template).returncode == 0
     tokenizer = load_tokenizer("gpt2")
     sample = millstream.open(tmp_path / "out")[0]
     assert tokenizer.engine.decode(sample.token_ids.tolist()).startswith("User: How much?\n")

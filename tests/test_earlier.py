@@ -51,7 +51,7 @@ def test_an_earlier_run_is_not_gone_on_with_but_may_be_overwritten(tmp_path, nam
         assert millstream.open(out).manifest["format"] == "millstream/2"
         return
     told = "finish it with that version" if name == "unfinished" else "as it is"
-    with pytest.raises(RequestError, match=rf"millstream/1\), and this one writes other bytes: .*{told}.*--overwrite"):
+    with pytest.raises(RequestError, match=rf"millstream/1\), and this one writes other bytes: .*{told}.*overwrite="):
         helpers.pack(out, corpus, seq_len=16, eos=True)
     assert runs.digests(out) == before
 

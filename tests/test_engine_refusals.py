@@ -83,7 +83,7 @@ def test_a_document_that_no_engine_encodes_is_a_fault(tmp_path, shape, workers):
     corpus = write_jsonl(tmp_path / "a.jsonl", [*rows(KNOWN), b"", *rows(UNKNOWN), b"[]"])
     given = {"tokenizer": tokenizer, "seq_len": 2, "workers": workers}
     with pytest.raises(
-        DataError, match=r"(?s)a\.jsonl, line 7 \(id 'd2'\): tokenizers cannot encode it: .*--on-error skip"
+        DataError, match=r"(?s)a\.jsonl, line 7 \(id 'd2'\): tokenizers cannot encode it: .*on_error='skip'"
     ):
         pack(tmp_path / "out", corpus, **given)
     report = pack(tmp_path / "out", corpus, **given, on_error="skip")
@@ -234,7 +234,7 @@ def test_the_reference_alone_stops_at_what_it_cannot_encode_and_it_is_no_fault(t
     """What is a fault does not depend on the engine."""
     corpus = write_jsonl(tmp_path / "a.jsonl", rows(["one", BLANKS]))
     for on_error in ("stop", "skip"):
-        with pytest.raises(RunError, match=r"document 'd1': tiktoken cannot encode it.*without --engine reference"):
+        with pytest.raises(RunError, match=r"document 'd1': tiktoken cannot encode it.*without engine='reference'"):
             pack(tmp_path / "out", corpus, seq_len=64, engine="reference", on_error=on_error)
     report = pack(tmp_path / "out", corpus, seq_len=64)
     assert report.faults == 0
@@ -247,7 +247,7 @@ def test_a_folder_with_such_documents_does_not_go_on_with_the_reference(tmp_path
     with pytest.raises(DataError):
         pack(tmp_path / "out", corpus, seq_len=64, shard_size=1 << 16, block=1000)
     assert "commit" in events(tmp_path / "out")
-    with pytest.raises(ResumeRefused, match=r"--engine reference: document 'd1' was packed.*tiktoken cannot encode it"):
+    with pytest.raises(ResumeRefused, match=r"engine='reference': document 'd1' was packed.*tiktoken cannot encode it"):
         pack(tmp_path / "out", corpus, seq_len=64, shard_size=1 << 16, block=1000, engine="reference")
     write_jsonl(corpus, rows(["one", BLANKS, *["two"] * 1000, "three"]))
     pack(tmp_path / "out", corpus, seq_len=64, shard_size=1 << 16, block=1000)

@@ -362,7 +362,7 @@ def small(tmp_path, tokenizer):
 
 
 def test_unfinished_and_foreign_folders_are_refused(tmp_path, small):
-    for formats, message in ([[], "--format wants"], [["mdx"], "mdx is unknown"]):
+    for formats, message in ([[], "format wants"], [["mdx"], "format='mdx' is unknown"]):
         with pytest.raises(RequestError, match=message):
             convert_to(tmp_path / "out", small, formats)
     with pytest.raises(RequestError, match="no run folder"):
@@ -549,7 +549,7 @@ def test_ids_that_one_of_the_formats_cannot_hold_are_faults(tmp_path):
 
 
 def test_an_unknown_format_is_refused(tmp_path):
-    with pytest.raises(RequestError, match="--format mdx does not work"):
+    with pytest.raises(RequestError, match="format='mdx' does not work"):
         packed(tmp_path, [[1]], 2, format="npy,mdx")
 
 

@@ -293,10 +293,10 @@ def test_a_hint_when_conversations_are_cut(tmp_path):
         return "\n".join(report.hints)
 
     assert "2 conversations are cut" in hints("concat")
-    assert "--strategy best-fit" in hints("concat-truncate", overlong="truncate", remainder="drop")
+    assert "strategy='best-fit' cuts" in hints("concat-truncate", overlong="truncate", remainder="drop")
     assert hints("best-fit", strategy="best-fit") == (
         "1 conversation is cut: what is behind a cut is learned without its prompt. "
-        "--overlong truncate keeps the first N ids of longer ones, --overlong drop leaves them out"
+        "overlong='truncate' keeps the first N ids of longer ones, overlong='drop' leaves them out"
     )
     assert hints("whole", strategy="best-fit", overlong="drop") == ""
 

@@ -172,7 +172,7 @@ def test_settings_for_best_fit_leave_the_others_alone(tmp_path):
     concat, split, best_fit = plan.choices
     assert concat.documents_per_sample.value > best_fit.documents_per_sample.value == 1
     assert best_fit.samples == split.samples
-    with pytest.raises(RequestError, match="--max-segments 1 does not work: it belongs to --strategy best-fit"):
+    with pytest.raises(RequestError, match="max_segments=1 does not work: it belongs to strategy='best-fit'"):
         make_plan(corpus, strategies=["concat"], ids_field="ids", max_segments=1)
 
 
@@ -537,8 +537,6 @@ def test_nothing_is_written(tmp_path, sample):
     ("arguments", "code", "said"),
     [
         (["missing.jsonl"], 2, "millstream: no such file or folder: missing.jsonl"),
-        (["empty.jsonl"], 2, "millstream: there is no text in the corpus: nothing to plan"),
-        (["blank.jsonl"], 2, "millstream: there is no text in the corpus: nothing to plan"),
         (["bad.jsonl"], 1, "millstream: none of 2 documents can be used; the first is invalid json: bad.jsonl at 0: "),
         (["bad.parquet"], 1, "millstream: none of 1 documents can be used; the first is corrupt: bad.parquet at 0: "),
         (["good.jsonl", "--seq-len", "x"], 2, "Error: Invalid value for --seq-len: 'x' is no whole number"),

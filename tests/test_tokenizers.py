@@ -227,7 +227,7 @@ class Wrong:
 def test_a_run_stops_at_a_document_the_engines_disagree_on(tmp_path, monkeypatch, which):
     corpus = write_jsonl(tmp_path / "a.jsonl", rows(TEXTS))
     monkeypatch.setattr("millstream.runs.pack.encode._reference", lambda name: Wrong(TEXTS[which]))
-    with pytest.raises(EngineMismatch, match=f"document 'd{which}'.*fastokens.*wrong.*gpt2.*--engine reference"):
+    with pytest.raises(EngineMismatch, match=f"document 'd{which}'.*fastokens.*wrong.*gpt2.*engine='reference'"):
         pack(tmp_path / "out", corpus, seq_len=8)
     monkeypatch.undo()
     report = pack(tmp_path / "out", corpus, seq_len=8)
@@ -452,7 +452,7 @@ def test_a_damaged_tokenizer_config_is_said_to_be_one(tmp_path, config):
     folder = saved(tmp_path / "tok", byte_level())
     (folder / "tokenizer_config.json").write_bytes(config)
     corpus = write_jsonl(tmp_path / "a.jsonl", rows(TEXTS))
-    with pytest.raises(RequestError, match=r"tokenizer_config\.json|--eos-token|no token 7"):
+    with pytest.raises(RequestError, match=r"tokenizer_config\.json|eos_token|no token 7"):
         pack(tmp_path / "out", corpus, tokenizer=str(folder), seq_len=16, eos=True)
 
 

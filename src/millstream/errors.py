@@ -12,15 +12,76 @@
 
 A fault of a single document is no exception but data (`millstream.records.Fault`); only ``on_error="stop"`` turns the
 first one into a `DataError`. `Unusable` is how the place that finds a fault tells the reader, and goes no further.
+
+A message that names a setting is read by two kinds of people: who calls Python is told `seq_len=0`, and who runs the
+command line `--seq-len 0`. `setting` writes both into the text, `Words` is one of them, and the command line asks for
+`flags`.
 """
 
+import re
 from typing import Any
+
+_BEGIN, _OR, _END = "\ufdd4", "\ufdd5", "\ufdd6"  # noncharacters, which no text may have
+_EITHER = re.compile(f"{_BEGIN}([^{_OR}]*){_OR}([^{_END}]*){_END}")
+
+
+def either(python: str, flags: str) -> str:
+    """A part of a message that says `python` to who calls a function, and `flags` to who runs a command."""
+    return f"{_BEGIN}{python}{_OR}{flags}{_END}"
+
+
+def setting(name: str, value: object = None, shown: str | None = None) -> str:
+    """A setting in a message, with its value if it has one, which is `shown` otherwise on the command line.
+
+    >>> words = Words(f"{setting('seq_len', 0)} does not work")
+    >>> words, words.flags
+    ('seq_len=0 does not work', '--seq-len 0 does not work')
+    """
+    flag = flag_of(name)
+    if value is None:
+        return either(name, flag)
+    return either(f"{name}={value!r}", flag if value is True else f"{flag} {value if shown is None else shown}")
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def sized(name: str, size: int) -> str:
+    """A setting that is a number of bytes.
+
+    >>> words = Words(f"{sized('memory', 512 << 20)} or {sized('memory', 100)}")
+    >>> words, words.flags
+    ('memory=512 << 20 or memory=100', '--memory 512MiB or --memory 100')
+    """
+    for bits, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        number = size >> bits
+        if number and number << bits == size:
+            return either(f"{name}={number} << {bits}", f"{flag_of(name)} {number}{unit}")
+    return setting(name, size)
+
+
+class Words(str):
+    """A message with settings in it, as it is told to who calls Python; `flags` is for the command line."""
+
+    flags: str
+
+    def __new__(cls, text: str) -> "Words":
+        if isinstance(text, cls):
+            return text
+        made = super().__new__(cls, _EITHER.sub(r"\1", text))
+        made.flags = _EITHER.sub(r"\2", text)
+        return made
 
 
 class MillstreamError(Exception):
     """The root; its text is one message for a person, without a traceback."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        self.words = Words(message)
+        super().__init__(self.words)
 
 
 class RequestError(MillstreamError):

@@ -61,7 +61,7 @@ def _picture(plan: Plan, widest: int) -> Table:
     table.add_column("", no_wrap=True)
     documents = sum(bin.documents.value for bin in plan.lengths) or 1
     ids = sum(bin.ids.value for bin in plan.lengths) or 1
-    most, seen = max(bin.documents.value for bin in plan.lengths) or 1, 0.0
+    most, seen = max((bin.documents.value for bin in plan.lengths), default=0) or 1, 0.0
     for row in plan.lengths:
         seen += row.documents.value
         inside = [n for n in sorted({choice.seq_len for choice in plan.choices}) if row.longest // 2 < n <= row.longest]
@@ -147,7 +147,7 @@ def _notes(plan: Plan) -> list[str]:
     ]
     if plan.ids.told and not plan.exact:
         meaning.append("± and to   the true number lies between, with 95% confidence")
-    return [*(f"overlong   {each}" for each in lost), *(f"note       {note}" for note in plan.notes), *meaning]
+    return [*(f"overlong   {each}" for each in lost), *(f"note       {note.flags}" for note in plan.notes), *meaning]
 
 
 def clock(seconds: float) -> str:

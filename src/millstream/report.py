@@ -280,7 +280,7 @@ def pack_summary(report: Report) -> str:
         name, why = report.not_compared_such_as
         count = _count(report.not_compared, "document")
         lines.append(f"  compared   {count} not, such as {name!r}, which the fast engine alone encodes: {why}")
-    lines += [f"  hint       {hint}" for hint in report.hints]
+    lines += [f"  hint       {hint.flags}" for hint in report.hints]
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from millstream import __version__
 from millstream.cli import asking, batch, folders, packing, simulate
 from millstream.cli.types import INTERRUPTED, Ended, ending_like_an_interrupt
 from millstream.errors import MillstreamError
-from millstream.terminal import printable
+from millstream.terminal import printable, show_what_can_be_shown
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -46,6 +46,7 @@ for command in (
 
 
 def main() -> None:
+    show_what_can_be_shown()
     try:
         with ending_like_an_interrupt():
             cli.main(prog_name="millstream", standalone_mode=False)
@@ -63,8 +64,8 @@ def main() -> None:
             sys.exit(end.exit_code)
         _end("Interrupted", str(end), end.exit_code)
     except MillstreamError as error:
-        click.echo(f"millstream: {printable(str(error))}", err=True)
-        _end(type(error).__name__, str(error), error.exit_code)
+        click.echo(f"millstream: {printable(error.words.flags)}", err=True)
+        _end(type(error).__name__, error.words.flags, error.exit_code)
     except BrokenPipeError:
         # Whoever read our output has gone, as `head` does; nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

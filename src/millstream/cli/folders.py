@@ -1,6 +1,7 @@
 """Commands about a run folder: is it whole, what is in it and where, and in which other formats."""
 
 import json
+import os
 import sys
 
 import click
@@ -101,6 +102,8 @@ def find(folder: str, document_id: str, as_text: bool, as_json: bool) -> None:
     from millstream.terminal import printable
     from millstream.view import show_provenance
 
+    # Under a locale without the letters, Python has the bytes of an argument and not its text.
+    document_id = os.fsencode(document_id).decode(errors="backslashreplace")
     found = provenance(folder, document_id)
     if as_json:
         click.echo(json.dumps(found.as_json(text=as_text), indent=1))

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import IO, Any, TypeVar
 
-from millstream.errors import WorkerDied
+from millstream.errors import WorkerDied, setting
 
 U = TypeVar("U")
 R = TypeVar("R")
@@ -189,7 +189,11 @@ class _Pool:
     def _died(self, number: int) -> None:
         code = self.processes[number].wait()
         why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        hint = "; often the system was out of memory: fewer --workers need less" if code == -signal.SIGKILL else ""
+        hint = (
+            f"; often the system was out of memory: fewer {setting('workers')} need less"
+            if code == -signal.SIGKILL
+            else ""
+        )
         raise WorkerDied(f"a worker process ended by itself ({why}){hint}. Run the same command again to go on")
 
     def close(self) -> None:

@@ -333,10 +333,10 @@ def _without_nulls(value: Any) -> Any:
 def _decode_file(batch: TextBatch, piece: Slice, fields: Fields) -> None:
     batch.lines.append((piece.source, 0))
     if fields.ids:
-        _add_fault(batch, piece, 0, 0, "not_ids", "plain text has no token ids; --ids-field needs JSONL or Parquet")
+        _add_fault(batch, piece, 0, 0, "not_ids", "plain text has no token ids; these need JSONL or Parquet")
         return
     if fields.of_row:
-        _add_fault(batch, piece, 0, 0, "not_messages", "plain text has no rows; --chat needs JSONL or Parquet")
+        _add_fault(batch, piece, 0, 0, "not_messages", "plain text has no rows; conversations need JSONL or Parquet")
         return
     try:
         data = slice_bytes(piece)

@@ -11,7 +11,7 @@ import os
 import time
 from typing import IO, Any
 
-from millstream.errors import RequestError, RunError
+from millstream.errors import RequestError, RunError, setting
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
@@ -112,10 +112,11 @@ def refuse_earlier(folder: str, manifest: dict[str, Any]) -> None:
     if manifest["complete"]:
         raise RequestError(
             f"{folder} was packed by {earlier}: it can be read and verified as it is; "
-            "to pack the corpus again give another --out, or --overwrite"
+            f"to pack the corpus again give another {setting('out')}, or {setting('overwrite', True)}"
         )
     raise RequestError(
-        f"{folder} was begun by {earlier}: finish it with that version, or give --overwrite to pack it anew"
+        f"{folder} was begun by {earlier}: finish it with that version, or pack it anew with "
+        f"{setting('overwrite', True)}"
     )
 
 
@@ -129,7 +130,7 @@ class Journal:
         except BlockingIOError:
             self._file.close()
             raise RequestError(
-                f"another millstream is writing to {folder}; wait for it, or give another --out"
+                f"another millstream is writing to {folder}; wait for it, or give another {setting('out')}"
             ) from None
 
     def write(self, event: str, **facts: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from millstream.errors import ResumeRefused, Unusable
+from millstream.errors import ResumeRefused, Unusable, setting
 from millstream.formats.parquet import as_stream, batches_of, hint, row_hashes
 from millstream.formats.sources import READ, InputShard, chunks
 from millstream.records import Cursor, Slice
@@ -89,7 +89,7 @@ class _Running:
             if self.prefix != self._used.prefix:
                 raise ResumeRefused(
                     f"{self._shard.called} has changed before {self._used.offset:,}, which the run has read; "
-                    "give the same input again, or start anew with --overwrite"
+                    f"give the same input again, or start anew with {setting('overwrite', True)}"
                 )
             self._used = None
         if low < count:
@@ -100,7 +100,7 @@ class _Running:
         if self._used:
             raise ResumeRefused(
                 f"{self._shard.called} now ends at {self._position:,}, and the run has read to {self._used.offset:,}; "
-                "give the same input again, or start anew with --overwrite"
+                f"give the same input again, or start anew with {setting('overwrite', True)}"
             )
 
 
@@ -122,7 +122,7 @@ def units(pieces: Iterable[Slice], block: int = BLOCK) -> Iterator[tuple[Slice, 
 
 
 def too_long(size: int, limit: int, what: str = "line") -> tuple[str, str]:
-    return "too_long", f"a {what} of {size:,} bytes; --max-document is {limit:,}"
+    return "too_long", f"a {what} of {size:,} bytes; max-document is {limit:,}"
 
 
 def safe_cut(data: bytes) -> int:
@@ -333,7 +333,7 @@ def _cut(shard: InputShard, limits: Limits, block: int) -> Iterator[bytes]:
             yield data[:at]
             held, size = [data[at:]], size - at
         elif size > limits.document:
-            raise _NoCut(f"no place to cut it safely in {size:,} bytes; --max-document is {limits.document:,}")
+            raise _NoCut(f"no place to cut it safely in {size:,} bytes; max-document is {limits.document:,}")
     if size:
         yield b"".join(held)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from millstream.errors import RequestError, Unusable
+from millstream.errors import RequestError, Unusable, sized
 from millstream.formats.kinds import wide_encoding
 
 READ = 1 << 20
@@ -221,7 +221,7 @@ def unpacking_memory(shards: Iterable[InputShard], memory: int) -> int:
     if largest_shard and largest > memory // 2:
         raise RequestError(
             f"{largest_shard.called} was packed with a window of {largest >> 20:,} MiB, which is held while it is "
-            f"read, and --memory is {memory >> 20:,}MiB: give --memory {2 * largest >> 20}MiB, or pack it again "
+            f"read, and it is {sized('memory', memory)}: give {sized('memory', 2 * largest)}, or pack it again "
             "without zstd's --long"
         )
     return largest if largest > _COUNTED_WINDOW else 0

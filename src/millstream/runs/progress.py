@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from millstream.errors import Words
+
 
 class Progress(NamedTuple):
     """How far a run is, for whoever shows it. Bytes are decompressed where the input is.
@@ -51,7 +53,7 @@ class Report:
     workers: int
     workers_why: str
     compared: int
-    hints: list[str]
+    hints: list[Words]
     tokenizer: str | None
     settings: dict[str, Any]
     validation: dict[str, Any] | None = None

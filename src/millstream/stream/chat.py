@@ -11,7 +11,7 @@ from functools import cache
 from heapq import merge
 from typing import Any, NamedTuple
 
-from millstream.errors import RequestError, Unusable
+from millstream.errors import RequestError, Unusable, setting
 
 Row = Mapping[str, Any]
 Messages = list[dict[str, Any]]
@@ -76,7 +76,7 @@ class Chat:
             _compiled(template)
 
     def render(self, row: Row) -> Rendered:
-        """Raises Unusable if the row is no conversation, or not one for this template."""
+        """Raises Unusable if the row is no conversation, or not one for this template; RequestError without one."""
         if not isinstance(row, Mapping):
             raise Unusable("not_messages", f"a conversation is an object with messages, not {type(row).__name__}")
         try:
@@ -132,7 +132,10 @@ class Chat:
     def _template(self, row: Row) -> str:
         named = dict(self.templates)
         if not named:
-            raise Unusable("no_template", "the tokenizer has no chat template; give one with --chat-template")
+            raise RequestError(
+                f"the tokenizer has no chat template for messages; give one with {setting('chat_template')}, "
+                "or beside its tokenizer.json"
+            )
         if row.get("tools") and "tool_use" in named:
             return named["tool_use"]
         return named.get("default") or next(iter(named.values()))
@@ -152,7 +155,7 @@ def _turn(text_of: Any, whole: str, turn: tuple[int, int], count: int) -> tuple[
         raise Unusable(
             "not_a_prefix",
             f"the chat template writes message {first + 1} differently after its generation prompt, or once others "
-            "follow, so what it adds cannot be told: take a template with {% generation %} blocks, or --loss all",
+            "follow, so what it adds cannot be told: take a template with {% generation %} blocks, or learn all of it",
         )
     return len(_unmarked(before).text), len(_unmarked(after).text)
 
@@ -325,7 +328,7 @@ def _environment() -> Any:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
         from jinja2.utils import Namespace
     except ModuleNotFoundError as error:
-        raise RequestError(f"--chat needs {error.name}: pip install 'millstream[chat]'") from error
+        raise RequestError(f"{setting('chat', True)} needs {error.name}: pip install 'millstream[chat]'") from error
 
     class Generation(Extension):
         """{% generation %} ... {% endgeneration %}: what is between comes out between marks."""

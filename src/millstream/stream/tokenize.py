@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from millstream.errors import EngineMismatch, Unusable
+from millstream.errors import EngineMismatch, Unusable, setting
 from millstream.records import LEARNED, Ids
 from millstream.stream.chat import Rendered
 from millstream.stream.encoders import Engine, HuggingFace
@@ -134,7 +134,7 @@ def _letters(tokenizer: Tokenizer, found: Rendered, ids: Ids) -> Ids:
     if not np.array_equal(np.concatenate(some), ids):
         raise EngineMismatch(
             f"engine {tokenizer.engine.name} gives other ids than {engine.name} for a conversation, with tokenizer "
-            f"{tokenizer.name}; --engine reference packs it all the same, slower"
+            f"{tokenizer.name}; {setting('engine', 'reference')} packs it all the same, slower"
         )
     return np.maximum.accumulate(np.concatenate(letters))
 
@@ -219,5 +219,5 @@ def _compare(
                 raise EngineMismatch(
                     f"document {name!r}: engine {tokenizer.engine.name} gives {n} ids and {reference.name} gives {m}, "
                     f"or other ones, with tokenizer {tokenizer.name}; nothing of it was used. "
-                    "Please report the document; --engine reference packs it all the same, slower"
+                    f"Please report the document; {setting('engine', 'reference')} packs it all the same, slower"
                 )

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from millstream.errors import RequestError
+from millstream.errors import RequestError, setting
 from millstream.records import Ids
 from millstream.stream import gpt2
 from millstream.stream.chat import Chat, templates_of
@@ -73,7 +73,7 @@ class Tokenizer:
     def special_id(self, token: str | None, what: str) -> int:
         """The id of a special token (or of any token spelled like that)."""
         if token is None:
-            raise RequestError(f"tokenizer {self.name} names no {what} token; name one with --{what}-token")
+            raise RequestError(f"tokenizer {self.name} names no {what} token; name one with {setting(f'{what}_token')}")
         found = self.specials.get(token)
         if found is None:
             known = ", ".join(sorted(self.specials)[:8]) or "none"

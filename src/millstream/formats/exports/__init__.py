@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from millstream.errors import LedgerError, RequestError
+from millstream.errors import LedgerError, RequestError, setting
 from millstream.formats.exports import datatrove, litdata, llmc, mds, megatron, nanogpt, npy, parquet
 from millstream.formats.exports.out import Out
 from millstream.formats.exports.samples import Samples
@@ -59,12 +59,13 @@ def check_formats(names: Sequence[str], vocab_size: int | None, masked: bool = F
     """
     for name in names:
         if name not in FORMATS:
-            raise RequestError(f"--format {name} is unknown: give one or more of {', '.join(FORMATS)}")
+            raise RequestError(f"{setting('format', name)} is unknown: give one or more of {', '.join(FORMATS)}")
         bits = FORMATS[name].bits
         if masked and not FORMATS[name].masked:
             able = ", ".join(name for name, format in FORMATS.items() if format.masked)
             raise RequestError(
-                f"{name} has no place for which ids are to be learned; {able} have. --loss all learns every id"
+                f"{name} has no place for which ids are to be learned; {able} have. "
+                f"{setting('loss', 'all')} learns every id"
             )
         if vocab_size is None and bits <= 16:
             raise RequestError(f"{name} holds ids of {bits} bits; without a tokenizer they have 32")

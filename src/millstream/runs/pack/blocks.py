@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from millstream.errors import RequestError
+from millstream.errors import RequestError, setting
 from millstream.formats.slices import Limits, slices, too_long, units
 from millstream.formats.sources import READ, InputShard, rough_size
 from millstream.records import Cursor, Fault, Ids, Slice
@@ -315,7 +315,7 @@ class BlockReader:
     @staticmethod
     def _found(part: Part) -> Part:
         if not part.whole and not any(block.size for block in part.blocks):
-            raise RequestError("no document begins in the blocks that were read; give a larger --sample")
+            raise RequestError(f"no document begins in the blocks that were read; give a larger {setting('sample')}")
         return part
 
     def _block(self, pieces: Iterable[Slice]) -> Block:

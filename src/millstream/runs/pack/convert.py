@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from millstream.errors import RequestError, RunError
+from millstream.errors import RequestError, RunError, setting
 from millstream.formats.dataset import open as open_run
 from millstream.formats.exports import FORMATS, Export, check_formats, export
 from millstream.formats.exports.out import delete
@@ -67,7 +67,7 @@ def convert_to(
     subsets = samples_of(folder, dataset.manifest)
     names = list(dict.fromkeys(formats))
     if not names:
-        raise RequestError(f"--format wants one or more of {', '.join(FORMATS)}")
+        raise RequestError(f"{setting('format')} wants one or more of {', '.join(FORMATS)}")
     check_formats(names, subsets[0].vocab_size, subsets[0].masked)
     run = file_hash(os.path.join(folder, MANIFEST))
     try:
@@ -92,12 +92,14 @@ def _claimed(out: str, names: list[str], run: str, overwrite: bool) -> Iterator[
         os.makedirs(out, exist_ok=True)
         lock = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise RequestError(f"--out {out} cannot be made: {error.strerror}; give another folder") from error
+        raise RequestError(f"{setting('out', out)} cannot be made: {error.strerror}; give another folder") from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RequestError(f"another millstream is writing to {out}; wait for it, or give another --out") from None
+            raise RequestError(
+                f"another millstream is writing to {out}; wait for it, or give another {setting('out')}"
+            ) from None
         yield _begin(out, names, run, overwrite)
     finally:
         os.close(lock)
@@ -107,16 +109,20 @@ def _begin(out: str, names: list[str], run: str, overwrite: bool) -> dict[str, E
     found = _read_list(out)
     there = set(os.listdir(out)) - {LIST, LIST + TEMPORARY}
     if MANIFEST in there:
-        raise RequestError(f"{out} is a run folder; give another --out")
+        raise RequestError(f"{out} is a run folder; give another {setting('out')}")
     if found is None and there and not overwrite:
-        raise RequestError(f"{out} has other files; give a new folder, or --overwrite to write beside them")
+        raise RequestError(
+            f"{out} has other files; give a new folder, or {setting('overwrite', True)} to write beside them"
+        )
     if found is not None and found["run"] != run and not overwrite:
-        raise RequestError(f"{out} has another run's exports; give another --out, or --overwrite to replace them")
+        raise RequestError(
+            f"{out} has another run's exports; give another {setting('out')}, or {setting('overwrite', True)}"
+        )
     ours = dict(found["exports"]) if found else {}
     for name in names:
         # What is unfinished has a temporary name, and is ours if there is a list.
         if name not in ours and (name in there or (found is None and name + TEMPORARY in there)):
-            raise RequestError(f"{os.path.join(out, name)} is not of a conversion; give another --out")
+            raise RequestError(f"{os.path.join(out, name)} is not of a conversion; give another {setting('out')}")
     if overwrite:
         for name in ours:
             delete(out, name)
@@ -134,9 +140,9 @@ def _read_list(out: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        raise RunError(f"{path} is damaged: not valid JSON; give another --out") from None
+        raise RunError(f"{path} is damaged: not valid JSON; give another {setting('out')}") from None
     if not isinstance(found, dict) or found.get("format") != KIND:
-        raise RequestError(f"{path} was not written by this version of millstream; give another --out")
+        raise RequestError(f"{path} was not written by this version of millstream; give another {setting('out')}")
     return found
 
 

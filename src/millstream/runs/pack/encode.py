@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from millstream.errors import RunError
+from millstream.errors import RunError, setting
 from millstream.formats.documents import Fields, decode, leave_out
 from millstream.records import Fault, Ids, Slice, TextBatch
 from millstream.stream.encoders import Engine
@@ -114,7 +114,8 @@ class Encode:
         ids, length, failed, rescued = attempt(encoding, batch.texts, tokenizer.engine, self._other_engine)
         for row, message in rescued.items() if self.engine == "reference" else ():
             raise RunError(
-                f"document {batch.doc_ids[row]!r}: {message}. The fast engine can: pack without --engine reference"
+                f"document {batch.doc_ids[row]!r}: {message}. The fast engine can: pack without "
+                f"{setting('engine', 'reference')}"
             )
         if failed:
             cut = {0} if batch.opened else set()

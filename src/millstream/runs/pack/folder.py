@@ -4,7 +4,7 @@ import contextlib
 import os
 from typing import Any
 
-from millstream.errors import RequestError, ResumeRefused, RunError
+from millstream.errors import RequestError, ResumeRefused, RunError, setting
 from millstream.formats.exports import FORMATS
 from millstream.formats.exports.out import delete_all
 from millstream.formats.manifest import (
@@ -30,22 +30,28 @@ def claim(out: str, overwrite: bool) -> None:
     Raises RequestError if it has files that are not ours.
     """
     if not out:
-        raise RequestError("--out wants the name of a folder")
+        raise RequestError(f"{setting('out')} wants the name of a folder")
     if out == "-":
-        raise RequestError("--out wants a folder: a run is more than one file, so it cannot go to standard output")
+        raise RequestError(
+            f"{setting('out')} wants a folder: a run is more than one file, so it cannot go to standard output"
+        )
     try:
         names = set(os.listdir(out))
     except FileNotFoundError:
         try:
             os.makedirs(out)
         except OSError as error:
-            raise RequestError(f"--out {out} cannot be made: {error.strerror}; give another folder") from error
+            raise RequestError(
+                f"{setting('out', out)} cannot be made: {error.strerror}; give another folder"
+            ) from error
         return
     except NotADirectoryError:
-        raise RequestError(f"{out} is a file; --out wants a folder") from None
+        raise RequestError(f"{out} is a file; {setting('out')} wants a folder") from None
     begun = {JOURNAL, FAULTS, TOKENIZER, TOKENIZER + TEMPORARY, MANIFEST + TEMPORARY}
     if MANIFEST not in names and names and not (JOURNAL in names and names <= begun):
-        raise RequestError(f"{out} has files that are not millstream's; give an empty or a new folder as --out")
+        raise RequestError(
+            f"{out} has files that are not millstream's; give an empty or a new folder as {setting('out')}"
+        )
     if MANIFEST in names and overwrite:
         with contextlib.suppress(RunError):  # damaged, but ours
             read_manifest(out)
@@ -66,7 +72,9 @@ def found_run(out: str) -> dict[str, Any] | None:
     for name, size in _sealed(found).items():
         path = os.path.join(out, name)
         if not found["complete"] and (not os.path.exists(path) or os.path.getsize(path) != size):
-            raise RunError(f"{path} is missing or damaged, so the run cannot go on; --overwrite starts anew")
+            raise RunError(
+                f"{path} is missing or damaged, so the run cannot go on; {setting('overwrite', True)} starts anew"
+            )
     return found
 
 
@@ -172,7 +180,7 @@ def refuse_if_different(out: str, found: dict[str, Any], identity: dict[str, Any
     """Raises ResumeRefused, naming each difference, if going on would not give the bytes of one run."""
     then = found["settings"]
     wrong = [
-        f"{_flag(key)} was {_shown(then.get(key))}, is {_shown(value)}"
+        f"{_named(key)} was {_shown(then.get(key))}, is {_shown(value)}"
         for key, value in identity.items()
         if then.get(key) != value
     ]
@@ -181,7 +189,7 @@ def refuse_if_different(out: str, found: dict[str, Any], identity: dict[str, Any
         state = "is finished, with other settings or inputs" if found["complete"] else "was begun differently"
         raise ResumeRefused(
             f"{out} {state}:\n  " + "\n  ".join(wrong) + "\n"
-            "Give the same command to go on, another --out, or --overwrite to start anew"
+            f"Give the same command to go on, another {setting('out')}, or {setting('overwrite', True)} to start anew"
         )
 
 
@@ -195,14 +203,13 @@ def refuse_unknown_to_reference(out: str) -> None:
     for name, why in met.items():
         more = f" and {len(met) - 1:,} more" if len(met) > 1 else ""
         raise ResumeRefused(
-            f"{out} cannot go on with --engine reference: document {name!r}{more} was packed by the fast engine alone, "
-            f"as {why}. Give the same command without it, or another --out"
+            f"{out} cannot go on with {setting('engine', 'reference')}: document {name!r}{more} was packed by the fast "
+            f"engine alone, as {why}. Give the same command without it, or another {setting('out')}"
         )
 
 
-def _flag(key: str) -> str:
-    named = {"pad_id": "--pad-id", "exports": "--format"}
-    return named.get(key) or "--" + key.removesuffix("_id").replace("_", "-")
+def _named(key: str) -> str:
+    return setting({"pad_id": "pad_id", "exports": "format"}.get(key) or key.removesuffix("_id"))
 
 
 def _shown(value: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from millstream.engines.local import map_ordered
-from millstream.errors import DataError, RunError
+from millstream.errors import DataError, RequestError, RunError, setting
 from millstream.formats.corpus import find_inputs
 from millstream.formats.documents import Fields
 from millstream.formats.exports import export, largest_id
@@ -46,6 +46,7 @@ from millstream.runs.pack.folder import (
     refuse_if_different,
     refuse_unknown_to_reference,
 )
+from millstream.runs.pack.hints import hints_of
 from millstream.runs.pack.ledger import make_ledger
 from millstream.runs.pack.numbering import Numbered, Numbering
 from millstream.runs.pack.settings import (
@@ -59,6 +60,7 @@ from millstream.runs.pack.settings import (
     identity,
     paces,
     window_memory,
+    with_named,
 )
 from millstream.runs.pack.subset import Mark, Subset
 from millstream.runs.progress import Progress, Report
@@ -82,10 +84,9 @@ def pack_to(
     bytes, DataError at the first bad document with ``on_error="stop"``; after any of them, and after Ctrl-C or kill -9,
     the folder is whole and the same call goes on.
     """
-    if named:
-        settings = replace(settings or Settings(), **named)
+    settings = with_named("pack_to", settings, named)
     listed = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
-    run = PackRun(os.fspath(out), [os.fspath(source) for source in listed], settings or Settings(), on_progress)
+    run = PackRun(os.fspath(out), [os.fspath(source) for source in listed], settings, on_progress)
     try:
         return run.run()
     except OSError as error:
@@ -160,7 +161,7 @@ class PackRun:
         if self.found.unreadable and self.settings.on_error == "stop":
             raise DataError(
                 f"cannot read {self.found.unreadable[0]}. Mend it and run the same command again, "
-                "or go on without what is in such folders with --on-error skip"
+                f"or go on without what is in such folders with {setting('on_error', 'skip')}"
             )
         mark = first_mark(found) if found else Mark()
         clear(self.out, found)
@@ -179,6 +180,8 @@ class PackRun:
                 mark = self._stream(subsets, mark, used, faults, journal)
                 ledger, exports = self._finish(subsets, mark, faults)
             except BaseException as error:
+                if isinstance(error, RequestError) and not found and not any(each.shards for each in subsets.values()):
+                    delete_run(self.out)  # nothing was made of it, so that the request, mended, may be another one
                 with contextlib.suppress(OSError):  # on a full disk; the run has failed with its own error
                     journal.write("stop", reason=f"{type(error).__name__}: {error}")
                     for subset in subsets.values():
@@ -362,7 +365,7 @@ class PackRun:
                 raise DataError(
                     f"{place}{named}: {fault.message}.\n"
                     "Everything before it is kept. Mend it and run the same command again to go on, or go on without "
-                    "such documents with --on-error skip"
+                    f"such documents with {setting('on_error', 'skip')}"
                 )
             faults.write(json.dumps(fault._asdict(), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
@@ -468,23 +471,7 @@ class PackRun:
             return sum(shard["samples"] for shard in subsets[name]["shards"]) if name in subsets else 0
 
         repeated = self.found.repeated()
-        hints = [repeated] if repeated else []
         settings = self.identity
-        if (
-            self.tokenizer
-            and not already
-            and settings["bos_id"] is None
-            and settings["eos_id"] is None
-            and not settings["ids_field"]
-            and not settings["chat"]
-        ):
-            hints.append(
-                "neither BOS nor EOS separates documents: a model cannot see where one ends; --eos adds one"
-                if settings["strategy"] != "split"
-                else "no EOS ends a document: a model never learns to stop; --eos adds one"
-            )
-        if not already and settings["chat"] and ledger["documents"]["split"]:
-            hints.append(_cut_hint(ledger["documents"]["split"], self.settings))
         validation = None
         if "validation" in subsets:
             validation = {"samples": samples("validation"), "shards": len(subsets["validation"]["shards"])}
@@ -506,7 +493,7 @@ class PackRun:
             compared=self.compared,
             not_compared=self.not_compared,
             not_compared_such_as=self.not_compared_such_as,
-            hints=hints,
+            hints=hints_of(settings, ledger, repeated, already=already),
             tokenizer=self.tokenizer.name if self.tokenizer else None,
             settings=settings,
             validation=validation,
@@ -514,15 +501,6 @@ class PackRun:
             ignored=self.found.ignored_by_kind(),
             unreadable=self.found.unreadable,
         )
-
-
-def _cut_hint(cut: int, settings: Settings) -> str:
-    """What to do about conversations that are in more than one sample."""
-    ways = ["--strategy best-fit cuts only what is longer than N"] if settings.strategy == "concat" else []
-    if settings.overlong == "cut":
-        ways.append("--overlong truncate keeps the first N ids of longer ones, --overlong drop leaves them out")
-    many = "1 conversation is" if cut == 1 else f"{cut:,} conversations are"
-    return f"{many} cut: what is behind a cut is learned without its prompt. {'; '.join(ways)}"
 
 
 def _without_data(unit: tuple[Slice, ...], inputs: list[InputShard]) -> tuple[Slice, ...]:

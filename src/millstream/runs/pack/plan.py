@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from millstream.errors import DataError, RequestError, RunError, Unusable
+from millstream.errors import DataError, RequestError, RunError, Unusable, Words, either, setting, sized
 from millstream.formats.corpus import Found, find_inputs, ignored_files
 from millstream.formats.documents import Fields
 from millstream.formats.parquet import check_columns
@@ -31,6 +31,7 @@ from millstream.runs.pack.settings import (
     columns_of,
     identity,
     window_memory,
+    with_named,
 )
 from millstream.stream.bestfit import WINDOW
 from millstream.stream.line import STRATEGIES
@@ -110,7 +111,7 @@ class Plan:
     ids_per_second: float
     faults: dict[str, int]
     examples: dict[str, str]
-    notes: list[str]
+    notes: list[Words]
 
     def as_json(self) -> dict[str, Any]:
         """Plain data; an estimate is {"value", "low", "high"}, the last two None where nothing can be said of them."""
@@ -147,11 +148,11 @@ def make_plan(
     >>> plan.exact, plan.ids.low < plan.ids.value < plan.ids.high
     (False, True)
     """
-    settings = replace(settings or Settings(), **named)
+    settings = with_named("make_plan", settings, named)
     if sample < 1:
-        raise RequestError(f"--sample {sample} does not work: give a size such as 64MiB")
+        raise RequestError(f"{sized('sample', sample)} does not work: give a size such as 64MiB")
     if not seq_lens or not strategies:
-        raise RequestError("nothing to compare: give at least one --seq-len and one --strategy")
+        raise RequestError(f"nothing to compare: give at least one {either('seq_len', '--seq-len')} and one strategy")
     wanted = [
         _settings_of(settings, n, name, strategies)
         for n in dict.fromkeys(seq_lens)
@@ -170,8 +171,8 @@ def make_plan(
         raise RunError(str(error)) from error
     reader.notes += _left_out(inputs)
     corpus = Corpus(parts, seed)
-    _refuse_nothing(corpus, reader)
     exact = len(parts) == 1 and parts[0].whole and not reader.cut
+    _refuse_nothing(corpus, reader, exact)
     return _plan(corpus, reader, wanted, workers, exact, tokenizer, rough_total(shards))
 
 
@@ -225,13 +226,14 @@ def _left_out(inputs: Found) -> list[str]:
     return [*notes, *([f"ignored {ignored}"] if ignored else []), *([repeated] if repeated else [])]
 
 
-def _refuse_nothing(corpus: Corpus, reader: BlockReader) -> None:
+def _refuse_nothing(corpus: Corpus, reader: BlockReader, exact: bool) -> None:
     if corpus.length.any():
         return
     for reason, example in reader.examples.items():
         faulty = f"none of {reader.faults.total():,} documents can be used"
         raise DataError(f"{faulty}; the first is {reason.replace('_', ' ')}: {example}")
-    raise RequestError("there is no text in the corpus: nothing to plan")
+    if not exact:
+        raise RequestError(f"there is no text in what was read; give a larger {setting('sample')}")
 
 
 def _plan(
@@ -246,9 +248,11 @@ def _plan(
     length, sums = corpus.length, corpus.sums
     filled = length > 0
     exponents = np.ceil(np.log2(np.maximum(length, 1))).astype(np.int64)
-    used = range(int(exponents[filled].min()), int(exponents.max()) + 1)
-    percents = [each for each in PERCENTS if exact or min(each, 100 - each) * filled.sum() >= 100 * ENDS]
-    quantiles = dict(zip(percents, corpus.quantiles(percents), strict=True))
+    used, percents = range(0), []
+    if filled.any():
+        used = range(int(exponents[filled].min()), int(exponents.max()) + 1)
+        percents = [each for each in PERCENTS if exact or min(each, 100 - each) * filled.sum() >= 100 * ENDS]
+    quantiles = dict(zip(percents, corpus.quantiles(percents) if percents else [], strict=True))
     itemsize = (tokenizer.dtype.itemsize if tokenizer else 4) + wanted[0].masked  # a byte says what is to be learned
 
     totals: dict[Any, Sums] = {
@@ -280,7 +284,9 @@ def _plan(
     ]
     notes = list(reader.notes)
     if not exact and not reader.cut and len(length) < FEW:
-        notes.append(f"only {len(length):,} documents were read: the estimate is rough, a larger --sample is better")
+        notes.append(
+            f"only {len(length):,} documents were read: the estimate is rough, a larger {setting('sample')} is better"
+        )
     return Plan(
         exact=exact,
         tokenizer=tokenizer.name if tokenizer else None,
@@ -296,12 +302,12 @@ def _plan(
             percent: Estimate(quantile, *_between(corpus, quantile, percent, ratio[percent]))
             for percent, quantile in quantiles.items()
         },
-        longest=int(length.max()),
+        longest=int(length.max(initial=0)),
         choices=choices,
         ids_per_second=reader.ids / max(reader.seconds, 1e-9),
         faults=dict(reader.faults),
         examples=reader.examples,
-        notes=notes,
+        notes=[Words(note) for note in notes],
     )
 
 

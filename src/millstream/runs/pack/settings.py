@@ -3,11 +3,13 @@
 import hashlib
 import math
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from importlib.metadata import version
 from typing import Any
 
-from millstream.errors import RequestError
+from millstream.errors import RequestError, setting, sized
 from millstream.formats.exports import FORMATS, check_formats
 from millstream.stream.bestfit import WINDOW
 from millstream.stream.chat import FIELDS, LOSSES, Chat
@@ -90,57 +92,80 @@ class Settings:
         return self.chat and self.loss != "all"
 
 
+def with_named(call: str, settings: Settings | None, named: dict[str, Any]) -> Settings:
+    """`settings` with some of them by name, as `call` was given them. Raises TypeError for a name that is none.
+
+    >>> with_named("pack_to", None, {"seqlen": 5})
+    Traceback (most recent call last):
+    TypeError: pack_to() has no setting 'seqlen'; did you mean 'seq_len'?
+    """
+    known = [field.name for field in fields(Settings)]
+    for name in named:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            raise TypeError(f"{call}() has no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return replace(settings or Settings(), **named)
+
+
 def check_settings(settings: Settings) -> None:
     """Raises RequestError that says what to give instead."""
     formats(settings)
 
-    def wrong(flag: str, found: object, want: str) -> RequestError:
-        return RequestError(f"{flag} {found} does not work: {want}")
+    def wrong(name: str, want: str) -> RequestError:
+        value = getattr(settings, name)
+        shown = sized(name, value) if name in SIZES else setting(name, value)
+        return RequestError(f"{shown} does not work: {want}")
 
     if settings.seq_len < 1:
-        raise wrong("--seq-len", settings.seq_len, "a sample needs at least one id")
+        raise wrong("seq_len", "a sample needs at least one id")
     if settings.seq_len * 32 > settings.memory:
-        raise wrong("--seq-len", settings.seq_len, f"such samples do not fit into --memory {settings.memory:,}")
-    for flag, value, known in (
-        ("--strategy", settings.strategy, STRATEGIES),
-        ("--remainder", settings.remainder, ("keep", "drop", "pad")),
-        ("--overlong", settings.overlong, OVERLONG),
-        ("--pad-side", settings.pad_side, ("right", "left")),
-        ("--on-error", settings.on_error, ("stop", "skip")),
-        ("--engine", settings.engine, ("fast", "reference")),
-        ("--loss", settings.loss, LOSSES),
-    ):
-        if value not in known:
-            raise wrong(flag, value, f"give {' or '.join(known)}")
+        raise wrong("seq_len", f"such samples do not fit into {sized('memory', settings.memory)}")
+    for name, known in CHOICES.items():
+        if getattr(settings, name) not in known:
+            raise wrong(name, f"give {' or '.join(known)}")
     best_fit, shuffled = settings.strategy == "best-fit", settings.shuffle is not None
-    for flag, number, useful, what in (
-        ("--window", settings.window, best_fit, "--strategy best-fit"),
-        ("--max-segments", settings.max_segments, best_fit, "--strategy best-fit"),
-        ("--shuffle-window", settings.shuffle_window, shuffled, "--shuffle"),
+    for name, useful, what in (
+        ("window", best_fit, setting("strategy", "best-fit")),
+        ("max_segments", best_fit, setting("strategy", "best-fit")),
+        ("shuffle_window", shuffled, setting("shuffle")),
     ):
-        if number is not None and not useful:
-            raise wrong(flag, number, f"it belongs to {what}")
-        if number is not None and number < 1:
-            raise wrong(flag, number, "give at least 1")
+        if getattr(settings, name) is not None and not useful:
+            raise wrong(name, f"it belongs to {what}")
+    for name in ("window", "max_segments", "shuffle_window", "workers", *SIZES):
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            raise wrong(name, "give a size such as 64MiB" if name in SIZES else "give at least 1")
     if settings.shuffle is not None and not 0 <= settings.shuffle < 1 << 64:
-        raise wrong("--shuffle", settings.shuffle, "give a seed from 0 to 2^64 - 1")
+        raise wrong("shuffle", "give a seed from 0 to 2^64 - 1")
     if not 0 <= settings.validation < 1:
-        raise wrong("--validation", settings.validation, "give a fraction from 0 to below 1, such as 0.01")
+        raise wrong("validation", "give a fraction from 0 to below 1, such as 0.01")
     if settings.limit is not None and settings.limit < 0:
-        raise wrong("--limit", settings.limit, "give a number of documents")
-    if settings.workers is not None and settings.workers < 1:
-        raise wrong("--workers", settings.workers, "give at least 1")
-    for flag, size in (("--shard-size", settings.shard_size), ("--max-document", settings.max_document)):
-        if size is not None and size < 1:
-            raise wrong(flag, size, "give a size such as 64MiB")
+        raise wrong("limit", "give a number of documents")
+    _check_fields(settings, wrong)
+
+
+SIZES = ("memory", "shard_size", "max_document")
+CHOICES: dict[str, Sequence[str]] = {
+    "strategy": STRATEGIES,
+    "remainder": ("keep", "drop", "pad"),
+    "overlong": OVERLONG,
+    "pad_side": ("right", "left"),
+    "on_error": ("stop", "skip"),
+    "engine": ("fast", "reference"),
+    "loss": LOSSES,
+}
+
+
+def _check_fields(settings: Settings, wrong: Callable[[str, str], RequestError]) -> None:
+    chat = setting("chat")
     if settings.chat and settings.ids_field:
-        raise RequestError("--chat renders text, and with --ids-field there is none; give one of them")
+        raise RequestError(f"{chat} renders text, and with {setting('ids_field')} there is none; give one of them")
     if not settings.chat and (settings.loss != "replies" or settings.chat_template or settings.allow_specials):
-        raise RequestError("--loss, --chat-template and --allow-specials belong to --chat")
+        names = f"{setting('loss')}, {setting('chat_template')} and {setting('allow_specials')}"
+        raise RequestError(f"{names} belong to {chat}")
     if settings.chat and settings.id_field in FIELDS:
-        raise wrong("--id-field", settings.id_field, "with --chat that is a part of the conversation")
+        raise wrong("id_field", f"with {chat} that is a part of the conversation")
     if not settings.chat and (settings.ids_field or settings.text_field) == settings.id_field:
-        raise wrong("--id-field", settings.id_field, "a document's id cannot be its text as well")
+        raise wrong("id_field", "a document's id cannot be its text as well")
 
 
 DEFAULT_MAX_DOCUMENT = 32 * MIB
@@ -153,7 +178,7 @@ def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
         if not wanted and named is None:
             return None
         if tokenizer is None:
-            raise RequestError(f"--{what} needs a tokenizer that names the token; give --tokenizer")
+            raise RequestError(f"{setting(what)} needs a tokenizer that names the token; give {setting('tokenizer')}")
         return tokenizer.special_id(named or own, what)
 
     eos = special(settings.eos, "eos", settings.eos_token, tokenizer.eos_token if tokenizer else None)
@@ -161,11 +186,13 @@ def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
     pad = settings.pad_id
     if pad is None and (settings.strategy != "concat" or settings.remainder == "pad"):
         if tokenizer is None or (tokenizer.eos_token is None and eos is None):
-            raise RequestError("samples have to be padded, and no EOS token is known to do it; give --pad-id")
+            raise RequestError(
+                f"samples have to be padded, and no EOS token is known to do it; give {setting('pad_id')}"
+            )
         pad = eos if eos is not None else tokenizer.special_id(tokenizer.eos_token, "eos")
     largest = tokenizer.vocab_size - 1 if tokenizer else 0xFFFFFFFF
     if pad is not None and not 0 <= pad <= largest:
-        raise RequestError(f"--pad-id {pad} is no id of the vocabulary: give one from 0 to {largest:,}")
+        raise RequestError(f"{setting('pad_id', pad)} is no id of the vocabulary: give one from 0 to {largest:,}")
     window, shuffle_window = windows(settings)
     base, exports = formats(settings)
     check_formats([base, *exports], tokenizer.vocab_size if tokenizer else None, settings.masked)
@@ -214,9 +241,11 @@ def chat_of(settings: Settings, tokenizer: Tokenizer | None) -> Chat | None:
             with open(settings.chat_template, encoding="utf-8") as file:
                 chat = replace(chat, templates=(("default", file.read()),))
         except OSError as error:
-            raise RequestError(f"--chat-template {settings.chat_template}: {error.strerror}") from error
+            raise RequestError(f"{setting('chat_template', settings.chat_template)}: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise RequestError(f"--chat-template {settings.chat_template} is not UTF-8: {error.reason}") from error
+            raise RequestError(
+                f"{setting('chat_template', settings.chat_template)} is not UTF-8: {error.reason}"
+            ) from error
     chat.check()
     return chat
 
@@ -230,8 +259,8 @@ def columns_of(settings: Settings) -> tuple[str, ...]:
 def column_flag(settings: Settings) -> str:
     """What to do if none of these columns is there."""
     if settings.chat:
-        return "--chat needs messages, or prompt and completion"
-    return f"name the one to read with {'--ids-field' if settings.ids_field else '--text-field'}"
+        return f"{setting('chat')} needs messages, or prompt and completion"
+    return f"name the one to read with {setting('ids_field' if settings.ids_field else 'text_field')}"
 
 
 def formats(settings: Settings) -> tuple[str, list[str]]:
@@ -243,7 +272,7 @@ def formats(settings: Settings) -> tuple[str, list[str]]:
     named = [name.strip() for name in settings.format.split(",")]
     for name in named:
         if name not in FORMATS:
-            raise RequestError(f"--format {name} does not work: give one or more of {', '.join(FORMATS)}")
+            raise RequestError(f"{setting('format', name)} does not work: give one or more of {', '.join(FORMATS)}")
     base = next((name for name in named if name in ("npy", "parquet")), "npy")
     return base, [name for name in FORMATS if name in named and name != base]
 
@@ -292,22 +321,23 @@ def choose_workers(
     documents = DOCUMENT_COPIES * max_document + held
     alone = PARENT_MEMORY + ENGINE_MEMORY + vocabulary
     if settings.memory < alone + documents:
-        fits = max(0, settings.memory - alone - held) // DOCUMENT_COPIES
-        lower = f", or --max-document {fits // MIB}MiB" if fits >= MIB else ""
+        fits = max(0, settings.memory - alone - held) // DOCUMENT_COPIES // MIB
+        lower = f", or {sized('max_document', fits * MIB)}" if fits else ""
         window = f" and a window of {held / MIB:.3g} MiB" if held else ""
+        need = _whole(alone + documents)
         raise RequestError(
-            f"--memory {settings.memory // MIB}MiB is too little: documents of up to {max_document / MIB:.3g} MiB"
-            f"{window} need {-(-(alone + documents) // MIB)}MiB. Give that{lower}"
+            f"{sized('memory', settings.memory)} is too little: documents of up to {max_document / MIB:.3g} MiB"
+            f"{window} need {need // MIB} MiB. Give {sized('memory', need)}{lower}"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     worker = WORKER_MEMORY + vocabulary
     room = max(1, (settings.memory - PARENT_MEMORY - documents) // worker)
     if settings.workers is not None:
         if settings.workers > room:
-            need = -(-(PARENT_MEMORY + documents + settings.workers * worker) // MIB)
+            need = _whole(PARENT_MEMORY + documents + settings.workers * worker)
             raise RequestError(
-                f"--workers {settings.workers} need up to {need}MiB; --memory is {settings.memory // MIB}MiB. "
-                f"Give --memory {need}MiB or --workers {room}"
+                f"{setting('workers', settings.workers)} needs up to {need // MIB} MiB, and the limit is "
+                f"{sized('memory', settings.memory)}. Give {sized('memory', need)} or {setting('workers', room)}"
             )
         return settings.workers, "as asked"
     worth = cores if total_bytes is None else max(1, total_bytes // WORTH_A_WORKER)
@@ -316,3 +346,8 @@ def choose_workers(
     if room < cores:
         return room, f"as many as fit into {settings.memory // MIB}MiB; there are {cores} cores"
     return cores, "one a core"
+
+
+def _whole(size: int) -> int:
+    """Up to the next MiB."""
+    return -(-size // MIB) * MIB

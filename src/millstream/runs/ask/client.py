@@ -31,6 +31,7 @@ from millstream.llm.usage import NOT_TOLD, Usage, added, paid_ids
 from millstream.llm.verdicts import SCHEMA, of_row
 from millstream.llm.wire import Answer, Wire, WireError
 from millstream.runs.ask.bodies import body_from, in_order, words
+from millstream.runs.ask.checks import check_options
 from millstream.runs.ask.outcomes import Outcomes, collected, leave_with
 from millstream.runs.ask.pieces import Pieces
 from millstream.runs.ask.purse import Guess, Price, Purse
@@ -95,6 +96,7 @@ class Client:
         max_reply: int = MOST,
         seed: int | None = None,
     ) -> None:
+        check_options({name: value for name, value in locals().items() if name != "self"})
         found = base_url or os.environ.get("OPENAI_BASE_URL") or []
         places = [found] if isinstance(found, str) or not isinstance(found, Sequence) else found
         key = api_key or os.environ.get("OPENAI_API_KEY")
@@ -134,14 +136,17 @@ class Client:
             "hedge": Hedge(self.attempt) if hedge else None,
         }
         self._stack = contextlib.AsyncExitStack()
+        self._state = "was not entered"  # why nothing can be asked; empty: it can
 
     async def __aenter__(self) -> "Client":
         self._clock = asyncio.get_running_loop().time
         for wire in self.servers.wires:
             await self._stack.enter_async_context(wire)
+        self._state = ""
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._state = "was left"
         await self._stack.aclose()
 
     # Asking ---------------------------------------------------------------------------------------------------------
@@ -193,6 +198,7 @@ class Client:
             requests = [self._request_or_fault(prompt, at) for at, prompt in enumerate(_several(prompts))]
         if not requests:
             raise RequestError("a race needs somebody to run it")
+        self._refuse_outside()
         return outcome_of(await race(self.attempt, requests, **{**self._flows, **_whole(timeout)}))
 
     def stream(self, prompt: Prompt, *, timeout: float | None = _DEFAULT) -> Pieces:
@@ -200,8 +206,9 @@ class Client:
 
         Then `pieces.outcome` is the Reply or the Fault. `timeout` bounds all of it, in seconds.
         """
+        self._refuse_outside()
         wire = self.servers.wires[self.servers.pick(-1, self._clock())]
-        whole = self._flows["deadline"] or self._flows["timeout"] if timeout is _DEFAULT else timeout
+        whole = _whole(timeout).get("deadline", self._flows["deadline"] or self._flows["timeout"])
         body = _written(self._body(prompt))
         return Pieces(wire, body, timeout=whole, attempts=self._attempts, draw=self._draw)
 
@@ -218,10 +225,17 @@ class Client:
 
     def flow(self, requests: Any, **options: Any) -> Flow[Request, Answer]:
         """The answers to `requests`, as a `Flow` with the client's options and `options` in their place."""
+        self._refuse_outside()
         return Flow(self.attempt, requests, **{**self._flows, **options})
+
+    def _refuse_outside(self) -> None:
+        if self._state:
+            raise RequestError(f"the client {self._state}: ask inside its block, async with Client(...) as client")
 
     async def attempt(self, request: Request) -> Answer:
         """One attempt at one request, at the next server in turn. Raises WireError."""
+        if self._state:
+            self._refuse_outside()
         if request.fault:
             raise WireError(of_row(request.fault[0]), request.fault[1])
         request.server = self.servers.pick(request.server, self._clock())
@@ -318,7 +332,10 @@ def _is_message(value: Any) -> bool:
 
 def _whole(timeout: float | None) -> dict[str, Any]:
     """A timeout given with a call bounds its requests as a whole, retries included."""
-    return {} if timeout is _DEFAULT else {"timeout": None, "deadline": timeout}
+    if timeout is _DEFAULT:
+        return {}
+    check_options({"timeout": timeout})
+    return {"timeout": None, "deadline": timeout}
 
 
 def _wire(place: Any, key: str | None, headers: Mapping[str, str] | None, proxy: str | None, most: int) -> Any:

@@ -1,8 +1,10 @@
 """What an ask run is asked for."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+from millstream.runs.ask.checks import check_options
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,6 @@ class AskSettings:
     overwrite: bool = False
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     proxy: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_options({each.name: getattr(self, each.name) for each in fields(self)})

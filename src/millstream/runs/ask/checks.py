@@ -1,0 +1,80 @@
+"""Whether the options of a client, and of an ask run, can be what is meant: one table for both."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+from millstream.errors import RequestError
+
+
+class _Kind(NamedTuple):
+    fits: Callable[[Any], bool]
+    words: str
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _is_seconds(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+_TEXT = _Kind(lambda value: value is None or isinstance(value, str), "a text, or None")
+_SECONDS = _Kind(lambda value: value is None or _is_seconds(value), "a number of seconds above 0, or None for no bound")
+_RATE = _Kind(lambda value: value is None or _is_seconds(value), "a number above 0, or None for no limit")
+_SWITCH = _Kind(lambda value: isinstance(value, bool), "True or False")
+_MAPPING = _Kind(lambda value: value is None or isinstance(value, Mapping), "a mapping of names to values")
+_NAMES = _Kind(
+    lambda value: isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(n, str) for n in value),
+    "a list of names",
+)
+
+OPTIONS = {
+    "model": _TEXT,
+    "api_key": _TEXT,
+    "system": _TEXT,
+    "template": _TEXT,
+    "proxy": _TEXT,
+    "in_flight": _Kind(lambda value: value == "auto" or _is_count(value), 'a whole number from 1, or "auto"'),
+    "window": _Kind(lambda value: value is None or _is_count(value), "a whole number from 1, or None"),
+    "timeout": _SECONDS,
+    "deadline": _SECONDS,
+    "attempts": _Kind(_is_count, "a whole number from 1"),
+    "longest_wait": _Kind(lambda value: _is_number(value) and value >= 0, "a number of seconds from 0"),
+    "rpm": _RATE,
+    "tpm": _RATE,
+    "hedge": _SWITCH,
+    "max_cost": _Kind(lambda value: value is None or (_is_number(value) and value >= 0), "a number from 0, or None"),
+    "params": _MAPPING,
+    "headers": _MAPPING,
+    "max_reply": _Kind(_is_count, "a whole number of bytes from 1"),
+    "seed": _Kind(lambda value: value is None or _is_count(value, 0), "a whole number from 0, or None"),
+    "limit": _Kind(lambda value: value is None or _is_count(value, 0), "a whole number from 0, or None"),
+    "row_params": _NAMES,
+    "retry_finish": _NAMES,
+    **dict.fromkeys(("ordered", "retry_faults", "batch_format", "keep_input", "reuse"), _SWITCH),
+    **dict.fromkeys(("keep_body", "all_replies", "overwrite"), _SWITCH),
+}
+"""What each may be; `base_url`, `schema` and `price` are looked at where they are read."""
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises RequestError, in one line, for the first option that cannot be what is meant.
+
+    >>> check_options({"timeout": 0})
+    Traceback (most recent call last):
+        ...
+    millstream.errors.RequestError: timeout is a number of seconds above 0, or None for no bound; not 0
+    >>> check_options({"timeout": 0.5, "in_flight": "auto"})
+    """
+    for name, value in options.items():
+        kind = OPTIONS.get(name)
+        if kind is not None and not kind.fits(value):
+            shown = type(value).__name__ if name in ("api_key", "proxy", "headers") else f"{value!r:.80}"  # secrets
+            raise RequestError(f"{name} is {kind.words}; not {shown}")

@@ -7,6 +7,7 @@ import pytest
 import virtual
 from scripted import AWAY, Scripted, Seconds, asking, error, rows_of
 from test_asking import journalled, prompts_file
+from wires import answering, http
 
 from millstream.errors import RunError
 from millstream.runs.ask.asking import AskSettings, ask_to
@@ -91,6 +92,20 @@ def test_a_server_that_asks_for_a_day_is_left_alone_and_not_waited_for(monkeypat
     )
     assert (report.replies, report.faults, set(wire.asked.values())) == (200, {}, {2})
     assert 86_400 <= seconds < 2.1 * 86_400  # two go ahead, and the others wait for them
+
+
+def test_in_python_nobody_sleeps_for_a_day_either():
+    reply = http(b"", "429 Slow", Retry_After=86_400)
+
+    async def main():
+        async with answering(reply) as (place, _), Client(f"http://{place}/v1", model="m", timeout=None) as client:
+            async with client.stream("one") as pieces:
+                assert [piece async for piece in pieces] == []
+            return [pieces.outcome, await client.ask("one"), *await client.gather(["one", "two"])]
+
+    outcomes = asyncio.run(main())
+    assert [(outcome.kind, outcome.attempts) for outcome in outcomes] == [("rate_limited", 1)] * 4
+    assert all("left alone for 24 h" in outcome.message for outcome in outcomes)
 
 
 @pytest.mark.parametrize("gone", GONE)

@@ -21,6 +21,7 @@ from millstream.runs.ask.requests import Request
 from millstream.runs.ask.run import AskRun, advice
 from millstream.runs.ask.settings import AskSettings
 from millstream.runs.ask.spendings import Spendings
+from millstream.runs.ask.typos import unless_all_fail
 from millstream.runs.progress import AskProgress, AskReport
 
 
@@ -125,7 +126,7 @@ def _read(
     shard: InputShard, recipe: Recipe, settings: AskSettings, tell: Callable[[str], None]
 ) -> tuple[list[Request], Iterator[list[Request]]]:
     """The first requests, and all; what is wrong with the file or the settings shows before anything is written."""
-    rows = batches(shard, recipe, limit=settings.limit, keep_rows=settings.keep_input, tell=tell)
+    rows = unless_all_fail(batches(shard, recipe, limit=settings.limit, keep_rows=settings.keep_input, tell=tell))
     first = next(rows, None)
     if first is None and settings.limit != 0:
         raise RequestError(f"{shard.name} is empty: there is nothing to ask")

@@ -210,7 +210,8 @@ class Client:
         wire = self.servers.wires[self.servers.pick(-1, self._clock())]
         whole = _whole(timeout).get("deadline", self._flows["deadline"] or self._flows["timeout"])
         body = _written(self._body(prompt))
-        return Pieces(wire, body, timeout=whole, attempts=self._attempts, draw=self._draw)
+        longest_wait = self._flows["longest_wait"]
+        return Pieces(wire, body, timeout=whole, attempts=self._attempts, longest_wait=longest_wait, draw=self._draw)
 
     def holding(self, on_held: Callable[[Exception], None]) -> Retrying:
         """How failures are asked again where a request may be held until the servers are back; `on_held` is told."""

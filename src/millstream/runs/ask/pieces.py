@@ -9,6 +9,7 @@ from millstream.aio import Fault
 from millstream.llm.events import Stream
 from millstream.llm.wire import WireError, wait_before_retry
 from millstream.runs.ask.requests import Reply, reply_of
+from millstream.runs.ask.retrying import LONGEST_ASKED
 
 
 class Pieces(AsyncIterator[str]):
@@ -16,7 +17,8 @@ class Pieces(AsyncIterator[str]):
 
     After the last one, `outcome` is the Reply or the Fault; a request that fails raises nothing, the pieces just end.
     It is tried again, up to `attempts` times, until the first piece was handed out, and never after. `timeout` bounds
-    all of it, in seconds, from the begin of the block (None: no bound). Leaving the block early is a fault of kind
+    all of it, in seconds, from the begin of the block (None: no bound); a server that asks to be left alone for longer
+    than `longest_wait` is not waited for. Leaving the block early is a fault of kind
     "cancelled"; after the block nothing of it is alive.
     """
 
@@ -27,11 +29,12 @@ class Pieces(AsyncIterator[str]):
         *,
         timeout: float | None = None,
         attempts: int = 5,
+        longest_wait: float = LONGEST_ASKED,
         draw: random.Random | None = None,
     ) -> None:
         self.outcome: Reply | Fault | None = None
         self._wire, self._body = wire, body
-        self._timeout, self._most = timeout, attempts
+        self._timeout, self._most, self._longest_wait = timeout, attempts, longest_wait
         self._draw = draw or random.Random()
         self._attempts = 0
         self._said: list[str] = []
@@ -88,7 +91,7 @@ class Pieces(AsyncIterator[str]):
                 return await anext(self._stream, None)
             except WireError as error:
                 wait = None if self._said else wait_before_retry(error, self._attempts, self._most, self._draw)
-                if wait is None or self._is_late(wait):
+                if wait is None or wait > self._longest_wait or self._is_late(wait):
                     raise
                 await self._close()
                 await asyncio.sleep(wait)

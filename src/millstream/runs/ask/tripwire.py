@@ -47,7 +47,7 @@ class Tripwire:
             if self._rows and self.reason is None:
                 self._clear(began, outcome.value.server)
             self.answered = True
-        elif outcome.held:
+        elif outcome.held and not self._shared:
             self._count(verdict_on(outcome.error), outcome, now)
             self._trip(f"{sentence(named(outcome))} Stopped: nothing else was left to ask")
         elif outcome.error is not None:

@@ -145,6 +145,7 @@ def craft(folder, change):
     ]
     entries += [subset["remainder"] for subset in manifest["subsets"].values() if "name" in subset["remainder"]]
     entries += [file for export in manifest["exports"] for file in export["files"]]
+    entries += [s["remainder"]["loss"] for s in manifest["subsets"].values() if "loss" in s["remainder"]]
     for entry in [*entries, manifest["faults"]]:
         path = folder / entry["name"]
         entry |= {"bytes": path.stat().st_size, "sha256": runs.sha256(path)}

@@ -101,6 +101,8 @@ class Shard:
             yield from _parquet_rows(path, self.low, self.high, samples)
             return
         stored, loss = _load(path), _load(self._path("loss")) if samples.masked else None
+        if stored.dtype != samples.dtype:
+            raise _damaged(path, f"its ids are {stored.dtype}, not {samples.dtype}")
         for start in range(self.low, min(self.high, len(stored)), samples.rows):
             part = slice(start, min(start + samples.rows, self.high))
             yield np.asarray(stored[part], samples.dtype), None if loss is None else np.asarray(loss[part])
@@ -275,7 +277,10 @@ def _parquet_rows(path: str, low: int, high: int, samples: Samples) -> Iterator[
                 part = slice(max(low - start, 0), min(high - start, batch.num_rows))
                 if part.start < part.stop:
                     flat = [batch[name].flatten().to_numpy().reshape(batch.num_rows, -1)[part] for name in columns]
-                    yield flat[0].astype(samples.dtype), flat[1] != IGNORED if samples.masked else None
+                    ids = flat[0].astype(samples.dtype)
+                    if (ids != flat[0]).any():
+                        raise _damaged(path, f"id {int(flat[0][ids != flat[0]][0])} does not fit {samples.dtype}")
+                    yield ids, flat[1] != IGNORED if samples.masked else None
                 start += batch.num_rows
     except (OSError, pa.ArrowInvalid) as error:
         raise _damaged(path, str(error)) from error

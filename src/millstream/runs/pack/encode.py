@@ -92,7 +92,7 @@ class Encode:
             batch.doc_ids,
             np.array(batch.source, np.uint32),
             np.array(batch.offset, np.uint64),
-            _in_validation(batch.doc_ids, self.validation),
+            in_validation(batch.doc_ids, self.validation),
             batch.faults,
             batch.count,
             batch.lines,
@@ -187,7 +187,7 @@ def _reference(tokenizer: Tokenizer) -> Engine:
     return tokenizer.reference_engine
 
 
-def _in_validation(doc_ids: list[str], fraction: float) -> Ids:
+def in_validation(doc_ids: list[str], fraction: float) -> Ids:
     """Whether each document's id hashes below `fraction`: the same documents whatever else the corpus holds."""
     if not fraction:
         return np.zeros(0, bool)

@@ -1,0 +1,111 @@
+"""Check a finished run folder against its own manifest: every byte, every count, every id."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from millstream.errors import RunError
+from millstream.formats.manifest import JOURNAL, MANIFEST, file_hash
+from millstream.integrity.documents import Ordinals
+from millstream.integrity.ledger import ledger_problems
+from millstream.integrity.subset import SubsetCheck
+
+_ENOUGH = 20
+"""Problems of one subset: more only say the same again."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found: `problems` is empty if the folder is whole."""
+
+    problems: list[str]
+    files: int
+    samples: int
+    bytes: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(folder: str | os.PathLike[str], on_file: Callable[[str], None] = lambda name: None) -> Verdict:
+    """Check a finished run folder: all files there, none foreign, every SHA-256, ids within the vocabulary, segments
+    and documents that fit the samples, and the ledger.
+
+    Raises RequestError if it is no run folder or is unfinished, RunError if the manifest itself is damaged.
+    """
+    from millstream.formats.dataset import open as open_run
+
+    folder = os.fspath(folder)
+    manifest = open_run(folder).manifest
+    problems: list[str] = []
+    files = list(_files(manifest))
+    size = 0
+    for entry in files:
+        on_file(entry["name"])
+        problem = _file_problem(folder, entry)
+        size += entry["bytes"]
+        if problem:
+            problems.append(f"{entry['name']}: {problem}")
+    known = {entry["name"] for entry in files} | {MANIFEST, JOURNAL}
+    problems += [f"{name}: not part of this run" for name in _foreign(folder, known)]
+    if not problems:  # counts of damaged files would only say the same again
+        ordinals = Ordinals()
+        for name in manifest["subsets"]:
+            on_file(f"{name} counts")
+            problems += islice(_subset_problems(folder, manifest, name, ordinals), _ENOUGH)
+        problems += ledger_problems(folder, manifest, ordinals)
+    samples = sum(shard["samples"] for subset in manifest["subsets"].values() for shard in subset["shards"])
+    return Verdict(problems, len(files), samples, size)
+
+
+def _files(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for subset in manifest["subsets"].values():
+        for shard in subset["shards"]:
+            yield from shard["files"].values()
+        if "name" in subset["remainder"]:
+            yield subset["remainder"]
+        if "loss" in subset["remainder"]:
+            yield subset["remainder"]["loss"]
+    for export in manifest.get("exports", ()):
+        yield from export["files"]
+    for single in (manifest["faults"], manifest["tokenizer_file"]):
+        if single:
+            yield single
+
+
+def _foreign(folder: str, known: set[str]) -> Iterator[str]:
+    """What is in the folder beside the files `known` and the folders that they are in."""
+    homes = {os.path.dirname(name) for name in known}
+    homes |= {os.path.dirname(name) for name in homes}
+    for name in sorted(os.listdir(folder)):
+        if name not in homes and name not in known:
+            yield name
+    for home in sorted(homes - {""}):
+        if os.path.isdir(os.path.join(folder, home)):
+            inside = {f"{home}/{name}" for name in os.listdir(os.path.join(folder, home))}
+            yield from sorted(inside - known - homes)
+
+
+def _file_problem(folder: str, entry: dict[str, Any]) -> str | None:
+    path = os.path.join(folder, entry["name"])
+    if not os.path.exists(path):
+        return "missing"
+    size = os.path.getsize(path)
+    if size != entry["bytes"]:
+        return f"{size:,} bytes instead of {entry['bytes']:,}"
+    try:
+        found = file_hash(path)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if found == entry["sha256"] else "its content has changed (SHA-256 differs)"
+
+
+def _subset_problems(folder: str, manifest: dict[str, Any], name: str, ordinals: Ordinals) -> Iterator[str]:
+    """What is wrong with the samples and documents of one subset; `ordinals` gets its documents'."""
+    try:
+        yield from SubsetCheck(folder, manifest, name, ordinals).problems()
+    except RunError as error:
+        yield str(error).partition("; 'millstream verify'")[0]

@@ -278,3 +278,55 @@ def test_wrong_flags_are_one_line(server, tmp_path, flags, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+# With a schema, and at other endpoints ------------------------------------------------------------------------------
+
+ANSWER = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
+
+
+@pytest.mark.parametrize("finish", ["length", "content_filter"])
+def test_json_that_was_cut_is_paid_once_and_asked_again_on_request(tmp_path, finish):
+    asked = []
+
+    def decide(body, number):
+        asked.append(body["max_tokens"])
+        whole = body["max_tokens"] >= 100
+        return 200, said('{"answer": "yes"}' if whole else '{"ans', finish_reason="stop" if whole else finish)
+
+    out, prompts = str(tmp_path / "out.jsonl"), prompts_in(tmp_path, ["a", "b", "c"])
+    with deciding_elsewhere(decide) as url:
+        report = ask_to(out, prompts, settings_for(url, schema=ANSWER, params={"max_tokens": 10}))
+        assert (report.faults, asked) == ({finish: 3}, [10] * 3)
+        again = settings_for(url, schema=ANSWER, params={"max_tokens": 100}, retry_finish=[finish])
+        assert ask_to(out, prompts, again).faults == {}
+        assert asked[3:] == [100] * 3
+    assert [row["text"] for row in rows_of(out)] == ['{"answer": "yes"}'] * 3
+
+
+def test_a_refusal_and_a_call_need_not_fit_a_schema(tmp_path):
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [{"content": None, "refusal": "I will not."}, {"content": None, "tool_calls": [call]}]
+
+    def decide(body, number):
+        return 200, said(message={"role": "assistant", **messages[number]})
+
+    with deciding_elsewhere(decide) as url:
+        settings = settings_for(url, schema=ANSWER, in_flight=1)
+        report = ask_to(str(tmp_path / "out.jsonl"), prompts_in(tmp_path, ["a", "b"]), settings)
+    assert (report.faults, report.endings) == ({}, {"refusal": 1})
+
+
+def test_replies_of_responses_that_are_not_complete_count_as_cut(tmp_path):
+    def decide(body, number):
+        details = {"reason": "max_output_tokens"} if body["max_output_tokens"] < 100 else None
+        return 200, {"status": "incomplete" if details else "completed", "incomplete_details": details, "output": []}
+
+    row = {"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": {"input": "x", "max_output_tokens": 10}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    out, prompts = str(tmp_path / "out.jsonl"), str(tmp_path / "rows.jsonl")
+    with deciding_elsewhere(decide) as url:
+        assert ask_to(out, prompts, settings_for(url)).endings == {"length": 1}
+        again = settings_for(url, params={"max_output_tokens": 500}, retry_finish=["length"])
+        assert ask_to(out, prompts, again).endings == {}
+    assert rows_of(out)[0]["body"]["status"] == "completed"

@@ -138,7 +138,22 @@ def _opaque(peer: Peer, content: bytes) -> Answer:
     usage, model, status = usage_of(named.get("usage")), named.get("model"), named.get("status")
     if named.get("error") or status in _NOT_FINISHED:
         raise not_whole(peer, named.get("error"), "error", usage)
-    return Answer("", model if isinstance(model, str) else None, usage, None, content, peer.url, opaque=True)
+    model = model if isinstance(model, str) else None
+    return Answer("", model, usage, _why_incomplete(named), content, peer.url, opaque=True)
+
+
+_INCOMPLETE = {"max_output_tokens": "length"}  # what /responses calls it
+
+
+def _why_incomplete(named: dict[str, Any]) -> str | None:
+    """The finish_reason of a reply of /responses that is not complete.
+
+    >>> _why_incomplete({"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}})
+    'length'
+    """
+    details = named.get("incomplete_details")
+    reason = details.get("reason") if isinstance(details, dict) else None
+    return _INCOMPLETE.get(reason, reason) if isinstance(reason, str) else None
 
 
 def not_whole(peer: Peer, error: Any, finish_reason: str | None, usage: dict[str, Any]) -> WireError:

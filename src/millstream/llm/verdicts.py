@@ -289,8 +289,14 @@ UNUSABLE = Verdict("unusable", "again", "no JSON, no choices, given up by the se
 SPEECHLESS = Verdict("unusable", "again", "choices without text, refusal or tool calls", of="HTTP 200", first=_PROMPT)
 CUT = Verdict("cut", "again", "a stream that ends too early", of="HTTP 200", **_SERVER)
 SCHEMA = Verdict("schema", "again", "text that does not fit `--schema`", of="HTTP 200")
-NO_TEXT = Verdict("length", "own", "no text, as all of max_tokens went into thinking", of="HTTP 200", first=_PROMPT)
-WITHHELD = Verdict("content_filter", "own", "no text, as a filter took it away", of="HTTP 200", first=_PROMPT)
+NO_TEXT = Verdict(
+    "length", "own", "no text, or no JSON for `--schema`, as max_tokens ended it", of="HTTP 200", first=_PROMPT
+)
+WITHHELD = Verdict(
+    "content_filter", "own", "no text, or no JSON for `--schema`, as a filter ended it", of="HTTP 200", first=_PROMPT
+)
+ENDED_EARLY = {"length": (NO_TEXT, "max_tokens cut it; "), "content_filter": (WITHHELD, "a filter cut it; ")}
+"""finish_reason -> what becomes of a text that does not fit, and words for it."""
 TOO_LONG = Verdict("unusable", "own", "a reply over `--max-reply`", of="HTTP 200", first=_PROMPT)
 LATE = Verdict("timeout", "own", "a request over its `--deadline`", of="any time")
 UNSENT = Verdict("bad_request", "own", "a request that cannot be sent as JSON", of="not sent", first=_UNSURE)

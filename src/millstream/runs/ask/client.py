@@ -28,7 +28,7 @@ from millstream.bridge import run
 from millstream.errors import RequestError
 from millstream.llm.replies import MOST
 from millstream.llm.usage import NOT_TOLD, Usage, added, paid_ids
-from millstream.llm.verdicts import SCHEMA, of_row
+from millstream.llm.verdicts import ENDED_EARLY, SCHEMA, of_row
 from millstream.llm.wire import Answer, Wire, WireError
 from millstream.runs.ask.bodies import body_from, in_order, words
 from millstream.runs.ask.checks import check_options
@@ -244,9 +244,7 @@ class Client:
         try:
             answer = await self.servers.send(request.server, request.data, request.path, self._clock)
             ids = paid_ids(answer.usage)
-            if not answer.opaque and (reason := self._misfit(answer.text)) is not None:
-                message = f"{answer.server}: the reply does not fit the schema: {reason}"
-                raise WireError(SCHEMA, message, status=200, usage=answer.usage)
+            self._check(answer)
             in_vain = False
         except WireError as error:
             ids = paid_ids(error.usage)
@@ -261,6 +259,16 @@ class Client:
         self._guess.learn(request, ids)
         self.purse.answered(request, ids)
         return answer
+
+    def _check(self, answer: Answer) -> None:
+        """Raises WireError if the text does not fit the schema; one that was cut would be cut again, and is final."""
+        if answer.opaque or answer.refusal or (answer.tool_calls and not answer.text):
+            return
+        reason = self._misfit(answer.text)
+        if reason is not None:
+            verdict, ended = ENDED_EARLY.get(answer.finish_reason or "", (SCHEMA, ""))
+            message = f"{answer.server}: the reply does not fit the schema: {ended}{reason}"
+            raise WireError(verdict, message, status=200, usage=answer.usage)
 
     def _requests(self, prompts: Any) -> Any:
         """The requests of many prompts, of either kind of iterable; what is no prompt is a fault in its place."""

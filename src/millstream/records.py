@@ -64,13 +64,24 @@ class Cursor(NamedTuple):
     prefix: str | None = None
 
 
+class Seen(NamedTuple):
+    """What a run has read of input shard number `source`: the SHA-256 of its content from `start` to `stop`, which are
+    decompressed bytes, or rows."""
+
+    source: int
+    start: int
+    stop: int
+    sha256: str
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
     """A piece of one input shard that is decoded without its neighbours.
 
     `start` and `stop` are decompressed bytes, or rows of a Parquet file. `data` is None where a worker can read the
     bytes itself. `begins` and `ends` tell whether the document of a plain text file begins or ends here. `fault` stands
-    in for what could not be read: (reason, message), one faulty document. `after` is where reading goes on.
+    in for what could not be read: (reason, message), one faulty document. `after` is where reading goes on, `seen` what
+    has been read of the input shard by then.
     """
 
     source: int
@@ -84,6 +95,7 @@ class Slice:
     ends: bool = True
     fault: tuple[str, str] | None = None
     after: "Cursor" = field(default_factory=lambda: Cursor())
+    seen: Seen | None = None
 
     @property
     def size(self) -> int:

@@ -124,7 +124,7 @@ class Journal:
     """Append-only events of a run, all that differs from run to run; holding it open locks the folder."""
 
     def __init__(self, folder: str) -> None:
-        self._file = open(os.path.join(folder, JOURNAL), "ab")  # noqa: SIM115  it is the lock, held to the end
+        self._file = open(os.path.join(folder, JOURNAL), "a+b")  # noqa: SIM115  it is the lock, held to the end
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -132,11 +132,17 @@ class Journal:
             raise RequestError(
                 f"another millstream is writing to {folder}; wait for it, or give another {setting('out')}"
             ) from None
+        size = os.fstat(self._file.fileno()).st_size
+        if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+            self._file.write(b"\n")  # a crash cut the last line, and the next is none of it
 
     def write(self, event: str, **facts: Any) -> None:
         line = {"event": event, "time": round(time.time(), 3), **facts}
         self._file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
 
     @staticmethod
     def events(folder: str, event: str) -> list[dict[str, Any]]:

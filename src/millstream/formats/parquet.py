@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from millstream.errors import RequestError
+from millstream.errors import RequestError, Unusable
 from millstream.formats.sources import InputShard
 from millstream.records import Ids
 
@@ -15,6 +15,34 @@ DECODED = 64 << 20
 _MOST_ROWS = 1 << 16
 _PEEK = 1 << 16
 _HEADERS = 1 << 12
+
+
+def record_batches(shard: InputShard, columns: tuple[str, ...], most: int) -> Iterator[Any]:
+    """The rows of a file, of `columns` those that are there, in record batches of about `most` decoded bytes.
+
+    The last column is that of the id. Raises OSError, and Unusable if there is no other or if the file is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open(shard.uri, "rb"):
+        pass  # raises what opening any file raises; Arrow's message has the whole path in it
+    try:
+        with pq.ParquetFile(shard.uri, pre_buffer=False, buffer_size=most) as file:
+            names = file.schema_arrow.names
+            if not any(name in names for name in columns[:-1]):
+                raise Unusable("missing_field", f"no column {columns[0]!r}; it has {', '.join(names)}{hint(names)}")
+            wanted = [name for name in columns if name in names]
+            for group in range(file.num_row_groups):
+                yield from batches_of(shard, file, group, wanted, most)
+    except pa.ArrowInvalid as error:
+        raise Unusable("corrupt", f"damaged or no Parquet: {error}") from error
+    except pa.ArrowException as error:
+        raise Unusable("corrupt", f"cannot be read as Parquet: {error}") from error
+    except OSError as error:
+        if error.errno is not None:  # the disk's own; of damaged data, Arrow says the same without a number
+            raise
+        raise Unusable("corrupt", f"damaged Parquet: {error}") from error
 
 
 def batches_of(shard: InputShard, file: Any, group: int, columns: list[str], most: int) -> Iterator[Any]:

@@ -7,13 +7,13 @@ certainly splits, so the ids of the pieces are the ids of the whole.
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from millstream.errors import ResumeRefused, Unusable, setting
-from millstream.formats.parquet import as_stream, batches_of, hint, row_hashes
+from millstream.formats.parquet import as_stream, record_batches, row_hashes
 from millstream.formats.sources import READ, InputShard, chunks
-from millstream.records import Cursor, Slice
+from millstream.records import Cursor, Seen, Slice
 
 BLOCK = READ
 LONG_TEXT = 4 << 20
@@ -48,15 +48,18 @@ def slices(
     for source in range(cursor.source, len(shards)):
         shard = shards[source]
         at = cursor if source == cursor.source else Cursor(source)
-        running = _Running(shard, used if used and used.source == source else None)
+        start = at.offset if shard.seekable and shard.kind == "jsonl" else 0  # all else is read from the beginning
+        running = _Running(shard, start, used if used and used.source == source else None)
         end = Cursor(source + 1)
         try:
             if shard.kind == "parquet":
-                yield from _row_slices(source, shard, at, columns, block, running)
+                pieces = _row_slices(source, shard, at, columns, block, running)
             elif shard.kind == "jsonl":
-                yield from _line_slices(source, shard, at, limits, block, running)
+                pieces = _line_slices(source, shard, at, limits, block, running)
             else:
-                yield from _text_slices(source, shard, limits, block, running)
+                pieces = _text_slices(source, shard, limits, block, running)
+            for piece in pieces:
+                yield replace(piece, seen=running.seen(source))
         except OSError as error:
             message = f"cannot be read: {error.strerror or error}"
             yield Slice(source, shard.uri, shard.name, shard.kind, 0, 0, b"", fault=("unreadable", message), after=end)
@@ -64,14 +67,18 @@ def slices(
 
 
 class _Running:
-    """A running hash over what cannot be sought (packed files, standard input, rows), compared where `used` says."""
+    """A running hash over what is read of an input shard, from byte or row `start` on; of what cannot be sought (packed
+    files, standard input, rows) it is compared where `used` says."""
 
-    def __init__(self, shard: InputShard, used: Cursor | None) -> None:
+    def __init__(self, shard: InputShard, start: int, used: Cursor | None) -> None:
         seen_at_once = shard.seekable and shard.kind != "parquet"  # and compared before the run went on
         self._shard = shard
         self._used = used if used and used.prefix and not seen_at_once else None
         self._digest = hashlib.sha256()
-        self._position = 0
+        self._start = self._position = start
+
+    def seen(self, source: int) -> Seen:
+        return Seen(source, self._start, self._position, self.prefix)
 
     @property
     def prefix(self) -> str:
@@ -204,16 +211,12 @@ def _line_slices(
             after=Cursor(source, position, prefix),
         )
 
-    def taken(data: bytes) -> None:
-        if not shard.seekable:
-            running.take(data)
-
     failure = None
     try:
         for chunk in _from(shard, cursor.offset, block, running):
             if passing:
                 end = chunk.find(b"\n") + 1
-                taken(chunk[: end or len(chunk)])
+                running.take(chunk[: end or len(chunk)])
                 size += end or len(chunk)
                 if not end:
                     continue
@@ -221,8 +224,8 @@ def _line_slices(
                 passing, size, chunk = False, 0, chunk[end:]
             cut = chunk.rfind(b"\n") + 1
             if cut:
-                taken(b"".join(held))
-                taken(chunk[:cut])
+                running.take(b"".join(held))
+                running.take(chunk[:cut])
                 data = b"".join((*held, chunk[:cut]))
                 yield made(data, len(data))
                 held, size, chunk = [], 0, chunk[cut:]
@@ -230,7 +233,7 @@ def _line_slices(
                 held.append(chunk)
                 size += len(chunk)
             if size > limits.document + 1:  # one more for a "\r" that would not count
-                taken(b"".join(held))
+                running.take(b"".join(held))
                 held, passing = [], True
     except Unusable as unusable:
         failure = unusable
@@ -251,7 +254,7 @@ def _line_slices(
         yield made(b"", size, too_long(size, limits.document))
     elif held:
         data = b"".join(held)
-        taken(data)
+        running.take(data)
         yield made(data, len(data))
 
 
@@ -261,8 +264,7 @@ def _text_slices(source: int, shard: InputShard, limits: Limits, block: int, run
 
     def made(start: int, data: bytes, begins: bool, ends: bool, fault: tuple[str, str] | None = None) -> Slice:
         stop = start + len(data)
-        if not ends and not shard.seekable:
-            running.take(data)
+        running.take(data)
         after = end if ends else Cursor(source, stop, None if shard.seekable else running.prefix)
         return Slice(source, shard.uri, shard.name, shard.kind, start, stop, data, begins, ends, fault, after)
 
@@ -299,6 +301,27 @@ def _text_slices(source: int, shard: InputShard, limits: Limits, block: int, run
                 start += len(last)
             last = piece
         yield made(start, last, start == 0, True)
+
+
+def content_hash(shard: InputShard, columns: tuple[str, ...], start: int, stop: int) -> str:
+    """The SHA-256 of what a run reads of an input shard from `start` to `stop`, as in `Seen`; of a shorter one, of what
+    there is. Raises OSError."""
+    running = _Running(shard, start, None)
+    left = stop - start
+    try:
+        if shard.kind == "parquet":
+            for batch in record_batches(shard, columns, BLOCK):
+                running.take_rows(min(left, batch.num_rows), partial(row_hashes, batch))
+                left -= min(left, batch.num_rows)
+        else:
+            for chunk in chunks(shard, start):
+                running.take(chunk[:left])
+                left -= min(left, len(chunk))
+                if not left:
+                    break
+    except Unusable:  # damaged behind what was read, or else the hash is another one
+        pass
+    return running.prefix
 
 
 class _NoCut(Exception):
@@ -345,39 +368,16 @@ def _decode_message(error: Exception) -> str:
 def _row_slices(
     source: int, shard: InputShard, cursor: Cursor, columns: tuple[str, ...], block: int, running: _Running
 ) -> Iterator[Slice]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    end = Cursor(source + 1)
-
-    def bad(reason: str, message: str, row: int = 0) -> Slice:
-        return Slice(source, shard.uri, shard.name, "rows", row, row, b"", fault=(reason, message), after=end)
-
     row = 0
-    with open(shard.uri, "rb"):
-        pass  # raises what opening any file raises; Arrow's message has the whole path in it
     try:
-        with pq.ParquetFile(shard.uri, pre_buffer=False, buffer_size=block) as file:
-            names = file.schema_arrow.names
-            if not any(name in names for name in columns[:-1]):
-                told = f"no column {columns[0]!r}; it has {', '.join(names)}{hint(names)}"
-                yield bad("missing_field", told)
-                return
-            wanted = [name for name in columns if name in names]
-            for group in range(file.num_row_groups):
-                for batch in batches_of(shard, file, group, wanted, block):
-                    running.take_rows(batch.num_rows, partial(row_hashes, batch))
-                    skip = max(0, cursor.offset - row)
-                    start, row = row, row + batch.num_rows
-                    if skip < batch.num_rows:
-                        data = as_stream(batch.slice(skip))
-                        after = Cursor(source, row, running.prefix)
-                        yield Slice(source, shard.uri, shard.name, "rows", start + skip, row, data, after=after)
-    except pa.ArrowInvalid as error:
-        yield bad("corrupt", f"damaged or no Parquet: {error}", row)
-    except pa.ArrowException as error:
-        yield bad("corrupt", f"cannot be read as Parquet: {error}", row)
-    except OSError as error:
-        if error.errno is not None:  # the disk's own; of damaged data, Arrow says the same without a number
-            raise
-        yield bad("corrupt", f"damaged Parquet: {error}", row)
+        for batch in record_batches(shard, columns, block):
+            running.take_rows(batch.num_rows, partial(row_hashes, batch))
+            skip = max(0, cursor.offset - row)
+            start, row = row, row + batch.num_rows
+            if skip < batch.num_rows:
+                data = as_stream(batch.slice(skip))
+                after = Cursor(source, row, running.prefix)
+                yield Slice(source, shard.uri, shard.name, "rows", start + skip, row, data, after=after)
+    except Unusable as unusable:
+        fault, after = (unusable.reason, unusable.message), Cursor(source + 1)
+        yield Slice(source, shard.uri, shard.name, "rows", row, row, b"", fault=fault, after=after)

@@ -19,7 +19,8 @@ USUAL_WINDOW = 128 << 20
 
 _COUNTED_WINDOW = 8 << 20  # a smaller one is within what a process was measured to need
 _ZSTD_READ = 1 << 10  # 32 MiB unpacked at most: four bytes can become 128 KiB
-_END = 1 << 20
+ENDS = 1 << 20
+"""Bytes of each end of a file that its fingerprint covers."""
 
 
 @dataclass(frozen=True)
@@ -242,8 +243,8 @@ def fingerprint(shard: InputShard) -> dict[str, object]:
 
 def span_hash(fd: int, size: int) -> str:
     """SHA-256 over the first and the last MiB of the first `size` bytes."""
-    digest = hashlib.sha256(os.pread(fd, min(_END, size), 0))
-    digest.update(os.pread(fd, min(_END, size), max(0, size - _END)))
+    digest = hashlib.sha256(os.pread(fd, min(ENDS, size), 0))
+    digest.update(os.pread(fd, min(ENDS, size), max(0, size - ENDS)))
     return digest.hexdigest()
 
 

@@ -19,8 +19,7 @@ from millstream.formats.manifest import (
     remainder_name,
     shard_names,
 )
-from millstream.formats.sources import InputShard, fingerprint, prefix_hash
-from millstream.records import Cursor
+from millstream.runs.pack.inputs import Inputs
 from millstream.runs.pack.subset import Mark
 
 
@@ -111,65 +110,6 @@ def _is_shard(name: str) -> bool:
     return False
 
 
-class Inputs:
-    """The input shards of this call, with their fingerprints taken once."""
-
-    def __init__(self, shards: list[InputShard]) -> None:
-        self.shards = shards
-        self._known: dict[int, dict[str, Any]] = {}
-
-    def fingerprint(self, number: int) -> dict[str, Any]:
-        if number not in self._known:
-            shard = self.shards[number]
-            try:
-                self._known[number] = fingerprint(shard)
-            except OSError:
-                self._known[number] = {"name": shard.name, "kind": shard.kind, "unreadable": True}
-        return self._known[number]
-
-    def entries(self, used: int) -> list[dict[str, Any]]:
-        """For the manifest: the first `used` shards with their fingerprints, the others by name."""
-        return [
-            self.fingerprint(number) if number < used else {"name": shard.name, "kind": shard.kind}
-            for number, shard in enumerate(self.shards)
-        ]
-
-    def with_prefix(self, cursor: Cursor) -> Cursor:
-        """`cursor` with what identifies the bytes before it; that of what cannot be sought is there already."""
-        if cursor.source < len(self.shards) and cursor.offset:
-            shard = self.shards[cursor.source]
-            if shard.seekable and shard.kind != "parquet":
-                return cursor._replace(prefix=prefix_hash(shard, cursor.offset))
-        return cursor
-
-    def changed(self, found: dict[str, Any]) -> list[str]:
-        """What differs from the inputs that the run had read when it sealed its last shard; later ones may.
-
-        What cannot be sought is compared when it is read again (`formats.slices`).
-        """
-        then, names = found["inputs"], [shard.name for shard in self.shards]
-        cursor = Cursor(len(then)) if found["complete"] else Cursor(*found["read"])
-        wrong = []
-        for number, entry in enumerate(then[: cursor.source + 1]):
-            if number >= len(names) or names[number] != entry["name"]:
-                now = names[number] if number < len(names) else "not given"
-                wrong.append(f"input {number + 1} was {entry['name']}, is {now}")
-            elif (kind := self.shards[number].kind) != entry["kind"]:
-                wrong.append(f"{self.shards[number].called} was read as {entry['kind']}, and looks like {kind} now")
-            elif number < cursor.source and entry != self.fingerprint(number):
-                wrong.append(f"{self.shards[number].called} has changed since it was packed")
-        if found["complete"] and len(names) > len(then):
-            wrong.append(f"input {len(then) + 1} was not given, is {names[len(then)]}")
-        if not wrong and not found["complete"] and cursor.source < len(names):
-            name = self.shards[cursor.source].called
-            try:
-                if self.with_prefix(cursor) != cursor:
-                    wrong.append(f"{name} has changed before byte {cursor.offset:,}, which the run has read")
-            except OSError as error:
-                raise RunError(f"{name} cannot be read: {error.strerror}") from error
-        return wrong
-
-
 def first_mark(found: dict[str, Any]) -> Mark:
     """Where reading goes on: for the subset that is furthest behind."""
     marks = [Mark.load(subset["resume"]["mark"]) for subset in found["subsets"].values()]
@@ -184,7 +124,7 @@ def refuse_if_different(out: str, found: dict[str, Any], identity: dict[str, Any
         for key, value in identity.items()
         if then.get(key) != value
     ]
-    wrong = wrong or inputs.changed(found)
+    wrong = wrong or inputs.changed(out, found)
     if wrong:
         state = "is finished, with other settings or inputs" if found["complete"] else "was begun differently"
         raise ResumeRefused(

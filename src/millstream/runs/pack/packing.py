@@ -37,7 +37,6 @@ from millstream.runs.pack.encode import CHECK_FIRST, Encode, Encoded
 from millstream.runs.pack.extent import Extent
 from millstream.runs.pack.folder import (
     NOT_COMPARED,
-    Inputs,
     claim,
     clear,
     delete_run,
@@ -47,6 +46,7 @@ from millstream.runs.pack.folder import (
     refuse_unknown_to_reference,
 )
 from millstream.runs.pack.hints import hints_of
+from millstream.runs.pack.inputs import Inputs, Used
 from millstream.runs.pack.ledger import make_ledger
 from millstream.runs.pack.numbering import Numbered, Numbering
 from millstream.runs.pack.settings import (
@@ -113,7 +113,7 @@ class PackRun:
         self.found = find_inputs(sources)
         self.shards = self.found.shards
         check_columns(self.shards, columns_of(settings)[:-1], column_flag(settings))
-        self.inputs = Inputs(self.shards)
+        self.inputs = Inputs(self.shards, columns_of(settings))
         name = settings.tokenizer_name
         self.tokenizer = load_tokenizer(name) if name else None
         self.identity = identity(settings, self.tokenizer)
@@ -144,6 +144,7 @@ class PackRun:
                 self._write_tokenizer()
                 return self._go(None, journal)
             refuse_if_different(self.out, found, self.identity, self.inputs)
+            self.inputs.write(journal)
             if not found["complete"] and self.settings.engine == "reference":
                 refuse_unknown_to_reference(self.out)
             if found["complete"]:
@@ -178,6 +179,7 @@ class PackRun:
             try:
                 used = Cursor(*found["read"]) if found else None
                 mark = self._stream(subsets, mark, used, faults, journal)
+                self.inputs.write(journal)
                 ledger, exports = self._finish(subsets, mark, faults)
             except BaseException as error:
                 if isinstance(error, RequestError) and not found and not any(each.shards for each in subsets.values()):
@@ -248,12 +250,12 @@ class PackRun:
         `used` is how far an earlier run has read: nothing is committed before that is known to be unchanged.
         """
         encode, numbering = self._encode(), self._numbering()
-        afters: list[Cursor] = []  # where each unit handed to the engine ends, in order
+        afters: list[tuple[Cursor, list[Used]]] = []  # where each unit handed to the engine ends, in order
         start, tasks = mark, self._tasks(mark.cursor, used)
 
         def watched() -> Iterator[tuple[tuple[Slice, ...], bool]]:
             for unit, check_all in self._timed("read", tasks):
-                afters.append(unit[-1].after)
+                afters.append((unit[-1].after, self.inputs.read(unit)))
                 yield (unit if self.workers == 1 else _without_data(unit, self.shards)), check_all
 
         results = map_ordered(
@@ -269,7 +271,8 @@ class PackRun:
         shown = 0.0
         with contextlib.closing(results):
             for encoded in self._timed("wait", results):
-                read = afters.pop(0)
+                read, of_inputs = afters.pop(0)
+                self.inputs.use(of_inputs)
                 found = numbering.number(encoded, mark, read)
                 self._count(encoded)
                 if encoded.not_compared:
@@ -280,7 +283,7 @@ class PackRun:
                 except DataError:
                     if not compared:
                         # Perhaps it is bad because the input is another one: reading on to `used` says so.
-                        any(afters.pop(0)[:2] >= known for _ in results)
+                        any(afters.pop(0)[0][:2] >= known for _ in results)
                     raise
                 after = replace(found.mark, fault_bytes=faults.tell())
                 # A document that goes on is read again from its beginning: no mark lies inside one.
@@ -290,6 +293,7 @@ class PackRun:
                 unwritten |= self._pack(subsets, found, begin, end)
                 begin, mark = end, after
                 if unwritten and compared:
+                    self.inputs.write(journal)
                     self._commit(subsets, read, faults)
                     journal.write("commit", ordinal=mark.ordinal, bytes=mark.bytes)
                     unwritten = False

@@ -15,6 +15,7 @@ from millstream.llm.verdicts import (
     CUT,
     HTTP,
     LATE,
+    NO_PLACE,
     NO_TEXT,
     OTHERS,
     PROXY,
@@ -199,7 +200,7 @@ def judged(reply):
 
 def test_each_line_has_an_example():
     assert {(line.kind, line.when) for line in HTTP} == set(REFUSED)
-    assert set(OTHERS) == set(ENDS) | {CUT, SCHEMA, PROXY, TIMEOUT, UNKNOWN, LATE, UNSENT, BAD_ROW, TWICE}
+    assert set(OTHERS) == set(ENDS) | {CUT, SCHEMA, PROXY, NO_PLACE, TIMEOUT, UNKNOWN, LATE, UNSENT, BAD_ROW, TWICE}
     assert len(ANSWERS) == len(ANSWERED)
 
 

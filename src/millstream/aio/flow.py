@@ -36,6 +36,7 @@ R = TypeVar("R")
 Function = Callable[[T], Awaitable[R]]
 Items = Iterable[T] | AsyncIterable[T]
 
+_NO_PLACE = 0.5  # seconds until an attempt for which there was no place, with nobody else running, is made again
 _LONG = 0.05  # seconds that starting attempts may keep the loop busy
 
 
@@ -56,6 +57,9 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
     the first until one succeeds that began later, the second for its time, both only while anything else is left to do.
     Then they end in faults that are marked `held`. `watch` is told every outcome at once, in the order of completion,
     with the times (s) when its last attempt began and ended.
+
+    An attempt that could not begin because this machine has no more of what each takes (its error's `no_place` is true)
+    is none: it is made again as soon as another one ends, and fewer run at once.
 
     An exception of the *source* is raised to the reader, after the outcomes of what was admitted before it.
     """
@@ -102,6 +106,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._held: dict[Job[T], None] = {}  # for a success, or for longer than is waited for them alone
         self._succeeded_at = -math.inf  # when anything did last
         self._scarcity = Stretches()  # when retries that were due waited for the budget
+        self._again: deque[Job[T]] = deque()  # whose attempt could not begin
         self._slow: deque[tuple[Job[T], int]] = deque()  # to be hedged, and the attempts they had then
         self._done: deque[Ended] = deque()  # to be handed out
         self._early: dict[int, Ended] = {}  # of an ordered flow: not yet their turn
@@ -186,6 +191,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
             self._pulling.cancel()
         waiting, self._head, self._retries = self._waiting, None, []
         self._held.clear()
+        self._again.clear()
         for job in waiting:
             self._turn_away(job, self._loop.time())
         self._ready.set()
@@ -194,7 +200,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
     def _waiting(self) -> "list[Job[T]]":
         """Admitted, but neither in flight nor settled."""
         retries = (job for _, _, job in self._retries)
-        found = dict.fromkeys([*([self._head] if self._head else []), *retries, *self._held])
+        found = dict.fromkeys([*([self._head] if self._head else []), *self._again, *retries, *self._held])
         return [job for job in found if not job.settled]
 
     # Starting -------------------------------------------------------------------------------------------------------
@@ -252,7 +258,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
                 self._mind_deadline(job)
                 return now + wait if wait != math.inf else None
         self._scarcity.end(self._loop.time())  # from now on, what is due waits for a place
-        self.waits_for = "places in flight"
+        self.waits_for = "places in flight" if self._places.taken >= self._limit.now else "open files (ulimit -n)"
         if self._handed == self._next and not self._stock and not self._exhausted:
             self._pull_in()  # if nothing is left, the reader must not wait for a place to learn it
         return None
@@ -273,6 +279,9 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         now = self._loop.time()
         if self._head is not None:
             return self._head, None
+        while self._again:
+            if not (again := self._again.popleft()).settled:
+                return again, None
         while self._retries and self._retries[0][2].settled:
             heapq.heappop(self._retries)  # its deadline came first
         if self._retries and self._retries[0][0] <= now:
@@ -435,7 +444,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
             self._settle(task, attempt, self._loop.time())
         except Exception as error:
             self._break(error)
-        self._places.give_back()
+        self._places.give_back(went_well=not task.cancelled() and task.exception() is None)
         self._pump()
 
     def _settle(self, task: "asyncio.Task[R]", attempt: "Attempt[T]", now: float) -> None:
@@ -445,9 +454,14 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         value = None if task.cancelled() or error is not None else task.result()
         if self._gate:
             self._gate.settle(attempt.permit, value, now)
-        self._limit.ended(attempt.ticket, now, value, asyncio.CancelledError() if task.cancelled() else error)
+        no_place = getattr(error, "no_place", False)
+        untold = task.cancelled() or no_place  # it says nothing about the server
+        self._limit.ended(attempt.ticket, now, value, asyncio.CancelledError() if untold else error)
         if not job.tasks:
             job.forget_alarm()
+        if no_place:
+            self._begin_again(attempt, now)
+            return
         if error is not None and not isinstance(error, Exception):
             self._break(error)
         elif job.settled or self._closed:
@@ -475,6 +489,24 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         if self._held:
             self._release_held([job for job in self._held if job.since <= attempt.began], now)
         self._deliver(Reply(job.index, value, now - job.began, job.attempts), now, attempt.began)
+
+    def _begin_again(self, attempt: "Attempt[T]", now: float) -> None:
+        """An attempt was none: there was no place for it after all, though nobody could know."""
+        job, alone = attempt.job, self._places.taken <= 1
+        self._places.ran_out()
+        job.attempts -= 1
+        self.spent.attempts -= 1
+        if job.tasks or job.settled or self._closed:
+            return  # the other one of a hedged pair may still succeed
+        self.spent.retries -= job.attempts > 0
+        job.since = job.due = now
+        if self._stopped:
+            self._turn_away(job, now)
+        elif alone:  # somebody else has them, and nothing of ours will tell when they are free
+            self._wait(job, _NO_PLACE, now)
+        else:
+            self._again.append(job)
+            self._mind_deadline(job)
 
     def _failed(self, job: "Job[T]", error: Exception | None, now: float) -> None:
         """One attempt failed (error None: it was cancelled from outside)."""
@@ -516,7 +548,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
 
     def _is_all_held(self) -> bool:
         """Nothing runs, and nothing else is due or can be admitted, whatever time brings."""
-        if self._running or self._head is not None or self._done or self._pulling is not None:
+        if self._running or self._head is not None or self._again or self._done or self._pulling is not None:
             return False
         return all(job in self._held for _, _, job in self._retries if not job.settled)
 

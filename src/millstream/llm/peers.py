@@ -1,5 +1,7 @@
 """A server as messages speak of it: in one line that says what to do, and never holds a key."""
 
+import errno
+import os
 import re
 import socket
 import ssl
@@ -12,10 +14,11 @@ import msgspec
 
 from millstream.llm.addresses import CHAT
 from millstream.llm.said import Said, asked_in, said_by, said_in
-from millstream.llm.verdicts import CONNECTION, TLS, UNSENT, Verdict, WireError, verdict
+from millstream.llm.verdicts import CONNECTION, NO_PLACE, TLS, UNSENT, Verdict, WireError, verdict
 
 _LONGEST_WORDS = 300  # characters of what a server says that a message quotes
 _LONG = 60.0  # seconds to be left alone for that a message tells
+_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 _SHORT = 8  # characters; a key has more
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")  # what older and newer OpenSSL call it
 # What aiohttp and httpx say, in this order, of a connection that ended too early, and of bytes that are no HTTP.
@@ -92,7 +95,12 @@ class Peer:
                 return self.error(TLS, "no TLS is spoken there; does its URL start with http://?", unpaid=True)
             if isinstance(cause, ConnectionRefusedError):
                 return self.error(CONNECTION, "connection refused; is the server running?", unpaid=True)
-            if isinstance(cause, socket.gaierror) or "DNS" in type(cause).__name__:
+            unknown = isinstance(cause, socket.gaierror) or "DNS" in type(cause).__name__
+            if getattr(cause, "errno", None) in _OUT_OF_FILES or (unknown and _is_out_of_files()):
+                return self.error(
+                    NO_PLACE, "no file descriptor is free for a connection; ulimit -n says how many are", unpaid=True
+                )
+            if unknown:
                 host = urlsplit(self.url).hostname
                 return self.error(CONNECTION, f"the host {host} is unknown; check the base URL", unpaid=True)
         words = f"{type(error).__name__}: {words}"
@@ -119,6 +127,15 @@ def _time(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+def _is_out_of_files() -> bool:
+    """Whether it was for want of a file descriptor that a name could not be looked up, which tells no reason."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno in _OUT_OF_FILES
+    return False
 
 
 def _pattern(secret: str) -> re.Pattern[str]:

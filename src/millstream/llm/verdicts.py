@@ -282,6 +282,7 @@ HTTP = (
 
 CONNECTION = Verdict("connection", "away", "refused, reset, unknown host, closed too early", of="no reply", **_SERVER)
 TLS = Verdict("tls", "own", "no trusted certificate; TLS where none is", of="no reply", first=1, later=_LATER)
+NO_PLACE = Verdict("no_place", "busy", "no file descriptor is free (ulimit -n)", of="not sent")
 PROXY = Verdict("proxy", "own", "a proxy that opens no tunnel", of="no reply", first=1, later=_LATER)
 TIMEOUT = Verdict("timeout", "again", "an attempt over `--timeout`", of="no reply")
 UNKNOWN = Verdict("error", "own", "an exception that nobody expected", of="no reply", first=PATIENCE, later=PATIENCE)
@@ -304,8 +305,8 @@ BAD_ROW = Verdict("bad_row", "own", "a row that makes no request", of="not sent"
 TWICE = Verdict("duplicate_id", "own", "a `custom_id` that was there before", of="not sent")
 
 OTHERS = (
-    *(UNUSABLE, SPEECHLESS, CUT, SCHEMA, NO_TEXT, WITHHELD, TOO_LONG, CONNECTION, TLS, PROXY, TIMEOUT, UNKNOWN),
-    *(LATE, UNSENT, BAD_ROW, TWICE),
+    *(UNUSABLE, SPEECHLESS, CUT, SCHEMA, NO_TEXT, WITHHELD, TOO_LONG, CONNECTION, TLS, PROXY, NO_PLACE),
+    *(TIMEOUT, UNKNOWN, LATE, UNSENT, BAD_ROW, TWICE),
 )
 """What everything else comes to."""
 
@@ -340,6 +341,11 @@ class WireError(Exception):
     @property
     def kind(self) -> str:
         return self.verdict.kind
+
+    @property
+    def no_place(self) -> bool:
+        """It could not begin for want of something on this machine: no attempt was made."""
+        return self.verdict is NO_PLACE
 
     @property
     def retry(self) -> bool:

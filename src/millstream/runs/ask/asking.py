@@ -83,6 +83,8 @@ def ask_to(
         report = run(course.main())
     if report is None:
         raise KeyboardInterrupt
+    if client.shortage:
+        notes(client.shortage)
     return replace(report, notes=notes.told)
 
 

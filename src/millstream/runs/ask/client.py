@@ -30,6 +30,7 @@ from millstream.llm.replies import MOST
 from millstream.llm.usage import NOT_TOLD, Usage, added, paid_ids
 from millstream.llm.verdicts import ENDED_EARLY, SCHEMA, of_row
 from millstream.llm.wire import Answer, Wire, WireError
+from millstream.runs.ask import descriptors
 from millstream.runs.ask.bodies import body_from, in_order, words
 from millstream.runs.ask.checks import check_options
 from millstream.runs.ask.outcomes import Outcomes, collected, leave_with
@@ -114,6 +115,7 @@ class Client:
             self.limit: Fixed | Adaptive = Adaptive(overloaded=_overloaded, work=_work)
         else:
             self.limit = Fixed(in_flight)
+        self.places = Places(self.limit)
         self._guess = Guess()
         self.purse = Purse(Price.of_numbers(price) if price else None, max_cost, self._guess)
         gates: list[Gate] = [Rate(per_minute(rpm))] if rpm else []
@@ -123,7 +125,7 @@ class Client:
         self.used: Counter[str] = Counter()  # prompt_tokens and completion_tokens of replies, as the servers told
         self.wasted: Counter[str] = Counter()  # the same of replies that could not be used
         self._flows: dict[str, Any] = {
-            "in_flight": Places(self.limit),
+            "in_flight": self.places,
             "window": window,
             "window_bytes": _WINDOW_BYTES,
             "weigh": lambda answer: len(answer.raw),
@@ -142,6 +144,9 @@ class Client:
         self._clock = asyncio.get_running_loop().time
         for wire in self.servers.wires:
             await self._stack.enter_async_context(wire)
+        descriptors.raise_limit()
+        if (most := descriptors.for_connections()) is not None:
+            self.places.bound(most)
         self._state = ""
         return self
 
@@ -221,6 +226,14 @@ class Client:
     def cost(self) -> float | None:
         """What was spent so far, in the money of `price`; None: there is none."""
         return self.purse.cost
+
+    @property
+    def shortage(self) -> str | None:
+        """What this machine was short of, in a sentence; None: of nothing."""
+        if not self.places.was_short:
+            return None
+        most = f"{self.places.most:.0f} attempt{'' if self.places.most == 1 else 's'} at once"
+        return f"open files: no more than {most}, since ulimit -n is {descriptors.limit()}"
 
     # The parts of it ------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ define environment
 	rm -rf $(1) && "$$python" -m venv $(1); }
 endef
 
-.PHONY: help install demo demo-real test test-slow test-real test-readers test-lowest test-newest check format bench bench-env lock clean
+.PHONY: help install demo demo-real test test-slow test-real test-readers test-lowest test-newest fuzz check format bench bench-env lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -80,6 +80,9 @@ test-readers: .venv/.installed .venv-readers/.installed .venv-streaming/.install
 	@{ $(call install,$(@D)) torch==2.13.0 && $(call install,$(@D)) --no-deps torch==2.13.0 -r $<; } || { \
 	echo "Could not install the readers: their packages come over the network, once" >&2; exit 1; }
 	@touch $@
+
+fuzz: .venv/.installed  ## corpora by chance, whole and damaged, for a minute (ARGS="--seconds 3600": longer)
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 test-lowest: .venv-lowest/.installed  ## the tests, with the lowest versions that pyproject.toml allows
 	.venv-lowest/bin/python -m pytest -n auto --dist worksteal

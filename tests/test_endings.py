@@ -152,6 +152,8 @@ def test_asking_again_needs_the_settings_of_before(asking, server):
         asking(100, retry_finish=["length"], params={"temperature": 1})
     with pytest.raises(RequestError, match="another system"):
         asking(100, retry_finish=["length"], system="Be brief.")
+    with pytest.raises(RequestError, match="row params"):
+        asking(100, retry_finish=["length"], row_params=["seed"])
     with pytest.raises(RequestError, match="--retry-finish takes"):
         asking(100, retry_finish=["cut"])
     assert server.news() == []
@@ -239,6 +241,7 @@ def test_a_pipe_gets_whole_replies_only_unless_told_otherwise(server, tmp_path):
     assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == ["a", "c"]
     assert "2 cut by the token limit, 1 filtered" in done.stderr
     assert "3 of these left out" in done.stderr
+    assert "--retry-finish" not in done.stderr  # nothing is kept that could be asked again
     assert done.returncode == 3
     done = command(server, prompts, "--out", "-", "--max-tokens", "10", "--all-replies")
     assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == PROMPTS

@@ -288,11 +288,11 @@ def told_of(folder, rows, recipe=RECIPE):
 def test_parameters_that_are_not_sent_are_told_once(tmp_path):
     rows = [{"prompt": "x"}, *({"prompt": "a", "temperature": 1, "max_tokens": 5, "note": 1} for _ in range(3000))]
     [words], found = told_of(tmp_path, rows)
-    assert words.startswith("rows.jsonl, line 2 has temperature, max_tokens beside the prompt, which is not sent")
+    assert words.startswith("rows.jsonl, line 2: temperature, max_tokens beside the prompt are not sent")
     assert "--row-params temperature,max_tokens" in words
     assert {request.data for request in found[1:]} == {msgspec.json.encode({"model": "m", "messages": user("a")})}
     [words], _ = told_of(tmp_path, rows[1:], Recipe("m", row_params=("max_tokens",)))
-    assert "has temperature beside" in words
+    assert "temperature beside the prompt is not sent" in words
     assert "--row-params max_tokens,temperature" in words
 
 

@@ -176,7 +176,7 @@ def ask_summary(report: AskReport) -> str:
     lines += _not_whole(report)
     for kind, count in report.faults.items():
         lines.append(f"  faults     {count:,} {kind.replace('_', ' ')}, such as: {report.examples[kind]}")
-    if report.faults:
+    if report.faults and report.kept:
         lines.append("  hint       --retry-faults asks the failed ones again")
     return "\n".join(lines)
 
@@ -191,7 +191,7 @@ def _not_whole(report: AskReport) -> list[str]:
     if found:
         left = f"; {report.left_out:,} of these left out (--all-replies sends them, too)" if report.left_out else ""
         lines.append(f"  not whole  {', '.join(found)}{left}")
-    if "length" in report.endings:
+    if "length" in report.endings and report.kept:
         lines.append("  hint       --retry-finish length asks those that were cut again, with another --max-tokens")
     if "unknown" in report.endings:
         unknown = _count(report.endings["unknown"], "row")

@@ -60,6 +60,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_
     """In the order in which they were given."""
     system: str | None = None
     template: str | None = None
+    row_params: tuple[str, ...] = ()
     retry_finish: tuple[str, ...] = ()
     """How replies had ended that were asked again."""
 

@@ -63,6 +63,7 @@ def ask_to(
             params=dict(client.params),
             system=settings.system,
             template=settings.template,
+            row_params=tuple(settings.row_params),
             retry_finish=tuple(sorted(checked_endings(settings.retry_finish))),
         )
         again = _again(kept, header, settings, first)

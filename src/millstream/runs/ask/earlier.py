@@ -151,6 +151,8 @@ def _unlike(one: Header, other: Header, *, caps: bool = False) -> str | None:
     for name in ("model", "system", "template"):
         if getattr(one, name) != getattr(other, name):
             return name
+    if set(one.row_params) != set(other.row_params):
+        return "set of row params"
     for name in {**one.params, **other.params}:
         given = [each.params.get(name, msgspec.UNSET) for each in (one, other)]
         if (caps or name not in CAPS) and (msgspec.UNSET in given or canonical(given[0]) != canonical(given[1])):

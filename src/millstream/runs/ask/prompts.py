@@ -202,8 +202,8 @@ class _Reader:
         found = [name for name in there if name in self._watched]
         if found and {"prompt", "messages"} & set(there):
             flag = ",".join([*self._bodies.row_params, *found])
-            reason = f"{place} has {', '.join(found)} beside the prompt, which is not sent"
-            self._tell(f"{reason}; to send such fields give --row-params {flag}")
+            what = f"{', '.join(found)} beside the prompt {'is' if len(found) == 1 else 'are'} not sent"
+            self._tell(f"{place}: {what}; --row-params {flag} sends such fields")
             self._watched = frozenset()
             if self._plain is _watched_row:
                 self._plain = _plain_row

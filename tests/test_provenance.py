@@ -6,6 +6,8 @@ import json
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,7 @@ from test_boundaries import add_loss
 import millstream
 from millstream.errors import RequestError, RunError
 from millstream.formats.manifest import read_manifest, write_manifest
+from millstream.formats.opened import OPEN
 from millstream.runs.pack.provenance import provenance, text_of, tokenizer_of
 from millstream.view import show_sample
 
@@ -199,12 +202,40 @@ def test_a_run_of_many_shards_holds_few_files_open(tmp_path):
     dataset = millstream.open(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("samples-*.npy"))) == 300
     assert dataset.document_ids(0).tolist() == list(range(600))
-    assert len(dataset._open_shards) <= 64
+    assert OPEN.of(dataset._owner) <= 64
     assert len(pickle.dumps(dataset)) < 1000
     assert pickle.loads(pickle.dumps(dataset))[299].token_ids.tolist() == [598, 599]
     first = dataset[0]
     assert [dataset[number].token_ids[0] for number in range(299, -1, -1)] == list(range(598, -1, -2))
     assert first.token_ids.tolist() == [0, 1]
+
+
+MANY_FOLDERS = """
+import gc, resource, sys
+import millstream
+from millstream.formats.opened import OPEN
+resource.setrlimit(resource.RLIMIT_NOFILE, (150, 150))
+datasets = [millstream.open(sys.argv[1]) for _ in range(12)]
+for number in range(len(datasets[0])):
+    assert all(dataset[number].token_ids.tolist() == [2 * number, 2 * number + 1] for dataset in datasets)
+assert sum(OPEN.of(dataset._owner) for dataset in datasets) <= 25
+owner = datasets.pop()._owner
+gc.collect()
+assert OPEN.of(owner) == 0
+try:
+    kept = [sample for dataset in datasets for sample in dataset]
+except millstream.errors.RunError as error:
+    print(error)
+"""
+
+
+def test_many_folders_hold_few_files_open_together(tmp_path):
+    corpus = write_jsonl(tmp_path / "a.jsonl", [{"id": "long", "ids": list(range(600))}])
+    settings = {"tokenizer": None, "ids_field": "ids", "workers": 1}
+    millstream.pack_to(tmp_path / "out", corpus, seq_len=2, shard_size=8, **settings)
+    done = subprocess.run([sys.executable, "-c", MANY_FOLDERS, tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "as many files open as it may, 150: samples that are kept keep theirs open" in done.stdout
 
 
 def test_segments_that_are_in_order_are_not_all_read(tmp_path, monkeypatch):
@@ -213,7 +244,7 @@ def test_segments_that_are_in_order_are_not_all_read(tmp_path, monkeypatch):
     millstream.pack_to(tmp_path / "out", corpus, **settings)
     dataset = millstream.open(tmp_path / "out")
     assert len(dataset.find("d200")) > 1
-    assert len(dataset._open_shards) <= 2
+    assert OPEN.of(dataset._owner) <= 2
 
 
 @pytest.mark.parametrize("format", ["npy", "parquet"])
@@ -347,7 +378,14 @@ def test_find_as_json(packed, run):
 
 def test_find_gives_the_text_and_nothing_else(packed, run):
     assert run("find", packed / "keep", "long", "--text") == (0, "grain after grain " * 500, "")
-    assert run("find", packed / "keep", "twice", "--text") == (0, "Wasser 🙂x\x1b[31m", "")
+    code, out, error = run("find", packed / "keep", "twice", "--text")
+    assert (code, out) == (2, "")
+    assert "2 documents have the id 'twice': choose one with --number, of 2, 5" in error
+    assert run("find", packed / "keep", "twice", "--text", "--number", 2) == (0, "Wasser 🙂", "")
+    assert run("find", packed / "keep", "twice", "--text", "--number", 5) == (0, "x\x1b[31m", "")
+    assert run("find", packed / "keep", "twice", "--number", 5)[1].count("document twice") == 1
+    code, _, error = run("find", packed / "keep", "twice", "--number", 3)
+    assert (code, "number 3 has not the id 'twice': give one of 2, 5" in error) == (2, True)
     assert run("find", packed / "keep", "void", "--text") == (0, "", "")
     code, out, error = run("find", packed / "drop", "last", "--text")
     assert (code, out) == (1, "")

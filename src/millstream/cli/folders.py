@@ -91,12 +91,13 @@ def show(folder: str, index: str, subset: str) -> None:
 @click.option(
     "--text", "as_text", is_flag=True, help="Print the document's text instead, put together from the samples."
 )
+@click.option("--number", type=int, metavar="N", help="Of several documents of this id, the one of this number.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON; with --text, the text too.")
-def find(folder: str, document_id: str, as_text: bool, as_json: bool) -> None:
+def find(folder: str, document_id: str, as_text: bool, number: int | None, as_json: bool) -> None:
     """Find every sample of the run folder DIR that holds ids of a document, and which ones.
 
     All documents of this id are found, in every subset, and those left out as faults. A document that has no id of its
-    own is named for its place, as in corpus.jsonl#1024.
+    own is named for its place, as in corpus.jsonl#1024. Each comes with its number in the corpus.
     """
     from millstream.runs.pack.provenance import provenance, text_of
     from millstream.terminal import printable
@@ -105,6 +106,8 @@ def find(folder: str, document_id: str, as_text: bool, as_json: bool) -> None:
     # Under a locale without the letters, Python has the bytes of an argument and not its text.
     document_id = os.fsencode(document_id).decode(errors="backslashreplace")
     found = provenance(folder, document_id)
+    if number is not None:
+        found = found.only(number)
     if as_json:
         click.echo(json.dumps(found.as_json(text=as_text), indent=1))
     elif not as_text:
@@ -112,11 +115,11 @@ def find(folder: str, document_id: str, as_text: bool, as_json: bool) -> None:
     else:
         if not found.documents:
             raise RunError(f"there is no text: {show_provenance(found)}")
-        texts = [text_of(*document) for document in found.documents]
+        text = text_of(*found.one())
         if sys.stdout.isatty():
-            click.echo("\n".join(map(printable, texts)))
-        else:  # just as it is, and several one after the other
-            sys.stdout.buffer.write("".join(texts).encode())
+            click.echo(printable(text))
+        else:  # just as it is
+            sys.stdout.buffer.write(text.encode())
 
 
 @click.command(short_help="List the tokenizers there are.")

@@ -4,7 +4,7 @@ import builtins
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, overload
@@ -15,12 +15,11 @@ from millstream.errors import RequestError, RunError
 from millstream.formats.corpus import labelled
 from millstream.formats.kinds import place
 from millstream.formats.manifest import FAULTS, read_manifest, refuse_earlier
+from millstream.formats.opened import OPEN, Shard, damaged, load
 from millstream.records import SEGMENT, Fault, Ids
-from millstream.samples import IGNORED, Sample, Segment
+from millstream.samples import Sample, Segment
 
 _KEPT = 4  # documents tables held at once
-_OPEN = 64  # output shards held open at once: a memory-mapped file counts as an open one, and systems limit those
-_SCAN = 1 << 20  # segments looked at together
 
 
 class DocumentPart(NamedTuple):
@@ -106,7 +105,7 @@ class Dataset(Sequence[Sample]):
         self._shards: list[dict[str, Any]] = self._entry["shards"]
         counts = [shard["samples"] for shard in self._shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
-        self._open_shards: OrderedDict[int, _Shard] = OrderedDict()
+        self._owner = OPEN.owner_of(self)
         self._tables: OrderedDict[int, Any] = OrderedDict()
 
     def __reduce__(self) -> tuple[type["Dataset"], tuple[str, str]]:
@@ -151,8 +150,8 @@ class Dataset(Sequence[Sample]):
         kept = self._entry["remainder"]
         if not kept or "name" not in kept:
             return None
-        ids = _load(os.path.join(self.folder, kept["name"]))
-        loss = _load(os.path.join(self.folder, kept["loss"]["name"])) if "loss" in kept else None
+        ids = load(os.path.join(self.folder, kept["name"]))
+        loss = load(os.path.join(self.folder, kept["loss"]["name"])) if "loss" in kept else None
         shard = self._shard(len(self._shards) - 1)
         segments = shard.segments_of(self._shards[-1]["samples"])
         return Sample(ids, _plain(segments), complete=False, loss=loss)
@@ -259,7 +258,7 @@ class Dataset(Sequence[Sample]):
             try:
                 hits = pq.read_table(path, filters=pc.field(name) == value, partitioning=None).to_pylist()
             except (OSError, pa.ArrowInvalid) as error:
-                raise _damaged(path, error) from error
+                raise damaged(path, error) from error
             found += [{**row, "shard": number} for row in hits]
             if found and not by_id:
                 break
@@ -326,18 +325,15 @@ class Dataset(Sequence[Sample]):
         padding = len(ids) - int(segments["length"].sum())
         return Sample(ids, _plain(segments), pad_left=padding if left else 0, loss=loss)
 
-    def _at(self, number: int) -> tuple["_Shard", int]:
+    def _at(self, number: int) -> tuple[Shard, int]:
         """The output shard that sample `number` is in, and its number there."""
         which = int(np.searchsorted(self._ends, number, side="right"))
         return self._shard(which), number - (int(self._ends[which - 1]) if which else 0)
 
-    def _shard(self, number: int) -> "_Shard":
-        if number not in self._open_shards:
-            self._open_shards[number] = _Shard(self.folder, self._shards[number], self.manifest["settings"])
-            if len(self._open_shards) > _OPEN:
-                self._open_shards.popitem(last=False)
-        self._open_shards.move_to_end(number)
-        return self._open_shards[number]
+    def _shard(self, number: int) -> Shard:
+        return OPEN.get(
+            self._owner, number, lambda: Shard(self.folder, self._shards[number], self.manifest["settings"])
+        )
 
     def _documents_path(self, number: int) -> str:
         return os.path.join(self.folder, self._shards[number]["files"]["documents"]["name"])
@@ -355,111 +351,6 @@ class Dataset(Sequence[Sample]):
                 self._tables.popitem(last=False)
         self._tables.move_to_end(number)
         return self._tables[number]
-
-
-class _Shard:
-    """One output shard, opened on first use."""
-
-    def __init__(self, folder: str, entry: dict[str, Any], settings: dict[str, Any]) -> None:
-        self._paths = {kind: os.path.join(folder, file["name"]) for kind, file in entry["files"].items()}
-        self._samples, self._format = entry["samples"], settings["format"]
-        self._seq_len, self._pad_left = settings["seq_len"], settings["pad_side"] == "left"
-        chat = settings.get("chat")
-        self._labelled = self._format == "parquet" and chat is not None and chat.get("loss") != "all"
-        self._group: tuple[int, Ids, Ids | None] = (-1, np.empty(0), None)
-
-    @cached_property
-    def segments(self) -> Ids:
-        return _load(self._paths["segments"])
-
-    @cached_property
-    def _bounds(self) -> Ids:
-        return np.searchsorted(self.segments["sample"], np.arange(self._samples + 2))
-
-    def segments_of(self, sample: int) -> Ids:
-        return self.segments[self._bounds[sample] : self._bounds[sample + 1]]
-
-    @cached_property
-    def _file(self) -> Any:
-        import pyarrow.parquet as pq
-
-        if self._format == "parquet":
-            return pq.ParquetFile(self._paths["samples"])
-        return _load(self._paths["samples"])
-
-    def ids(self, sample: int) -> Ids:
-        row: Ids
-        if self._format == "parquet":
-            ids, _, local = self._rows(sample)
-            row = ids[local]
-        else:
-            row = self._file[sample]
-        return row
-
-    def loss(self, sample: int) -> Ids | None:
-        """bool: which ids are learned; None where the run has no loss mask."""
-        row: Ids
-        if self._labelled:
-            _, labels, local = self._rows(sample)
-            assert labels is not None
-            row = labels[local] != IGNORED
-        elif self._loss is not None:
-            row = self._loss[sample]
-        else:
-            return None
-        return row
-
-    @cached_property
-    def _loss(self) -> Ids | None:
-        return _load(self._paths["loss"]) if "loss" in self._paths else None
-
-    def _rows(self, sample: int) -> tuple[Ids, Ids | None, int]:
-        """Ids and labels of the samples in this one's row group, and which of them it is."""
-        size = self._file.metadata.row_group(0).num_rows
-        group, local = divmod(sample, size)
-        if self._group[0] != group:
-            names = ["input_ids", "labels"] if self._labelled else ["input_ids"]
-            table = self._file.read_row_group(group, columns=names)
-            flat = [column.combine_chunks().flatten().to_numpy().reshape(len(table), -1) for column in table.columns]
-            self._group = group, flat[0].astype(np.uint32), flat[1] if self._labelled else None
-        return *self._group[1:], local
-
-    def places(self, documents: Collection[int], ordered: bool) -> Iterator[tuple[int, int, int, int, int]]:
-        """(ordinal, sample, start, length, place of the first id in the sample) of these documents' segments.
-
-        `ordered`: segments stand in the order of their documents, so that they need not all be looked at.
-        """
-        segments = self.segments
-        for row in self._find(documents, ordered).tolist():
-            ordinal, start, length, sample = segments[row].tolist()
-            first, stop = np.searchsorted(segments["sample"], np.array([sample, sample + 1], np.uint32)).tolist()
-            at = int(segments["length"][first:row].sum())
-            if self._pad_left and sample < self._samples:
-                at += self._seq_len - int(segments["length"][first:stop].sum())
-            yield ordinal, sample, start, length, at
-
-    def _find(self, documents: Collection[int], ordered: bool) -> Ids:
-        """The rows of `segments` that are of these documents."""
-        column, wanted = self.segments["document"], np.sort(np.array(list(documents), np.uint64))
-        if ordered:
-            bounds = zip(np.searchsorted(column, wanted), np.searchsorted(column, wanted, side="right"), strict=True)
-            return np.concatenate([np.arange(*bound) for bound in bounds])
-        parts = [
-            low + np.flatnonzero(np.isin(column[low : low + _SCAN], wanted)) for low in range(0, len(column), _SCAN)
-        ]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-
-def _load(path: str) -> Ids:
-    try:
-        loaded: Ids = np.load(path, mmap_mode="r")
-    except (EOFError, OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-    return loaded
-
-
-def _damaged(path: str, error: Exception) -> RunError:
-    return RunError(f"{path} cannot be read ({error}); 'millstream verify' says what is wrong")
 
 
 def _fault(line: dict[str, Any]) -> Fault:

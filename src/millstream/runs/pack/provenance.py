@@ -22,6 +22,27 @@ class Provenance:
     documents: list[tuple[Dataset, Located]]
     faults: list[Fault]
 
+    def only(self, number: int) -> "Provenance":
+        """What became of the one of them with this number in the corpus. Raises RequestError if there is none."""
+        documents = [pair for pair in self.documents if pair[1].ordinal == number]
+        faults = [fault for fault in self.faults if fault.ordinal == number]
+        if not documents and not faults:
+            raise RequestError(f"number {number} has not the id {self.document_id!r}: give one of {self._numbers()}")
+        return Provenance(self.document_id, documents, faults)
+
+    def one(self) -> tuple[Dataset, Located]:
+        """The only document that was packed. Raises RequestError if several were."""
+        if len(self.documents) > 1:
+            raise RequestError(
+                f"{len(self.documents)} documents have the id {self.document_id!r}: choose one with --number, of "
+                f"{self._numbers()}"
+            )
+        return self.documents[0]
+
+    def _numbers(self) -> str:
+        numbers = [found.ordinal for _, found in self.documents] + [fault.ordinal for fault in self.faults]
+        return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+
     def as_json(self, text: bool = False) -> dict[str, Any]:
         """With `text`, each document's too; raises as `text_of` does."""
         documents = []

@@ -1,6 +1,7 @@
 """`ask`: prompts in, one row for each out."""
 
 import json
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -62,7 +63,12 @@ from millstream.errors import RequestError, RunError
     metavar="C",
     help="Stop before it could cost more, earlier runs on this journal included; needs --price.",
 )
-@click.option("--schema", type=click.Path(), metavar="FILE", help="JSON schema that every reply must fit.")
+@click.option(
+    "--schema",
+    type=click.Path(),
+    metavar="FILE|MODULE:MODEL",
+    help="JSON schema or pydantic model that every reply must fit.",
+)
 @click.option("--temperature", type=float)
 @click.option("--max-tokens", type=int)
 @click.option(
@@ -174,9 +180,13 @@ def _in_flight(text: str) -> Any:
     return text if text == "auto" else int(text)
 
 
-def _schema(path: str | None) -> dict[str, Any] | None:
+def _schema(path: str | None) -> Any:
     if path is None:
         return None
+    if ":" in path and not os.path.exists(path):
+        from millstream.llm.forms import model_named
+
+        return model_named(path)
     try:
         with open(path, encoding="utf-8") as file:
             schema = json.load(file)

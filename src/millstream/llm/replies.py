@@ -30,7 +30,7 @@ class Answer(msgspec.Struct, frozen=True):
     that refused or called tools may have said nothing else: then `refusal` is the text, too, or the text is empty.
     `reasoning` is what it thought before it spoke, where the server shows that. Of several choices, `texts` and
     `finish_reasons` have all. The reply of an endpoint without choices (embeddings, rerank, ...) is `opaque`: it has no
-    text, and all that it says is in its body.
+    text, and all that it says is in its body. `parsed` is the value in the text, where a schema was asked for.
     """
 
     text: str
@@ -45,6 +45,7 @@ class Answer(msgspec.Struct, frozen=True):
     texts: tuple[str | None, ...] = ()
     finish_reasons: tuple[str | None, ...] = ()
     opaque: bool = False
+    parsed: Any = None
 
     @property
     def body(self) -> Any:

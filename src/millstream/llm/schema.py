@@ -57,7 +57,7 @@ def checker(schema: Mapping[str, Any]) -> Callable[[str], str | None]:
         if text.count("[") + text.count("{") > deepest and _depth(value) > deepest:
             return f"it is nested too deeply to be checked: more than {deepest} levels"
         error = best_match(validator.iter_errors(value))
-        return None if error is None else _line(f"{error.json_path}: {error.message}")
+        return None if error is None else line(f"{error.json_path}: {error.message}")
 
     return misfit
 
@@ -98,7 +98,7 @@ def _validator(schema: Mapping[str, Any]) -> tuple[Any, int]:
         kind.check_schema(plain)
         follow(plain, REGISTRY.resolver_with_root(Resource.from_contents(plain, default_specification=DRAFT202012)))
     except SchemaError as error:
-        raise RequestError(f"the JSON schema is broken at {error.json_path}: {_line(error.message)}") from error
+        raise RequestError(f"the JSON schema is broken at {error.json_path}: {line(error.message)}") from error
     return kind(plain, registry=REGISTRY), _longest_way(nexts)
 
 
@@ -109,7 +109,7 @@ def _plain(schema: Mapping[str, Any]) -> dict[str, Any]:
     try:
         plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(dict(schema)))
     except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"the JSON schema is no JSON: {_line(str(error))}") from error
+        raise RequestError(f"the JSON schema is no JSON: {line(str(error))}") from error
     if _depth(plain) > _DEEPEST_SCHEMA:
         raise RequestError(f"the JSON schema is nested too deeply: more than {_DEEPEST_SCHEMA} levels")
     return plain
@@ -168,6 +168,7 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _line(words: str) -> str:
-    line = " ".join(words.split())
-    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 4] + " ..."
+def line(words: str) -> str:
+    """Somebody else's words in one line that is not too long."""
+    words = " ".join(words.split())
+    return words if len(words) <= _LONGEST_REASON else words[: _LONGEST_REASON - 4] + " ..."

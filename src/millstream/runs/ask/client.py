@@ -19,6 +19,8 @@ from collections.abc import (
 from itertools import count
 from typing import Any, Literal, TypeAlias
 
+from msgspec.structs import replace
+
 from millstream.aio import Fault, Flow, race
 from millstream.aio.hedging import Hedge
 from millstream.aio.limits import Adaptive, Fixed
@@ -26,6 +28,7 @@ from millstream.aio.places import Places
 from millstream.aio.rates import All, Gate, Rate, RetryBudget, per_minute
 from millstream.bridge import run
 from millstream.errors import RequestError
+from millstream.llm.forms import form_of
 from millstream.llm.replies import MOST
 from millstream.llm.usage import NOT_TOLD, Usage, added, paid_ids
 from millstream.llm.verdicts import ENDED_EARLY, SCHEMA, of_row
@@ -56,7 +59,8 @@ class Client:
     HTTPS_PROXY, HTTP_PROXY and NO_PROXY count, but never for this machine itself.
 
     `params` go into every request's body (temperature, max_tokens, ...), `system` before its messages. `schema`, a JSON
-    schema, asks for JSON that fits it; a reply that does not is tried again.
+    schema or a pydantic model, asks for JSON that fits it; a reply that does not is tried again, and `parsed` of one
+    that does is the value, or the instance of the model.
 
     `in_flight` attempts run at once, over all that the client does; ``"auto"`` finds out how many. `timeout` bounds one
     attempt, `deadline` a request with all its retries and waits (seconds; None: no bound); `attempts` are made at most,
@@ -90,7 +94,7 @@ class Client:
         hedge: bool = False,
         price: Sequence[float] | None = None,
         max_cost: float | None = None,
-        schema: Mapping[str, Any] | None = None,
+        schema: Any = None,
         params: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         proxy: str | None = None,
@@ -105,12 +109,9 @@ class Client:
         self._model, self._system = model, system
         self.params = dict(params or {})  # of every request's body
         self._attempts, self._draw = attempts, random.Random(seed)
-        self._misfit: Callable[[str], str | None] = lambda text: None
-        if schema is not None:
-            from millstream.llm.schema import checker, response_format
-
-            self._misfit = checker(schema)
-            self.params["response_format"] = response_format(schema)
+        self._form = None if schema is None else form_of(schema)
+        if self._form:
+            self.params["response_format"] = self._form.response_format
         if in_flight == "auto":
             self.limit: Fixed | Adaptive = Adaptive(overloaded=_overloaded, work=_work)
         else:
@@ -257,7 +258,7 @@ class Client:
         try:
             answer = await self.servers.send(request.server, request.data, request.path, self._clock)
             ids = paid_ids(answer.usage)
-            self._check(answer)
+            answer = self._formed(answer)
             in_vain = False
         except WireError as error:
             ids = paid_ids(error.usage)
@@ -273,15 +274,18 @@ class Client:
         self.purse.answered(request, ids)
         return answer
 
-    def _check(self, answer: Answer) -> None:
-        """Raises WireError if the text does not fit the schema; one that was cut would be cut again, and is final."""
-        if answer.opaque or answer.refusal or (answer.tool_calls and not answer.text):
-            return
-        reason = self._misfit(answer.text)
+    def _formed(self, answer: Answer) -> Answer:
+        """An answer with the value in its text, if there is a schema. Raises WireError if it does not fit that; one
+        that was cut would be cut again, and is final."""
+        form = self._form
+        if form is None or answer.opaque or answer.refusal or (answer.tool_calls and not answer.text):
+            return answer
+        reason = form.misfit(answer.text)
         if reason is not None:
             verdict, ended = ENDED_EARLY.get(answer.finish_reason or "", (SCHEMA, ""))
             message = f"{answer.server}: the reply does not fit the schema: {ended}{reason}"
             raise WireError(verdict, message, status=200, usage=answer.usage)
+        return replace(answer, parsed=form.parse(answer.text))
 
     def _requests(self, prompts: Any) -> Any:
         """The requests of many prompts, of either kind of iterable; what is no prompt is a fault in its place."""

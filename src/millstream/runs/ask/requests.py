@@ -44,7 +44,8 @@ class Reply:
     its end, "length" where the limit of ids cut it, "content_filter" where a filter did, or what else the server says.
     `refusal`, `tool_calls` and `reasoning` (what the model thought before it spoke) are None where there is none; of a
     refusal the text is the same. Of several choices (`n`), `text` is the first one, `texts` and `finish_reasons` have
-    all.
+    all. `parsed` is the value in the text where the client has a `schema`: an instance of its pydantic model, or plain
+    JSON.
     """
 
     index: int
@@ -61,6 +62,7 @@ class Reply:
     reasoning: str | None = None
     texts: tuple[str | None, ...] = ()
     finish_reasons: tuple[str | None, ...] = ()
+    parsed: Any = None
 
     @property
     def body(self) -> dict[str, Any]:
@@ -84,6 +86,7 @@ def reply_of(answer: Answer, *, index: int, latency: float, attempts: int) -> Re
         reasoning=answer.reasoning,
         texts=answer.texts,
         finish_reasons=answer.finish_reasons,
+        parsed=answer.parsed,
     )
 
 

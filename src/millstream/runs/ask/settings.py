@@ -28,7 +28,7 @@ class AskSettings:
     system: str | None = None
     template: str | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
-    schema: Mapping[str, Any] | None = None
+    schema: Any = None  # a JSON schema, or a pydantic model
     base_urls: Sequence[str] = field(default=(), repr=False)  # as keys, logins and headers, they may hold secrets
     api_key: str | None = field(default=None, repr=False)
     in_flight: int | Literal["auto"] = 64

@@ -6,18 +6,13 @@ import os
 import random
 from collections import Counter
 from collections.abc import (
-    AsyncGenerator,
     AsyncIterable,
-    AsyncIterator,
     Callable,
-    Generator,
     Iterable,
-    Iterator,
     Mapping,
     Sequence,
 )
-from itertools import count
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from msgspec.structs import replace
 
@@ -34,17 +29,14 @@ from millstream.llm.usage import NOT_TOLD, Usage, added, paid_ids
 from millstream.llm.verdicts import ENDED_EARLY, SCHEMA, of_row
 from millstream.llm.wire import Answer, Wire, WireError
 from millstream.runs.ask import descriptors
-from millstream.runs.ask.bodies import body_from, in_order, words
 from millstream.runs.ask.checks import check_options
+from millstream.runs.ask.given import Given, Prompt, is_one, several
 from millstream.runs.ask.outcomes import Outcomes, collected, leave_with
 from millstream.runs.ask.pieces import Pieces
 from millstream.runs.ask.purse import Guess, Price, Purse
 from millstream.runs.ask.requests import Reply, Request, outcome_of
 from millstream.runs.ask.retrying import LONGEST_ASKED, Retrying
 from millstream.runs.ask.servers import Servers
-
-Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
-"""A text (what the user says), a list of messages, or a mapping with "prompt" or "messages" and other parameters."""
 
 _DEFAULT: Any = object()
 _WINDOW_BYTES = 64 << 20  # of replies that wait to be handed out
@@ -106,8 +98,8 @@ class Client:
         places = [found] if isinstance(found, str) or not isinstance(found, Sequence) else found
         key = api_key or os.environ.get("OPENAI_API_KEY")
         self.servers = Servers([_wire(one, key, headers, proxy, max_reply) for one in places])
-        self._model, self._system = model, system
         self.params = dict(params or {})  # of every request's body
+        self._given = Given(model, self.params, system)
         self._attempts, self._draw = attempts, random.Random(seed)
         self._form = None if schema is None else form_of(schema)
         if self._form:
@@ -159,7 +151,7 @@ class Client:
 
     async def ask(self, prompt: Prompt, *, timeout: float | None = _DEFAULT) -> Reply | Fault:
         """One request's outcome. `timeout` bounds it as a whole, retries included, in seconds."""
-        flow = self.flow([self._request(prompt)], **_whole(timeout))
+        flow = self.flow([self._given.request(prompt)], **_whole(timeout))
         async with flow:
             return outcome_of(await anext(flow))
 
@@ -177,13 +169,13 @@ class Client:
         self, prompts: Iterable[Prompt] | AsyncIterable[Prompt], *, timeout: float | None = _DEFAULT
     ) -> Outcomes:
         """Outcomes as they come: ``async with client.as_completed(prompts) as outcomes: async for ... in outcomes``."""
-        return Outcomes(self.flow(self._requests(prompts), **_whole(timeout)))
+        return Outcomes(self.flow(self._given.requests(prompts), **_whole(timeout)))
 
     def ordered(
         self, prompts: Iterable[Prompt] | AsyncIterable[Prompt], *, timeout: float | None = _DEFAULT
     ) -> Outcomes:
         """Outcomes in the prompts' order, each as soon as its turn has come."""
-        return Outcomes(self.flow(self._requests(prompts), in_order=True, **_whole(timeout)))
+        return Outcomes(self.flow(self._given.requests(prompts), in_order=True, **_whole(timeout)))
 
     async def race(
         self,
@@ -197,11 +189,11 @@ class Client:
         The losers are cancelled and awaited. If all fail: a Fault of kind ``race`` with all of theirs in `faults`.
         """
         if models is not None:
-            requests = [self._request(prompts, model=model) for model in models]
-        elif _is_one(prompts):
+            requests = [self._given.request(prompts, model=model) for model in models]
+        elif is_one(prompts):
             raise RequestError("a race needs several prompts, or one prompt and several models")
         else:
-            requests = [self._request_or_fault(prompt, at) for at, prompt in enumerate(_several(prompts))]
+            requests = [self._given.request_or_fault(prompt, at) for at, prompt in enumerate(several(prompts))]
         if not requests:
             raise RequestError("a race needs somebody to run it")
         self._refuse_outside()
@@ -215,7 +207,7 @@ class Client:
         self._refuse_outside()
         wire = self.servers.wires[self.servers.pick(-1, self._clock())]
         whole = _whole(timeout).get("deadline", self._flows["deadline"] or self._flows["timeout"])
-        body = _written(self._body(prompt))
+        body = self._given.data(prompt)
         longest_wait = self._flows["longest_wait"]
         return Pieces(wire, body, timeout=whole, attempts=self._attempts, longest_wait=longest_wait, draw=self._draw)
 
@@ -287,41 +279,6 @@ class Client:
             raise WireError(verdict, message, status=200, usage=answer.usage)
         return replace(answer, parsed=form.parse(answer.text))
 
-    def _requests(self, prompts: Any) -> Any:
-        """The requests of many prompts, of either kind of iterable; what is no prompt is a fault in its place."""
-        numbers = count()
-        return _mapped(lambda prompt: self._request_or_fault(prompt, next(numbers)), _several(prompts))
-
-    def _request_or_fault(self, prompt: Any, number: int) -> Request:
-        try:
-            return self._request(prompt)
-        except RequestError as error:
-            if not number and not isinstance(error, NotAPrompt):
-                raise  # nobody has named a model: that is told before anything is paid
-            return Request(0, None, b"", b"", fault=("bad_row", str(error)))
-
-    def _request(self, prompt: Any, **more: Any) -> Request:
-        """Raises NotAPrompt, and RequestError if no model is named."""
-        body = self._body(prompt, **more)
-        if body.get("stream"):
-            raise NotAPrompt(
-                "no prompt: 'stream' cannot be a parameter here; for one reply in pieces there is stream()"
-            )
-        return Request(0, None, b"", _written(body))
-
-    def _body(self, prompt: Any, **more: Any) -> dict[str, Any]:
-        try:
-            body = {**body_from(prompt, {"model": self._model, **self.params}, self._system), **more}
-        except ValueError as error:
-            raise NotAPrompt(str(error)) from None
-        if not body["model"]:
-            raise RequestError("no model given: name one with model=")
-        return body
-
-
-class NotAPrompt(RequestError):
-    """What was given in a prompt's place makes no request."""
-
 
 def ask(prompts: Prompt | Iterable[Prompt], base_url: Any = None, **options: Any) -> Any:
     """Ask from synchronous code, a notebook with a running loop included.
@@ -333,7 +290,7 @@ def ask(prompts: Prompt | Iterable[Prompt], base_url: Any = None, **options: Any
 
     async def main() -> Any:
         async with Client(base_url, **options) as client:
-            if _is_one(prompts):
+            if is_one(prompts):
                 return await client.ask(prompts)  # type: ignore[arg-type]
             return await collected(client.as_completed(prompts), found)
 
@@ -342,18 +299,6 @@ def ask(prompts: Prompt | Iterable[Prompt], base_url: Any = None, **options: Any
     except KeyboardInterrupt as stopped:  # the loop has seen another exception, and raised this one for it
         leave_with(stopped, found)
         raise
-
-
-def _is_one(prompts: Any) -> bool:
-    """Whether it is one prompt: a text, a mapping, or a list of messages, which have a role."""
-    if isinstance(prompts, str | Mapping):
-        return True
-    several = isinstance(prompts, Sequence) and not isinstance(prompts, bytes | bytearray)
-    return several and bool(prompts) and all(map(_is_message, prompts))
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and "role" in value and not {"prompt", "messages"} & set(value)
 
 
 def _whole(timeout: float | None) -> dict[str, Any]:
@@ -389,40 +334,3 @@ def _work(answer: Answer) -> float:
 def _ids_of(answer: Answer) -> float | None:
     given, told, _ = paid_ids(answer.usage)
     return None if given is None or told is None else float(given + told)
-
-
-def _several(prompts: Any) -> Any:
-    """Raises RequestError for what is no iterable of prompts; of a text the letters would be asked."""
-    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable | AsyncIterable):
-        raise RequestError(f"several prompts are wanted, not {prompts!r:.80}; for one there is ask()")
-    return prompts
-
-
-def _written(body: dict[str, Any]) -> bytes:
-    try:
-        return in_order(body)
-    except (ValueError, RecursionError) as error:
-        raise NotAPrompt(f"no prompt: {words(error)}") from None
-
-
-def _mapped(function: Any, items: Iterable[Any] | AsyncIterable[Any]) -> Any:
-    """`map` for either kind of iterable, which closes its source with itself."""
-    return _mapped_async(function, items) if isinstance(items, AsyncIterable) else _mapped_sync(function, items)
-
-
-def _mapped_sync(function: Any, items: Iterable[Any]) -> Iterator[Any]:
-    try:
-        for item in items:
-            yield function(item)
-    finally:
-        if isinstance(items, Generator):
-            items.close()
-
-
-async def _mapped_async(function: Any, items: AsyncIterable[Any]) -> AsyncIterator[Any]:
-    try:
-        async for item in items:
-            yield function(item)
-    finally:
-        if isinstance(items, AsyncGenerator):
-            await items.aclose()

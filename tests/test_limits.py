@@ -235,13 +235,28 @@ def test_what_is_not_used_does_not_grow():
     assert max(run.limits(30)) >= 190
 
 
-def test_refusals_that_have_no_cause_in_the_number():
-    """Of 5 % refused whatever runs, cutting saves none: the first cuts teach it."""
-    server, limit = Server(100, lognormal(1.0), seed=10, noise=0.05), adaptive()
+@pytest.mark.parametrize("noise", [0.01, 0.04])
+@pytest.mark.parametrize("seed", range(4))
+def test_refusals_that_have_no_cause_in_the_number(noise, seed):
+    """Of a few refused whatever runs, cutting saves none: it is as fast as with the best fixed number."""
+    fixed = min(
+        drive(Fixed(number), Server(64, lognormal(0.4), seed=seed, noise=noise), 2000, backoff=(0.0, 1.0)).seconds
+        for number in (56, 64)
+    )
+    server, limit = Server(64, lognormal(0.4), seed=seed, noise=noise), adaptive()
+    run = drive(limit, server, 2000, backoff=(0.0, 1.0))
+    assert run.seconds <= 1.15 * fixed
+    assert run.refused <= noise + 0.02
+    late = run.limits(run.seconds / 2)
+    assert sum(late) / len(late) >= 0.9 * 64
+
+
+def test_one_in_ten_that_is_refused_by_chance_is_no_reason_to_end_at_a_few():
+    server, limit = Server(100, lognormal(1.0), seed=10, noise=0.1), adaptive()
     run = drive(limit, server, 10_000)
     assert best(server, 100, 10_000) / run.seconds >= 0.7
     late = run.limits(run.seconds / 2)
-    assert sum(late) / len(late) >= 80
+    assert sum(late) / len(late) >= 85
 
 
 def test_a_queue_so_long_that_attempts_run_out_of_time():
@@ -268,8 +283,8 @@ def test_one_cut_for_all_that_ran_together():
     limit = adaptive(start=100)
     for ticket in begin(limit, 100):
         limit.ended(ticket, 0.01, None, Busy())
-    assert limit.now == 80
-    assert limit.history == [(0.0, 100), (0.01, 80)]
+    assert limit.now == 78  # 98 were running when the third in a row was refused
+    assert limit.history == [(0.0, 100), (0.01, 78)]
     (ticket,) = begin(limit, 1, 0.02)
     limit.ended(ticket, 0.03, None, Busy())
     assert limit.now == 1  # one was running, and it was too many
@@ -284,11 +299,14 @@ def test_other_errors_say_nothing(error):
 
 
 def test_a_cut_is_forgotten_after_two_clean_rounds():
-    limit = adaptive(start=10)
-    tickets = begin(limit, 10)
-    limit.ended(tickets[0], 1.0, None, Busy())
+    limit = adaptive(start=12)
+    tickets = begin(limit, 12)
+    for ticket in tickets[:2]:
+        limit.ended(ticket, 1.0, None, Busy())
+        assert (limit.cut, limit.reason) == (False, "climbing")  # by chance?
+    limit.ended(tickets[2], 1.0, None, Busy())
     assert (limit.now, limit.cut, limit.reason) == (8, True, "cut by the server")
-    for ticket in tickets[1:]:
+    for ticket in tickets[3:]:
         limit.ended(ticket, 1.1, 1, None)  # admitted before it: they tell nothing of the new limit
     cut = []
     for time in range(30):

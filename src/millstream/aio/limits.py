@@ -27,8 +27,10 @@ _RISE = 2.0  # climbing fourfold must double the pace at least: halfway, in loga
 _NEARLY = 0.7  # of the pace, measured while climbing, which is half a round behind: in truth nearly all of it
 _WORTH = 0.25  # of the proportional gain: a step up that brings less is not worth it, a step down that loses less is
 _SURE = 2.0  # standard errors
-_LATELY, _USUAL = 0.1, 1 / 300  # weights of a new event in the share of rejections, now and in the long run
-_TIMES, _MANY = 15.0, 0.3  # rejections count if so many times their usual share, or so large a share: see `_is_noise`
+_IN_A_ROW = 3  # refusals without an end between them: so it is where all places are taken, and hardly ever by chance
+_ROUND, _FEWER = 0.15, 2.0  # climbing stops at such a share of refusals in a round; and so many more where it is short
+_QUIET = 0.005  # a share below which nothing is refused by chance: then one refusal tells that the ceiling is reached
+_BREAK = 8  # a part of a round for which a refusal delays climbing
 _HISTORY = 200  # entries
 
 
@@ -87,12 +89,12 @@ class Adaptive:
     >>> limit.now, limit.reason
     (6, 'climbing')
     >>> tickets = [limit.started(1.0) for _ in range(6)]
-    >>> for ticket in tickets[4:]:
+    >>> for ticket in tickets[3:]:  # one alone may be chance
     ...     limit.ended(ticket, 1.1, None, ConnectionError())
     >>> limit.now, limit.cut, limit.reason
-    (4, True, 'cut by the server')
+    (3, True, 'cut by the server')
     >>> limit.history
-    [(0.0, 3), (1.0, 4), (1.0, 5), (1.0, 6), (1.1, 4)]
+    [(0.0, 3), (1.0, 4), (1.0, 5), (1.0, 6), (1.1, 3)]
     """
 
     reason: Literal["climbing", "cut by the server", "no faster with more", "the highest allowed"]
@@ -115,7 +117,8 @@ class Adaptive:
         self._unused = 0  # ends since the limit was last in full use, counted down from a round
         self._epoch = 0
         self._clean = 0  # replies to attempts of this epoch
-        self._lately = self._usual = 0.0  # shares of rejections
+        self._row, self._round = 0, 0.0  # refusals without an end between them; their share in a round or so
+        self._break = 0  # ends until climbing goes on
         self._refused = False  # the ceiling is where the server refuses, not where it gets no faster
         self._mode: Literal["climb", "hold", "more", "less"] = "climb"
         self._since = 0.0
@@ -146,8 +149,9 @@ class Adaptive:
         if isinstance(error, Exception) and self._overloaded(error):
             self._reject(ticket, max(used, 1), time)
             return
-        self._count_rejection(False)
         self._clean += error is None and ticket == self._epoch
+        self._row = 0
+        self._round -= self._round / self._limit
         if self._unused <= 0:
             self._measure(time)
             return
@@ -171,8 +175,11 @@ class Adaptive:
         if ticket != self._epoch:  # admitted together with the one that cut: so the ceiling was lower still
             self._ceiling = max(self._ceiling - 1, self.now) if known else self._ceiling
             return
-        self._count_rejection(True)
-        if self._is_noise():
+        quiet = known and self._round < _QUIET
+        if self._may_be_chance() and not quiet:
+            if self._mode == "climb" and not known:
+                self._limit = min(self._limit, float(max(used, self._low)))
+                self._break = used // _BREAK
             return
         if self._clean or not known:  # a server that refuses all is down: then the ceiling is where it was
             self._ceiling = max(used - 1, self._low)
@@ -186,20 +193,24 @@ class Adaptive:
         self._enter("climb", int(_CUT * used), time)
         self._note(time)
 
-    def _count_rejection(self, rejected: bool) -> None:
-        """The usual share is that of limits which were fine before, and while the server works at all."""
-        self._lately += _LATELY * (rejected - self._lately)
-        familiar = self._mode in ("hold", "less") or (self._mode == "climb" and self._ceiling < self._high)
-        if familiar and (self._clean or not rejected):
-            self._usual += _USUAL * (rejected - self._usual)
+    def _may_be_chance(self) -> bool:
+        """A refusal that says nothing of the number: where all places are taken, the next attempt is refused as well.
 
-    def _is_noise(self) -> bool:
-        """Rejections go on at limits that were fine: cutting does not help. Without this, 5 % of them end at 1."""
-        return self._lately <= min(_TIMES * self._usual, _MANY)
+        A server that refuses 4 % by chance would else end at 7, or lose its ceiling again and again.
+        """
+        self._row += 1
+        self._round += (1 - self._round) / self._limit
+        if self._row >= _IN_A_ROW or self._round > _ROUND + _FEWER / self._limit:
+            self._row, self._round, self._break = 0, 0.0, 0
+            return False
+        return True
 
     # Four modes, each with what it does at the end of an attempt ------------------------------------------------------
 
     def _climb(self, time: float, clean: bool, batch: bool) -> None:
+        if self._break > 0:
+            self._break -= 1
+            return
         self._limit = min(self._limit + clean, self._ceiling)
         if self._ceiling < self._high:
             if self._limit >= self._ceiling:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from millstream.records import Document
     from millstream.runs.ask.asking import ask_to
     from millstream.runs.ask.client import Client, ask
+    from millstream.runs.ask.embedding import Embedding
     from millstream.runs.ask.requests import Reply
     from millstream.runs.ask.settings import AskSettings
     from millstream.runs.pack.packing import pack_to
@@ -35,6 +36,7 @@ _HOMES = {
     "Client": "runs.ask.client",
     "Dataset": "formats.dataset",
     "Document": "records",
+    "Embedding": "runs.ask.embedding",
     "Fault": "aio.outcomes",
     "Reply": "runs.ask.requests",
     "Sample": "samples",
@@ -58,6 +60,7 @@ __all__ = [
     "Client",
     "Dataset",
     "Document",
+    "Embedding",
     "Fault",
     "Reply",
     "Sample",

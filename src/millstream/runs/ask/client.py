@@ -30,6 +30,7 @@ from millstream.llm.verdicts import ENDED_EARLY, SCHEMA, of_row
 from millstream.llm.wire import Answer, Wire, WireError
 from millstream.runs.ask import descriptors
 from millstream.runs.ask.checks import check_options
+from millstream.runs.ask.embedding import Embedder, Embedding, Texts
 from millstream.runs.ask.given import Given, Prompt, is_one, several
 from millstream.runs.ask.outcomes import Outcomes, collected, leave_with
 from millstream.runs.ask.pieces import Pieces
@@ -176,6 +177,21 @@ class Client:
     ) -> Outcomes:
         """Outcomes in the prompts' order, each as soon as its turn has come."""
         return Outcomes(self.flow(self._given.requests(prompts), in_order=True, **_whole(timeout)))
+
+    async def embed(
+        self, texts: Texts, *, per_request: int = 1, timeout: float | None = _DEFAULT, **params: Any
+    ) -> list[Embedding | Fault]:
+        """The vectors of texts, in their order, with all that the client does for prompts; its `params` stay out of it.
+
+        `per_request` texts go into a request; if it is refused for what one of them is, each is asked for alone.
+        `params` go into every body (dimensions, encoding_format="base64", ...); `timeout` is as in `ask`.
+        """
+        body = {"model": self._given.model, **params}
+        if not body["model"]:
+            raise RequestError("no model given: name one with model=")
+        return await Embedder(lambda requests: Outcomes(self.flow(requests, **_whole(timeout))), body).all_of(
+            texts, per_request
+        )
 
     async def race(
         self,

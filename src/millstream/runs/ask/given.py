@@ -32,7 +32,7 @@ class Given:
     """Makes requests of prompts. `params`, which may still change, go into the body of each, `system` before it."""
 
     def __init__(self, model: str | None, params: Mapping[str, Any], system: str | None) -> None:
-        self._model, self._params, self._system = model, params, system
+        self.model, self._params, self._system = model, params, system
 
     def requests(self, prompts: Any) -> Any:
         """The requests of many prompts, of either kind of iterable; what is no prompt is a fault in its place."""
@@ -55,7 +55,7 @@ class Given:
     def data(self, prompt: Any, *, may_stream: bool = True, **more: Any) -> bytes:
         """The request's body, as it is sent. Raises as `request` does."""
         try:
-            body = {**body_from(prompt, {"model": self._model, **self._params}, self._system), **more}
+            body = {**body_from(prompt, {"model": self.model, **self._params}, self._system), **more}
         except ValueError as error:
             raise NotAPrompt(str(error)) from None
         if not body["model"]:

@@ -64,7 +64,7 @@ async def collected(outcomes: Outcomes, found: list[Reply | Fault]) -> list[Repl
     return found
 
 
-def leave_with(error: BaseException, outcomes: list[Reply | Fault]) -> None:
+def leave_with(error: BaseException, outcomes: list[Any]) -> None:
     """Whatever ends a run early, Ctrl-C or an exception out of the prompts too, carries what was paid for."""
     with contextlib.suppress(AttributeError, TypeError):  # of a class that takes no attributes
         error.outcomes = outcomes  # type: ignore[attr-defined]

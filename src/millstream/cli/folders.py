@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -12,23 +13,51 @@ from millstream.errors import RunError
 
 @click.command(short_help="Check a run folder: every byte, every count, every id.")
 @click.argument("folder", metavar="DIR")
+@click.argument("more", nargs=-1, metavar="[--against SOURCE...]")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="SOURCE...",
+    help="The sources of the run: tokenize them again, with the reference engine, and compare every id.",
+)
+@click.option(
+    "--sample",
+    "fraction",
+    default=1.0,
+    show_default=True,
+    metavar="FRACTION",
+    help="With --against, compare this part of the documents, from all over the corpus.",
+)
+@click.option("--tokenizer", metavar="NAME", help="With --against, where the run's tokenizer is now, if it has moved.")
+@click.option("--chat-template", metavar="FILE", help="With --against, the --chat-template that the run was given.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="With --against, processes that tokenize.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
-def verify(folder: str, as_json: bool) -> None:
-    """Check the finished run folder DIR against its manifest.
+def verify(folder: str, more: tuple[str, ...], against: tuple[str, ...], as_json: bool, **how: Any) -> None:
+    """Check the finished run folder DIR against its manifest, and against its sources if they are given.
 
-    Finds missing, truncated, changed and foreign files, ids outside the vocabulary, counts that do not fit, and a
-    ledger that does not balance.
+    Finds missing, truncated, changed and foreign files, ids outside the vocabulary, samples, segments and documents
+    that do not fit, and a ledger that does not balance. With --against, whatever else is not as the sources are.
     """
     from dataclasses import asdict
 
+    from millstream.engines.local import keep_freed_memory
     from millstream.integrity import verify as check
     from millstream.terminal import printable
 
-    verdict = check(folder)
+    if (more or how["fraction"] != 1 or how["tokenizer"] or how["chat_template"]) and not against:
+        raise click.UsageError(f"give the sources behind --against: millstream verify {folder} --against SOURCE...")
+    keep_freed_memory()
+    verdict = check(folder, against=[*against, *more] if against else None, **how)
     if as_json:
         click.echo(json.dumps({"ok": verdict.ok, **asdict(verdict)}, indent=1))
     elif verdict.ok:
         click.echo(f"{folder} is whole: {verdict.files} files, {verdict.bytes:,} bytes, {verdict.samples:,} samples.")
+    if verdict.compared is not None and not as_json:
+        without = f", {verdict.not_compared:,} of them with the fast engine alone" if verdict.not_compared else ""
+        told = "all equal" if verdict.ok else "they differ"
+        click.echo(
+            f"{verdict.compared:,} of {verdict.documents:,} documents compared with the sources{without}: {told}."
+        )
     for problem in verdict.problems:
         click.echo(printable(f"{folder}: {problem}"), err=True)
     if not verdict.ok:

@@ -198,6 +198,10 @@ class Dataset(Sequence[Sample]):
             )
         return found
 
+    def named(self, ordinal: int) -> list[str]:
+        """The document of this ordinal, in words: its id and its place; nothing if this subset has none."""
+        return [f"{row['id']}, {self._place(row)}" for row in self._rows(ordinal)]
+
     def _source(self, number: int) -> str:
         name: str = self.manifest["inputs"][number]["name"]
         return name

@@ -2,12 +2,13 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
 import numpy as np
 
+from millstream.errors import RunError
 from millstream.formats.exports.parquet import batch, schema
 from millstream.formats.exports.samples import runs_of
 from millstream.formats.manifest import TEMPORARY, commit_file, remainder_name, shard_names
@@ -193,6 +194,24 @@ def count_documents(length: Ids, split: Ids, cut_off: Ids) -> dict[str, int]:
     masks = (whole & ~filled, split & whole, ~whole & filled, ~whole & ~filled)
     counts = [len(length), *(int(mask.sum()) for mask in masks), int(cut_off.sum())]
     return dict(zip(COUNTS, counts, strict=True))
+
+
+def read_rows(path: str) -> Iterator[Rows]:
+    """The documents of an output shard, `DOCUMENT_ROWS` at a time. Raises RunError if they cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(DOCUMENT_ROWS):
+                names = [name for name in batch.schema.names if name != "id"]
+                numbers = {name: batch[name].to_numpy(zero_copy_only=False) for name in names}
+                length = numbers["length"].astype(np.int64)
+                cut_off = numbers.get("cut_off", np.zeros(len(length))).astype(np.int64)  # millstream/1 has none
+                fields = (numbers["ordinal"], batch["id"].to_pylist(), numbers["source"], numbers["offset"])
+                yield Rows(*fields, length, numbers["split"].astype(bool), cut_off)
+    except (KeyError, OSError, ValueError, pa.ArrowException) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
 
 
 class ShardWriter:

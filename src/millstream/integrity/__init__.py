@@ -1,8 +1,8 @@
 """Check a finished run folder against its own manifest: every byte, every count, every id."""
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -18,23 +18,42 @@ _ENOUGH = 20
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` found: `problems` is empty if the folder is whole."""
+    """What `verify` found: `problems` is empty if the folder is whole.
+
+    `compared` documents were compared with the sources, of `documents`; `not_compared` of them could only be encoded by
+    the fast engine. They are None without sources, or if the folder is not whole by itself.
+    """
 
     problems: list[str]
     files: int
     samples: int
     bytes: int
+    compared: int | None = None
+    documents: int | None = None
+    not_compared: int | None = None
 
     @property
     def ok(self) -> bool:
         return not self.problems
 
 
-def verify(folder: str | os.PathLike[str], on_file: Callable[[str], None] = lambda name: None) -> Verdict:
+def verify(
+    folder: str | os.PathLike[str],
+    on_file: Callable[[str], None] = lambda name: None,
+    *,
+    against: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None = None,
+    fraction: float = 1.0,
+    tokenizer: str | None = None,
+    chat_template: str | None = None,
+    workers: int | None = None,
+) -> Verdict:
     """Check a finished run folder: all files there, none foreign, every SHA-256, ids within the vocabulary, segments
     and documents that fit the samples, and the ledger.
 
-    Raises RequestError if it is no run folder or is unfinished, RunError if the manifest itself is damaged.
+    With the sources of the run as `against`, they are read and tokenized again, with the reference engine, and every id
+    is compared, or with a `fraction` that part of the documents. `tokenizer` and `chat_template` say where these are
+    now. Raises RequestError if it is no run folder, is unfinished, or is of other sources, RunError if the manifest
+    itself is damaged.
     """
     from millstream.formats.dataset import open as open_run
 
@@ -58,7 +77,15 @@ def verify(folder: str | os.PathLike[str], on_file: Callable[[str], None] = lamb
             problems += islice(_subset_problems(folder, manifest, name, ordinals), _ENOUGH)
         problems += ledger_problems(folder, manifest, ordinals)
     samples = sum(shard["samples"] for subset in manifest["subsets"].values() for shard in subset["shards"])
-    return Verdict(problems, len(files), samples, size)
+    verdict = Verdict(problems, len(files), samples, size)
+    if against is None or problems:  # what does not fit in itself cannot be compared
+        return verdict
+    from millstream.runs.pack.against import compare_with
+
+    where = {"tokenizer": tokenizer, "chat_template": chat_template}
+    found = compare_with(folder, against, fraction=fraction, **where, workers=workers)
+    counts = {"compared": found.documents, "documents": found.of, "not_compared": found.not_compared}
+    return replace(verdict, problems=found.problems, **counts)
 
 
 def _files(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -5,11 +5,12 @@ Both come in the order of the samples and are matched as they come, so that what
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from millstream.records import Ids
+from millstream.runs.pack.fingerprint import mixed
 
 
 class Wrong(Exception):
@@ -205,11 +206,3 @@ class Ordinals:
 
     def _of(self, ordinals: Ids) -> int:
         return int(mixed(ordinals ^ self._key).sum(dtype=np.uint64))
-
-
-def mixed(values: Ids) -> Any:
-    """Numbers that look like chance, one for each (splitmix64)."""
-    made = values + np.uint64(0x9E3779B97F4A7C15)
-    made = (made ^ (made >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    made = (made ^ (made >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return made ^ (made >> np.uint64(31))

@@ -3,32 +3,18 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from millstream.errors import RunError
 from millstream.formats.exports.samples import Samples, Shard
 from millstream.formats.manifest import FORMAT
-from millstream.formats.shards import count_documents
+from millstream.formats.shards import Rows as Documents
+from millstream.formats.shards import count_documents, read_rows
 from millstream.integrity.documents import Matching, Ordinals, Rows, Rules, Wrong
 from millstream.integrity.samples import Block, column_problems, segment_problems
 from millstream.records import Ids
 from millstream.runs.pack.encode import in_validation
-
-_ROWS = 1 << 16
-
-
-class _Table(NamedTuple):
-    """Documents in columns, as documents-K.parquet has them."""
-
-    ordinal: Ids
-    id: list[str]
-    source: Ids
-    offset: Ids
-    length: Ids
-    split: Ids
-    cut_off: Ids
 
 
 class SubsetCheck:
@@ -162,7 +148,7 @@ class SubsetCheck:
     def _table(self, name: str, entry: dict[str, Any]) -> Iterator[str]:
         """Hand the rows of a documents table to the matching, some at each step; a step's problem, or nothing ("")."""
         counts: Counter[str] = Counter()
-        for rows in _tables(os.path.join(self._folder, name)):
+        for rows in read_rows(os.path.join(self._folder, name)):
             counts.update(count_documents(rows.length, rows.split, rows.cut_off))
             self._ordinals.add(rows.ordinal)
             yield next(self._row_problems(rows), "")
@@ -180,7 +166,7 @@ class SubsetCheck:
             if key not in counts and entry.get(key, 0):
                 yield f"0 {key} instead of {entry[key]}"
 
-    def _row_problems(self, rows: _Table) -> Iterator[str]:
+    def _row_problems(self, rows: Documents) -> Iterator[str]:
         """What the rows of documents are by themselves: each from an input there is, in its order, and as asked."""
         settings, n = self._settings, self._samples.seq_len
         inputs, fraction = len(self._manifest["inputs"]), settings["validation"]
@@ -198,7 +184,7 @@ class SubsetCheck:
         if settings["strategy"] == "best-fit" and (rows.split != (rows.length > n)).any():
             yield f"not just the documents of more than {n} ids are split"
 
-    def _order_problems(self, rows: _Table) -> Iterator[str]:
+    def _order_problems(self, rows: Documents) -> Iterator[str]:
         """Documents of the same input are numbered in the order in which they stand there."""
         columns = [rows.ordinal.astype(np.int64), rows.source.astype(np.int64), rows.offset.astype(np.int64)]
         if self._in_order:
@@ -215,23 +201,3 @@ class SubsetCheck:
         if backwards.any():
             row = int(np.flatnonzero(backwards)[0])
             yield f"documents {columns[0][row]} and {columns[0][row + 1]} stand the other way round in the input"
-
-
-def _tables(path: str) -> Iterator[_Table]:
-    """The rows of a documents table, some at a time. Raises RunError if it cannot be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_ROWS):
-                columns = {name: batch[name] for name in batch.schema.names}
-                numbers = {
-                    name: column.to_numpy(zero_copy_only=False) for name, column in columns.items() if name != "id"
-                }
-                length = numbers["length"].astype(np.int64)
-                cut_off = numbers.get("cut_off", np.zeros(len(length))).astype(np.int64)  # millstream/1 has none
-                fields = (numbers["ordinal"], columns["id"].to_pylist(), numbers["source"], numbers["offset"])
-                yield _Table(*fields, length, numbers["split"].astype(bool), cut_off)
-    except (KeyError, OSError, ValueError, pa.ArrowException) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error

@@ -52,7 +52,8 @@ class Encode:
 
     `tokenizer` is a name for `load_tokenizer`, None for text that is tokenized already, and `sha256` what it had to be
     when the run began; `engine` is fast or reference. `masked`: rows are conversations (rendered by `fields.of_row`),
-    and ids have LEARNED set where they are to be learned.
+    and ids have LEARNED set where they are to be learned. `rescues`: what the reference cannot encode is encoded by the
+    fast engine, and among `Encoded.not_compared`.
     """
 
     fields: Fields
@@ -64,6 +65,12 @@ class Encode:
     validation: float = 0.0
     engine: str = "fast"
     masked: bool = False
+    rescues: bool = False
+
+    def counted(self, unit: tuple[Slice, ...]) -> Encoded:
+        """The documents and faults of a unit, none of them tokenized."""
+        batch = decode(unit, self.fields, self.max_document)
+        return self._encoded(unit, batch, np.zeros(0, np.uint32), np.zeros(len(batch.doc_ids), np.int64))
 
     def __call__(self, task: tuple[tuple[Slice, ...], bool]) -> Encoded:
         unit, check_all = task
@@ -74,7 +81,7 @@ class Encode:
         if tokenizer and not self.fields.ids:
             ids, length, rescued = self._tokenize(tokenizer, unit, batch)
         else:
-            rescued = set[int]()
+            rescued = dict[int, str]()
             length = np.fromiter(map(len, batch.ids), np.int64, len(batch.ids))
             dtype = tokenizer.dtype if tokenizer else np.dtype(np.uint32)
             ids = np.concatenate(batch.ids).astype(dtype) if batch.ids else np.zeros(0, dtype)
@@ -85,6 +92,13 @@ class Encode:
         compared, missed = self._compare(tokenizer, batch, check_all, rescued) if tokenizer else (0, {})
         clock.append(time.perf_counter())
         parts = ("decode", "tokenize", "compare")
+        found = self._encoded(unit, batch, ids, length)
+        if self.rescues:
+            missed |= {batch.doc_ids[row]: message for row, message in rescued.items()}
+        seconds = {part: b - a for part, a, b in zip(parts, clock, clock[1:], strict=False)}
+        return replace(found, compared=compared, not_compared=missed, seconds=seconds)
+
+    def _encoded(self, unit: tuple[Slice, ...], batch: TextBatch, ids: Ids, length: Ids) -> Encoded:
         return Encoded(
             ids,
             length,
@@ -99,20 +113,19 @@ class Encode:
             batch.opened,
             batch.open,
             sum(piece.size for piece in unit),
-            compared,
-            missed,
-            {part: b - a for part, a, b in zip(parts, clock, clock[1:], strict=False)},
         )
 
-    def _tokenize(self, tokenizer: Tokenizer, unit: tuple[Slice, ...], batch: TextBatch) -> tuple[Ids, Ids, set[int]]:
-        """(ids, lengths, rows that only the other engine could encode) of a batch.
+    def _tokenize(
+        self, tokenizer: Tokenizer, unit: tuple[Slice, ...], batch: TextBatch
+    ) -> tuple[Ids, Ids, dict[int, str]]:
+        """(ids, lengths, rows that only the other engine could encode, and why) of a batch.
 
         What neither can encode becomes a fault of the batch. With the reference alone, what it cannot encode though the
         fast engine can is an error: which documents are faults does not depend on the engine.
         """
         encoding = self._encoding(tokenizer)
         ids, length, failed, rescued = attempt(encoding, batch.texts, tokenizer.engine, self._other_engine)
-        for row, message in rescued.items() if self.engine == "reference" else ():
+        for row, message in rescued.items() if self.engine == "reference" and not self.rescues else ():
             raise RunError(
                 f"document {batch.doc_ids[row]!r}: {message}. The fast engine can: pack without "
                 f"{setting('engine', 'reference')}"
@@ -123,7 +136,7 @@ class Encode:
             for row in cut & failed.keys():
                 raise RunError(f"document {batch.doc_ids[row]!r}, whose beginning is packed already: {failed[row]}")
             leave_out(batch, unit, failed, "tokenizer")
-        behind = {row - sum(bad < row for bad in failed) for row in rescued}
+        behind = {row - sum(bad < row for bad in failed): message for row, message in rescued.items()}
         return ids.astype(np.uint32 if self.masked else tokenizer.dtype), length, behind
 
     def _other_engine(self) -> Engine | None:
@@ -145,7 +158,7 @@ class Encode:
         return encode
 
     def _compare(
-        self, tokenizer: Tokenizer, batch: TextBatch, check_all: bool, without: set[int]
+        self, tokenizer: Tokenizer, batch: TextBatch, check_all: bool, without: dict[int, str]
     ) -> tuple[int, dict[str, str]]:
         """(bytes of the documents that were compared with the reference, what it said of those that it cannot encode)
         of a batch, or of a sample of it; `without` these rows."""

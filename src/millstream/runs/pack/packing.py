@@ -14,8 +14,7 @@ import numpy as np
 from millstream.engines.local import map_ordered
 from millstream.errors import DataError, RequestError, RunError, setting
 from millstream.formats.corpus import find_inputs
-from millstream.formats.documents import Fields
-from millstream.formats.exports import export, largest_id
+from millstream.formats.exports import export
 from millstream.formats.exports.samples import can_pad, samples_of
 from millstream.formats.kinds import fault_place
 from millstream.formats.manifest import (
@@ -30,10 +29,9 @@ from millstream.formats.manifest import (
 )
 from millstream.formats.parquet import check_columns
 from millstream.formats.shards import Shape
-from millstream.formats.slices import Limits, slices, units
-from millstream.formats.sources import InputShard, rough_total, unpacking_memory
-from millstream.records import Cursor, Fault, Slice
-from millstream.runs.pack.encode import CHECK_FIRST, Encode, Encoded
+from millstream.formats.sources import rough_total, unpacking_memory
+from millstream.records import Cursor, Fault
+from millstream.runs.pack.encode import CHECK_FIRST, Encoded
 from millstream.runs.pack.extent import Extent
 from millstream.runs.pack.folder import (
     NOT_COMPARED,
@@ -48,7 +46,8 @@ from millstream.runs.pack.folder import (
 from millstream.runs.pack.hints import hints_of
 from millstream.runs.pack.inputs import Inputs, Used
 from millstream.runs.pack.ledger import make_ledger
-from millstream.runs.pack.numbering import Numbered, Numbering
+from millstream.runs.pack.numbering import Numbered
+from millstream.runs.pack.reading import Reading, Unit, without_data
 from millstream.runs.pack.settings import (
     MIB,
     Settings,
@@ -65,7 +64,6 @@ from millstream.runs.pack.settings import (
 from millstream.runs.pack.subset import Mark, Subset
 from millstream.runs.progress import Progress, Report
 from millstream.stream.line import Strategy
-from millstream.stream.overlong import Overlong
 from millstream.stream.tokenizers import load_tokenizer
 
 
@@ -121,7 +119,8 @@ class PackRun:
         self.extent = Extent(self.shards)
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else 0
         self.dtype = self.tokenizer.dtype if self.tokenizer else np.dtype(np.uint32)
-        self.chat = chat_of(settings, self.tokenizer)
+        chat = chat_of(settings, self.tokenizer)
+        self.reading = Reading(self.shards, settings, self.identity, self.tokenizer, chat)
         held = window_memory(settings, 4 if settings.masked else self.dtype.itemsize, rough)
         held += unpacking_memory(self.shards, settings.memory)
         self.workers, self.workers_why = choose_workers(settings, vocab_size, self.max_document, rough, held)
@@ -228,17 +227,9 @@ class PackRun:
     def pad_id(self) -> int:
         return int(self.identity["pad_id"] or 0)
 
-    def _tasks(self, cursor: Cursor, used: Cursor | None) -> Iterator[tuple[tuple[Slice, ...], bool]]:
-        settings = self.settings
-        fixed = self.identity["max_document"]
-        limits = Limits(
-            fixed["bytes"],
-            fixed["bytes"] if fixed["plain_text_too"] else None,
-            bool(self.tokenizer and self.tokenizer.safe_cuts),
-        )
+    def _tasks(self, cursor: Cursor, used: Cursor | None) -> Iterator[tuple[Unit, bool]]:
         seen = 0
-        pieces = slices(self.shards, cursor, limits, columns_of(settings), settings.block, used)
-        for unit in units(pieces, settings.block):
+        for unit in self.reading.units(cursor, used):
             yield unit, seen < CHECK_FIRST
             seen += sum(piece.size for piece in unit)
 
@@ -249,14 +240,14 @@ class PackRun:
 
         `used` is how far an earlier run has read: nothing is committed before that is known to be unchanged.
         """
-        encode, numbering = self._encode(), self._numbering()
+        encode, numbering = self.reading.encode(), self.reading.numbering()
         afters: list[tuple[Cursor, list[Used]]] = []  # where each unit handed to the engine ends, in order
         start, tasks = mark, self._tasks(mark.cursor, used)
 
-        def watched() -> Iterator[tuple[tuple[Slice, ...], bool]]:
+        def watched() -> Iterator[tuple[Unit, bool]]:
             for unit, check_all in self._timed("read", tasks):
                 afters.append((unit[-1].after, self.inputs.read(unit)))
-                yield (unit if self.workers == 1 else _without_data(unit, self.shards)), check_all
+                yield (unit if self.workers == 1 else without_data(unit, self.shards)), check_all
 
         results = map_ordered(
             encode,
@@ -306,40 +297,6 @@ class PackRun:
         if self.on_progress:
             self.on_progress(self._progress(mark, start))
         return mark
-
-    def _encode(self) -> Encode:
-        settings, tokenizer = self.settings, self.tokenizer
-        return Encode(
-            Fields(
-                settings.text_field,
-                settings.id_field,
-                settings.ids_field,
-                tokenizer.vocab_size - 1 if tokenizer else largest_id(self._formats),
-                self.chat.render if self.chat else None,
-            ),
-            settings.tokenizer_name,
-            tokenizer.sha256 if tokenizer else None,
-            self.identity["bos_id"],
-            self.identity["eos_id"],
-            self.max_document,
-            settings.validation,
-            settings.engine,
-            settings.masked,
-        )
-
-    @property
-    def _formats(self) -> list[str]:
-        return [self.identity["format"], *(self.identity["exports"] or ())]
-
-    def _numbering(self) -> Numbering:
-        settings, known = self.settings, self.identity
-        return Numbering(
-            [shard.name for shard in self.shards],
-            specials=(known["bos_id"] is not None, known["eos_id"] is not None),
-            masked=settings.masked,
-            limit=settings.limit,
-            overlong=Overlong(settings.overlong, settings.seq_len, known["eos_id"]),
-        )
 
     def _count(self, encoded: Encoded) -> None:
         for stage, seconds in encoded.seconds.items():
@@ -505,11 +462,3 @@ class PackRun:
             ignored=self.found.ignored_by_kind(),
             unreadable=self.found.unreadable,
         )
-
-
-def _without_data(unit: tuple[Slice, ...], inputs: list[InputShard]) -> tuple[Slice, ...]:
-    """What workers can read themselves need not be sent."""
-    return tuple(
-        replace(piece, data=None) if piece.data and inputs[piece.source].seekable and piece.kind != "rows" else piece
-        for piece in unit
-    )

@@ -218,7 +218,7 @@ def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
         "text_field": settings.text_field,
         "id_field": settings.id_field,
         "ids_field": settings.ids_field,
-        "chat": chat and {"loss": chat.loss, "sha256": hashlib.sha256(repr(chat).encode()).hexdigest()},
+        "chat": chat and {"loss": chat.loss, "sha256": chat_sha256(chat)},
         "limit": settings.limit,
         "validation": settings.validation,
         "format": base,
@@ -248,6 +248,11 @@ def chat_of(settings: Settings, tokenizer: Tokenizer | None) -> Chat | None:
             ) from error
     chat.check()
     return chat
+
+
+def chat_sha256(chat: Chat) -> str:
+    """What identifies how conversations become text."""
+    return hashlib.sha256(repr(chat).encode()).hexdigest()
 
 
 def columns_of(settings: Settings) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from test_rows import prompts_in, settings_for
 from wires import deciding_elsewhere, said
 
 from millstream.errors import RequestError
+from millstream.report import ask_summary
 from millstream.runs.ask.asking import ask_to
 
 CAPS = ("max_tokens", "max_completion_tokens")
@@ -140,8 +141,6 @@ def test_rows_that_do_not_tell_how_they_ended_are_not_asked_again_and_that_is_to
     asked = len(server.news())
     assert report.endings["unknown"] == 2
     assert asked == sum(line["finish_reason"] != "stop" for line in lines[2:])
-    from millstream.report import ask_summary
-
     assert "2 rows of an older journal do not tell how they ended: not asked again" in ask_summary(report)
 
 
@@ -185,6 +184,36 @@ def test_the_whole_reply_is_kept_on_request(asking, server, tmp_path):
     asking(10, keep_body=True)
     for row in rows_of(tmp_path / "out.jsonl"):
         assert row["body"] == said(row["text"], finish_reason=row["finish_reason"])
+
+
+def test_a_reply_that_is_asked_again_in_vain_stays(tmp_path):
+    broken = []
+
+    def decide(body, number):
+        if broken:
+            return 400, {"error": {"message": "This prompt is too odd.", "code": "content_filter"}}
+        return 200, said("half of it", finish_reason="length")
+
+    out, prompts = str(tmp_path / "out.jsonl"), prompts_in(tmp_path, ["a", "b"])
+    with deciding_elsewhere(decide) as url:
+        ask_to(out, prompts, settings_for(url))
+        broken.append(True)
+        report = ask_to(out, prompts, settings_for(url, retry_finish=["length"]))
+        assert (report.replies, report.faults, report.endings, report.in_vain) == (2, {}, {"length": 2}, 2)
+        assert "2 replies asked again, but kept, such as:" in ask_summary(report)
+        assert "too odd" in ask_summary(report)
+        assert [row["text"] for row in rows_of(out)] == ["half of it"] * 2
+        assert ask_to(out, prompts, settings_for(url)).again == 2
+        broken.clear()
+        assert ask_to(out, prompts, settings_for(url, retry_finish=["length"])).in_vain == 0
+
+
+def test_replies_that_were_to_be_asked_again_stay_when_the_run_stops(asking, server):
+    asking(10)
+    server.news()
+    report, texts = asking(100, retry_finish=["length"], price=(1.0, 1.0), max_cost=0.0)
+    assert (report.stopped, server.news()) == ("too dear", [])
+    assert texts == ["a 10", "b long 10", "c 10", "d long 10", "e bad 10"]
 
 
 # Order --------------------------------------------------------------------------------------------------------------

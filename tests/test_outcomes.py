@@ -117,6 +117,14 @@ def test_models_that_prompts_bring_and_one_that_nobody_names():
     assert shown(against(echo, main, model=None)) == ["a", "bad_row", "bad_row", "a"]
 
 
+@pytest.mark.parametrize(
+    "params", [{"temperature": float("nan")}, {"messages": []}, {"stream": True}, {"stop": object()}]
+)
+def test_parameters_that_no_request_can_have_are_refused_at_once(params):
+    with pytest.raises(RequestError, match="cannot be"):
+        Client("http://127.0.0.1:9/v1", model="m", params=params)
+
+
 def no_money(after):
     def decide(body, number):
         if number < after:

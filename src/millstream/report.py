@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from millstream.formats.corpus import ignored_files
-from millstream.runs.progress import AskProgress, AskReport, Progress, Report
+from millstream.runs.progress import IN_VAIN, AskProgress, AskReport, Progress, Report
 
 _WRITTEN_OVER = 0.2  # seconds between lines on a terminal
 _FIRST_LINE, _LONGEST_WAIT = 10.0, 300.0  # seconds between plain lines, where there is none
@@ -193,6 +193,9 @@ def _not_whole(report: AskReport) -> list[str]:
         lines.append(f"  not whole  {', '.join(found)}{left}")
     if "length" in report.endings and report.kept:
         lines.append("  hint       --retry-finish length asks those that were cut again, with another --max-tokens")
+    if report.in_vain:
+        what = _count(report.in_vain, "reply", "replies")
+        lines.append(f"  in vain    {what} asked again, but kept, such as: {report.examples[IN_VAIN]}")
     if "unknown" in report.endings:
         unknown = _count(report.endings["unknown"], "row")
         lines.append(f"  unknown    {unknown} of an older journal do not tell how they ended: not asked again")

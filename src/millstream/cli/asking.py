@@ -155,7 +155,7 @@ def ask(
         raise Ended(message, RunError.exit_code, reported=as_json)
     if report.stopped:
         _end_interrupted("stopped", kept=report.kept, reported=as_json)
-    if report.faults or report.left_out:
+    if report.faults or report.left_out or report.in_vain:
         sys.exit(WITH_FAULTS)
 
 

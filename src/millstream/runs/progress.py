@@ -88,6 +88,10 @@ class AskProgress(NamedTuple):
     waits_for: str
 
 
+IN_VAIN = "in vain"
+"""Beside the kinds of faults in `AskReport.examples`: why replies could not be asked again."""
+
+
 @dataclass(frozen=True)
 class AskReport:
     """How an ask run ended.
@@ -99,7 +103,8 @@ class AskReport:
     from which the next run goes on; `damaged` counts its lines that nothing could be made of, `damaged_lines` are the
     numbers of the first few. `endings` counts the replies that are not whole: "length" (cut by the limit of ids),
     "content_filter", "refusal", and, if such are asked again, "unknown" of older journals; `left_out` of them did not
-    go to standard output. `notes` tells of what the prompts have and nobody asked for.
+    go to standard output. `in_vain` counts replies that were asked again and stay as they were, as no other came.
+    `notes` tells of what the prompts have and nobody asked for.
     """
 
     out: str
@@ -122,6 +127,7 @@ class AskReport:
     damaged_lines: list[int] = field(default_factory=list)
     endings: dict[str, int] = field(default_factory=dict)
     left_out: int = 0
+    in_vain: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -166,9 +166,6 @@ class Bodies:
     """The bodies that a recipe makes."""
 
     def __init__(self, recipe: Recipe) -> None:
-        for name, reason in NEVER_PARAMS.items():
-            if recipe.params.get(name) not in (None, False):
-                raise RequestError(f"{name!r} cannot be a parameter: {reason}")
         for name in recipe.row_params:
             if name in _NEVER_OF_ROWS or not name:
                 raise RequestError(f"{name!r} cannot be a parameter that rows bring")
@@ -176,10 +173,7 @@ class Bodies:
         self.fields = self.template.fields if self.template else frozenset()
         self.row_params = tuple(dict.fromkeys(recipe.row_params))
         self._given, self._system = {"model": recipe.model, **recipe.params}, recipe.system
-        try:
-            in_order([self._given, recipe.system, recipe.template])
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"the settings cannot be sent: {words(error)}") from None
+        check_params(self._given, recipe.system, recipe.template)
         self.frame = Frame(self._given, recipe.system)
 
     def of_row(self, given: Mapping[str, Any]) -> Body:
@@ -230,6 +224,17 @@ class Bodies:
         elif not isinstance(filled["model"], str):
             raise ValueError("'body' names no model: put one in, or give --model")
         return Body(in_order(filled), _hash(_encode_sorted(filled)), path)
+
+
+def check_params(params: Mapping[str, Any], *texts: str | None) -> None:
+    """Raise RequestError for what no request can have beside its prompt."""
+    for name, reason in NEVER_PARAMS.items():
+        if params.get(name) not in (None, False):
+            raise RequestError(f"{name!r} cannot be a parameter: {reason}")
+    try:
+        in_order([params, *texts])
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the settings cannot be sent: {words(error)}") from None
 
 
 def body_from(prompt: Any, given: Mapping[str, Any], system: str | None) -> dict[str, Any]:

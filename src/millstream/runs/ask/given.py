@@ -15,7 +15,7 @@ from itertools import count
 from typing import Any, TypeAlias
 
 from millstream.errors import RequestError
-from millstream.runs.ask.bodies import body_from, in_order, words
+from millstream.runs.ask.bodies import body_from, check_params, in_order, words
 from millstream.runs.ask.requests import Request
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
@@ -29,9 +29,13 @@ class NotAPrompt(RequestError):
 
 
 class Given:
-    """Makes requests of prompts. `params`, which may still change, go into the body of each, `system` before it."""
+    """Makes requests of prompts. `params`, which may still change, go into the body of each, `system` before it.
+
+    Raises RequestError for those that no request can have.
+    """
 
     def __init__(self, model: str | None, params: Mapping[str, Any], system: str | None) -> None:
+        check_params(params, model, system)
         self.model, self._params, self._system = model, params, system
 
     def requests(self, prompts: Any) -> Any:

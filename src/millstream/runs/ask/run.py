@@ -20,7 +20,7 @@ from millstream.runs.ask.earlier import Again
 from millstream.runs.ask.endings import ending_of
 from millstream.runs.ask.lineup import Lineup, Slot
 from millstream.runs.ask.output import Output
-from millstream.runs.ask.requests import Request
+from millstream.runs.ask.requests import Request, named
 from millstream.runs.ask.rows import batch_line, row_of, row_of_none, with_input
 from millstream.runs.ask.settings import AskSettings
 from millstream.runs.ask.tally import Tally
@@ -250,9 +250,23 @@ class AskRun:
 
     def _settle(self, outcome: Reply[Answer] | Fault) -> None:
         asked = self.under_way.pop(outcome.index)
+        if isinstance(outcome, Fault) and self._stays(asked, outcome):
+            return
         row = row_of(asked.request, outcome, whole=self.settings.batch_format or self.settings.keep_body)
         self.lineup.put(asked.slot, self._kept(asked.request, row))
         self.tally.tell(self.flow)
+
+    def _stays(self, asked: _Asked, fault: Fault) -> bool:
+        """Whether an earlier reply was asked again in vain: then it stays, in the journal too."""
+        request, slot, place = asked
+        if not self.journal or place < 0 or is_fault(place):
+            return False
+        row = self.journal.row(place, request.id, request.index)
+        if row is None:
+            return False
+        self.tally.add_in_vain(named(fault).message)
+        self.lineup.put(slot, self._earlier(request, row, False))
+        return True
 
     def _leave(self, number: int) -> None:
         """The next run asks it; until then an earlier outcome stays."""

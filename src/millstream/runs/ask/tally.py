@@ -11,7 +11,7 @@ from millstream.aio.limits import Adaptive
 from millstream.runs.ask.answers import AnswerJournal
 from millstream.runs.ask.client import Client
 from millstream.runs.ask.endings import NOT_WHOLE, UNKNOWN
-from millstream.runs.progress import AskProgress, AskReport
+from millstream.runs.progress import IN_VAIN, AskProgress, AskReport
 
 _PROGRESS_EVERY = 0.1  # seconds
 
@@ -25,6 +25,7 @@ class Tally:
         self.requests = self.again = 0
         self.left_out = 0  # replies that are not whole, and that standard output does not get
         self.tells_unknown = False  # whether rows that do not tell how they ended are of interest
+        self._in_vain = 0
         self._endings: Counter[str] = Counter()
         self._faults: Counter[str] = Counter()
         self._examples: dict[str, str] = {}  # a message of each kind of fault
@@ -34,6 +35,11 @@ class Tally:
         fault = row["fault"]
         self._faults[fault["kind"]] += 1
         self._examples.setdefault(fault["kind"], fault["message"])
+
+    def add_in_vain(self, message: str) -> None:
+        """Count a reply that was asked again and stays as it was, since no other came."""
+        self._in_vain += 1
+        self._examples.setdefault(IN_VAIN, message)
 
     def add_reply(self, ending: str) -> bool:
         """Count a reply by how it ended (see `endings`); whether it is whole, as far as one knows."""
@@ -74,6 +80,7 @@ class Tally:
             examples=self._examples,
             endings={ending: self._endings[ending] for ending in told if self._endings[ending]},
             left_out=self.left_out,
+            in_vain=self._in_vain,
             again=self.again,
             ids_in=self._client.used["prompt_tokens"],
             ids_out=self._client.used["completion_tokens"],

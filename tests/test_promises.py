@@ -235,7 +235,10 @@ def test_dataset_is_a_sequence_of_samples(tmp_path):
     assert len(dataset) == 3
     assert dataset[-1].token_ids.tolist() == [5, 6]
     assert [s.token_ids.tolist() for s in dataset[1:]] == [[3, 4], [5, 6]]
-    assert isinstance(dataset[0].token_ids, np.memmap)  # not copied
+    ids = dataset[0].token_ids
+    assert type(ids) is np.ndarray
+    assert not ids.flags.owndata  # but a view
+    assert not ids.flags.writeable  # of the file
     with pytest.raises(IndexError):
         dataset[3]
     sample = dataset[1]

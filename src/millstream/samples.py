@@ -1,9 +1,9 @@
 """Training items as the Python API hands them out: their ids, whose they are, and the views that trainers ask for."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -22,6 +22,53 @@ class Segment(NamedTuple):
     length: int
 
 
+class Segments(Sequence[Segment]):
+    """The segments of one sample, as they are stored: a `Segment` is made when one is asked for.
+
+    `columns` has fields `document`, `start` and `length`. Equal to any sequence of the same segments.
+
+    >>> columns = np.array([(0, 5, 2), (1, 0, 1)], [("document", "u8"), ("start", "u8"), ("length", "u4")])
+    >>> Segments(columns)[-1], Segments(columns) == ((0, 5, 2), (1, 0, 1)), Segments(columns).length.tolist()
+    (Segment(document=1, start=0, length=1), True, [2, 1])
+    """
+
+    __slots__ = ("columns",)
+
+    def __init__(self, columns: Ids) -> None:
+        self.columns = columns
+
+    @property
+    def length(self) -> Ids:
+        """i64: the ids of each."""
+        return self.columns["length"].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    @overload
+    def __getitem__(self, index: int) -> Segment: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Segments": ...
+    def __getitem__(self, index: int | slice) -> "Segment | Segments":
+        if isinstance(index, slice):
+            return Segments(self.columns[index])
+        row = self.columns[index]
+        return Segment(int(row["document"]), int(row["start"]), int(row["length"]))
+
+    def __iter__(self) -> Iterator[Segment]:
+        columns = (self.columns[name].tolist() for name in Segment._fields)
+        return map(Segment, *columns)
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == tuple(other) if isinstance(other, Sequence) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
 class _Runs(NamedTuple):
     """Runs that cover every id, in order: `number` i32, which segment, from 1, or 0 for padding; `length` i64."""
 
@@ -35,9 +82,11 @@ class _Runs(NamedTuple):
     @property
     def position_ids(self) -> Ids:
         begins = np.cumsum(self.length) - self.length
-        shift = np.where(self.number > 0, begins, 0)
-        found: Ids = np.arange(int(self.length.sum()), dtype=np.int32) - np.repeat(shift, self.length).astype(np.int32)
-        found[np.repeat(self.number == 0, self.length)] = 0
+        found: Ids = np.arange(int(self.length.sum()), dtype=np.int32)
+        found -= np.repeat(begins.astype(np.int32), self.length)
+        padding = self.number == 0
+        if padding.any():
+            found[np.repeat(padding, self.length)] = 0
         return found
 
     @property
@@ -67,7 +116,7 @@ class Sample:
     """
 
     token_ids: Ids
-    segments: tuple[Segment, ...]
+    segments: Sequence[Segment]
     complete: bool = True
     pad_left: int = 0
     loss: Ids | None = None
@@ -78,11 +127,7 @@ class Sample:
 
     @cached_property
     def _runs(self) -> _Runs:
-        lengths = [self.pad_left, *(segment.length for segment in self.segments)]
-        numbers = [*range(len(lengths)), 0]
-        length = np.array([*lengths, len(self.token_ids) - sum(lengths)], np.int64)
-        filled = length > 0
-        return _Runs(np.array(numbers, np.int32)[filled], length[filled])
+        return _runs_of([self], len(self.token_ids))
 
     @property
     def segment_ids(self) -> Ids:
@@ -113,6 +158,31 @@ class Sample:
     def labels(self) -> Ids:
         """int64 (N,): `token_ids` where `loss_mask`, else -100; not shifted: Hugging Face trainers shift themselves."""
         return np.where(self.loss_mask, self.token_ids.astype(np.int64), IGNORED)
+
+
+def _runs_of(samples: Sequence[Sample], n: int) -> _Runs:
+    """The runs of samples of `n` ids each, one sample after the other."""
+    length = np.concatenate([_lengths(sample.segments) for sample in samples])
+    count = np.fromiter((len(sample.segments) for sample in samples), np.int64, len(samples))
+    ends = np.cumsum(count)
+    sums = np.diff(np.concatenate([[0], np.cumsum(length)])[np.concatenate([[0], ends])])
+    left = np.fromiter((sample.pad_left for sample in samples), np.int64, len(samples))
+    # Between the segments of two samples stand the padding on the right of one and on the left of the next.
+    places = 2 * np.arange(len(samples)) + ends
+    runs = np.zeros(len(length) + 2 * len(samples), np.int64)
+    number = np.zeros(len(runs), np.int32)
+    runs[places - count], runs[places + 1] = left, n - left - sums
+    inside = np.repeat(2 * np.arange(len(samples)) + 1, count) + np.arange(len(length))
+    runs[inside] = length
+    number[inside] = np.arange(1, len(length) + 1) - np.repeat(ends - count, count)
+    filled = runs > 0
+    return _Runs(number[filled], runs[filled])
+
+
+def _lengths(segments: Sequence[Segment]) -> Ids:
+    if isinstance(segments, Segments):
+        return segments.length
+    return np.fromiter((segment.length for segment in segments), np.int64, len(segments))
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,9 +228,10 @@ def collate(samples: Iterable[Sample]) -> Batch:
                 f"samples in a batch have the same length, but number 0 has {shape[1]:,} ids and number {number} has "
                 f"{len(sample):,}{kept}"
             )
-    token_ids = np.stack([sample.token_ids for sample in samples]).astype(np.int64)
-    parts = [sample._runs for sample in samples]
-    runs = _Runs(np.concatenate([part.number for part in parts]), np.concatenate([part.length for part in parts]))
+    token_ids = np.empty(shape, np.int64)
+    for row, sample in zip(token_ids, samples, strict=True):
+        row[:] = sample.token_ids
+    runs = _runs_of(samples, shape[1])
     mask = runs.loss_mask.reshape(shape)
     for row, sample in zip(mask, samples, strict=True):
         if sample.loss is not None:

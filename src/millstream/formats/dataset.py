@@ -16,8 +16,8 @@ from millstream.formats.corpus import labelled
 from millstream.formats.kinds import place
 from millstream.formats.manifest import FAULTS, read_manifest, refuse_earlier
 from millstream.formats.opened import OPEN, Shard, damaged, load
-from millstream.records import SEGMENT, Fault, Ids
-from millstream.samples import Sample, Segment
+from millstream.records import Fault, Ids
+from millstream.samples import Sample, Segment, Segments
 
 _KEPT = 4  # documents tables held at once
 
@@ -154,7 +154,7 @@ class Dataset(Sequence[Sample]):
         loss = load(os.path.join(self.folder, kept["loss"]["name"])) if "loss" in kept else None
         shard = self._shard(len(self._shards) - 1)
         segments = shard.segments_of(self._shards[-1]["samples"])
-        return Sample(ids, _plain(segments), complete=False, loss=loss)
+        return Sample(ids, Segments(segments), complete=False, loss=loss)
 
     def documents(self, index: int) -> list[DocumentPart]:
         """The documents that sample `index` holds, in order; the dataset's length stands for the kept remainder."""
@@ -327,7 +327,7 @@ class Dataset(Sequence[Sample]):
     def _sample(self, ids: Ids, segments: Ids, loss: Ids | None) -> Sample:
         left = self.manifest["settings"]["pad_side"] == "left"
         padding = len(ids) - int(segments["length"].sum())
-        return Sample(ids, _plain(segments), pad_left=padding if left else 0, loss=loss)
+        return Sample(ids, Segments(segments), pad_left=padding if left else 0, loss=loss)
 
     def _at(self, number: int) -> tuple[Shard, int]:
         """The output shard that sample `number` is in, and its number there."""
@@ -366,9 +366,3 @@ def _names(fault: Fault) -> set[str]:
     if fault.id is not None:
         return {fault.id}
     return {f"{fault.source}#{fault.offset}"} | (set() if fault.line or fault.offset else {fault.source})
-
-
-def _plain(segments: Ids) -> tuple[Segment, ...]:
-    assert segments.dtype == SEGMENT
-    rows = zip(segments["document"].tolist(), segments["start"].tolist(), segments["length"].tolist(), strict=True)
-    return tuple(Segment(*row) for row in rows)

@@ -152,10 +152,11 @@ OPEN = OpenShards()
 def load(path: str) -> Ids:
     """A file of an array, memory-mapped. Raises RunError."""
     try:
-        loaded: Ids = np.load(path, mmap_mode="r")
+        loaded = np.load(path, mmap_mode="r")
     except (EOFError, OSError, ValueError) as error:
         raise damaged(path, error) from error
-    return loaded
+    plain: Ids = loaded.view(np.ndarray)  # numpy's subclass makes half of the cost of taking a sample
+    return plain
 
 
 def damaged(path: str, error: Exception) -> RunError:

@@ -21,7 +21,7 @@ from millstream.formats.documents import Fields, decode
 from millstream.formats.kinds import fault_place
 from millstream.formats.slices import Limits, slices, units
 from millstream.records import Cursor, Document, Ids, TokenBatch, unmarked
-from millstream.samples import Sample, Segment
+from millstream.samples import Sample, Segments
 from millstream.stream.bestfit import WINDOW
 from millstream.stream.encoders import Engine
 from millstream.stream.line import STRATEGIES, Line, Strategy
@@ -437,8 +437,8 @@ def _packed(
             bounds = np.searchsorted(packed.segments["sample"], np.arange(len(packed.ids) + 1))
             ids, loss = _apart(packed.ids, marked)
             for row, sample_ids in enumerate(ids):
-                segments = _segments(packed.segments[bounds[row] : bounds[row + 1]])
-                left = n - sum(segment.length for segment in segments) if how.pad_side == "left" else 0
+                segments = Segments(packed.segments[bounds[row] : bounds[row + 1]])
+                left = n - int(segments.length.sum()) if how.pad_side == "left" else 0
                 sample = Sample(sample_ids, segments, pad_left=left, loss=None if loss is None else loss[row])
                 yield sample, partial(packed.state, packed.first + row + 1)
 
@@ -461,7 +461,7 @@ def _packed(
         yield from samples(line.flush(), marked)
         rest = line.finish()
         if len(rest.ids) and remainder != "drop":
-            segments, full, left = _segments(rest.segments), rest.ids, 0
+            segments, full, left = Segments(rest.segments), rest.ids, 0
             if remainder == "pad":
                 left = n - len(rest.ids) if how.pad_side == "left" else 0
                 full = np.full(n, how.pad_id, rest.ids.dtype)
@@ -475,11 +475,6 @@ def _packed(
 def _apart(ids: Ids, marked: "np.dtype[Any] | None") -> tuple[Ids, Ids | None]:
     """(ids, which of them are to be learned, or None for all)."""
     return unmarked(ids, marked) if marked else (ids, None)
-
-
-def _segments(rows: Ids) -> tuple[Segment, ...]:
-    columns = (rows["document"].tolist(), rows["start"].tolist(), rows["length"].tolist())
-    return tuple(Segment(*row) for row in zip(*columns, strict=True))
 
 
 def _id_batches(ids: Iterable[Any], state: State | None) -> Iterator[_Tokens]:

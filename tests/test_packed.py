@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from millstream.errors import DataError, RequestError, Unusable
 from millstream.formats import sources
+from millstream.formats.unpacking import unpacking_memory
 from millstream.runs.pack.plan import make_plan
 
 quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
@@ -117,7 +118,7 @@ def test_a_large_window_needs_memory_or_is_refused(tmp_path, front):
     (tmp_path / "a.jsonl.zst").write_bytes(front + framed(DATA, 31))
     for call in (lambda **named: pack(tmp_path / "out", tmp_path / "a.jsonl.zst", **named), planned(tmp_path)):
         with pytest.raises(
-            RequestError, match=r"a\.jsonl\.zst was packed with a window of 2,048 MiB.* --memory 4096MiB"
+            RequestError, match=r"a\.jsonl\.zst was packed with a window of 2,048 MiB.* give memory=4 << 30,"
         ):
             call()
     assert not (tmp_path / "out").exists()
@@ -139,7 +140,7 @@ def test_a_window_takes_the_place_of_workers(tmp_path):
     for name, window in (("small", 23), ("large", 28)):
         (tmp_path / f"{name}.jsonl.zst").write_bytes(framed(DATA, window))
         shard = sources.InputShard(str(tmp_path / f"{name}.jsonl.zst"), name, "jsonl", "zstd")
-        assert sources.unpacking_memory([shard], 1 << 30) == (1 << window if window > 23 else 0)
+        assert unpacking_memory([shard], ("text", "id"), 1 << 30) == (1 << window if window > 23 else 0)
 
 
 def test_a_later_frame_with_a_window_that_was_not_counted_is_a_fault(tmp_path):

@@ -1,7 +1,9 @@
 """Parquet as others write it: text and ids of every type, damage by its right name, and little memory for any file."""
 
 import datetime
+import io
 import os
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +23,13 @@ from helpers import (
     write_jsonl,
 )
 
-from millstream.errors import DataError
+from millstream.errors import DataError, RequestError
 from millstream.formats.corpus import expand
-from millstream.formats.parquet import DECODED, batches_of, decoded_size
+from millstream.formats.pages import page_sizes
+from millstream.formats.parquet import DECODED, batches_of, decoded_size, leaves_of
 from millstream.formats.slices import Limits, slices
 from millstream.formats.sources import InputShard
+from millstream.formats.unpacking import unpacking_memory
 from millstream.records import Cursor
 from millstream.runs.ask.prompts import Recipe, batches
 from millstream.runs.pack.plan import make_plan
@@ -243,13 +247,63 @@ def test_a_plan_of_repeated_texts_reads_a_sample_of_them(tmp_path):
     assert 0.8 < plan.documents.value / 3000 < 1.2
 
 
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("packing", ["none", "snappy", "zstd"])
+def test_the_sizes_of_pages_are_told_by_their_headers(tmp_path, version, packing):
+    """They add up to what the footer says of the column, less the headers themselves."""
+    texts = [f"{number} " * (number % 700) for number in range(3000)]
+    table = pa.table({"text": texts, "n": range(3000), "lists": [[number, None] for number in range(3000)]})
+    path = tmp_path / "a.parquet"
+    named = {"data_page_version": version, "compression": packing, "data_page_size": 10_000, "write_batch_size": 10}
+    pq.write_table(table, path, row_group_size=1500, dictionary_pagesize_limit=5000, write_page_checksum=True, **named)
+    footer = pq.read_metadata(path)
+    with open(path, "rb") as file:
+        for group in range(footer.num_row_groups):
+            for leaf in leaves_of(footer, group, ["text", "n", "lists"]):
+                sizes = list(page_sizes(file, leaf))
+                assert 0 <= leaf.total_uncompressed_size - sum(sizes) < 9000 * len(sizes)
+                assert len(sizes) > (20 if leaf.path_in_schema == "text" else 0)
+    assert unpacking_memory([shard_of(path)], ["text"], 1 << 30) == 0
+
+
+def test_damaged_headers_of_pages_end_the_search(tmp_path):
+    pq.write_table(pa.table({"text": TEXTS * 100}), tmp_path / "a.parquet")
+    leaf = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0)
+    data = (tmp_path / "a.parquet").read_bytes()
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for at in rng.integers(4, 80, 5):
+            damaged[at] = rng.integers(256)
+        assert len(list(page_sizes(io.BytesIO(bytes(damaged)), leaf))) < 1000
+
+
+def test_a_page_that_is_larger_than_memory_is_refused_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("millstream.formats.parquet.DECODED", 1 << 20)
+    monkeypatch.setattr("millstream.formats.unpacking.DECODED", 1 << 20)
+    texts = [f"{number} " + "x" * 190_000 for number in range(1000)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": texts}), path, use_dictionary=False)
+    for command in (lambda: pack(tmp_path / "out", path, memory=700 << 20), lambda: make_plan(path, memory=700 << 20)):
+        with pytest.raises(RequestError, match=r"a\.parquet stores 181 MiB in one page.* give memory=.*smaller pages"):
+            command()
+    assert not (tmp_path / "out").exists()
+
+
 @runs.needs_proc
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", [1000, 2000])
 @pytest.mark.parametrize("command", ["pack", "plan"])
-def test_memory_of_repeated_texts(tmp_path, command):
+def test_memory_of_repeated_texts(tmp_path, command, rows):
+    """The first 1,024 rows are a page of numbers, and those behind them a page of 976 MiB."""
     from test_memory import check
 
-    path = repeated(tmp_path / "a.parquet", 2000, 1 << 20)
+    path = repeated(tmp_path / "a.parquet", rows, 1 << 20)
+    memory = "1GiB"
+    if rows > 1024:
+        done = runs.cli(command, path, *(["--out", tmp_path / "out"] if command == "pack" else []))
+        assert done.returncode == 2
+        memory = re.search(r"--memory (\d+MiB)", done.stderr)[1]
     extra = ["--out", tmp_path / "out"] if command == "pack" else ["--sample", "200MiB"]
-    with runs.Run(command, path, *extra) as run:
-        check(run, f"{command} of 2,000 equal texts of 1 MiB", 1 << 30)
+    with runs.Run(command, path, "--memory", memory, *extra) as run:
+        check(run, f"{command} of {rows:,} equal texts of 1 MiB", int(memory[:-3]) << (30 if "G" in memory else 20))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from millstream.errors import RequestError, Unusable, sized
+from millstream.errors import Unusable
 from millstream.formats.kinds import wide_encoding
 
 READ = 1 << 20
@@ -17,7 +17,6 @@ READ = 1 << 20
 USUAL_WINDOW = 128 << 20
 """Bytes that any frame of a zstd file may hold at once: as much as the zstd program takes without being asked."""
 
-_COUNTED_WINDOW = 8 << 20  # a smaller one is within what a process was measured to need
 _ZSTD_READ = 1 << 10  # 32 MiB unpacked at most: four bytes can become 128 KiB
 ENDS = 1 << 20
 """Bytes of each end of a file that its fingerprint covers."""
@@ -205,27 +204,6 @@ def zstd_window(file: BinaryIO) -> int:
         window = min(found.window_size, found.content_size)  # an unknown size is the largest number
     file.seek(0)
     return int(window)
-
-
-def unpacking_memory(shards: Iterable[InputShard], memory: int) -> int:
-    """Bytes that unpacking needs beyond the usual, of the `memory` that there is.
-
-    Raises RequestError if it is more than half of it.
-    """
-    largest, largest_shard = 0, None
-    for shard in shards:
-        if shard.packed == "zstd":
-            with contextlib.suppress(OSError), open(shard.uri, "rb") as file:
-                window = zstd_window(file)
-                if window > largest:
-                    largest, largest_shard = window, shard
-    if largest_shard and largest > memory // 2:
-        raise RequestError(
-            f"{largest_shard.called} was packed with a window of {largest >> 20:,} MiB, which is held while it is "
-            f"read, and it is {sized('memory', memory)}: give {sized('memory', 2 * largest)}, or pack it again "
-            "without zstd's --long"
-        )
-    return largest if largest > _COUNTED_WINDOW else 0
 
 
 def fingerprint(shard: InputShard) -> dict[str, object]:

@@ -29,7 +29,8 @@ from millstream.formats.manifest import (
 )
 from millstream.formats.parquet import check_columns
 from millstream.formats.shards import Shape
-from millstream.formats.sources import rough_total, unpacking_memory
+from millstream.formats.sources import rough_total
+from millstream.formats.unpacking import unpacking_memory
 from millstream.records import Cursor, Fault
 from millstream.runs.pack.encode import CHECK_FIRST, Encoded
 from millstream.runs.pack.extent import Extent
@@ -122,7 +123,7 @@ class PackRun:
         chat = chat_of(settings, self.tokenizer)
         self.reading = Reading(self.shards, settings, self.identity, self.tokenizer, chat)
         held = window_memory(settings, 4 if settings.masked else self.dtype.itemsize, rough)
-        held += unpacking_memory(self.shards, settings.memory)
+        held += unpacking_memory(self.shards, columns_of(settings), settings.memory)
         self.workers, self.workers_why = choose_workers(settings, vocab_size, self.max_document, rough, held)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.started = time.perf_counter()

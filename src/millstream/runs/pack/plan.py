@@ -14,7 +14,8 @@ from millstream.formats.corpus import Found, find_inputs, ignored_files
 from millstream.formats.documents import Fields
 from millstream.formats.parquet import check_columns
 from millstream.formats.slices import Limits
-from millstream.formats.sources import InputShard, rough_total, unpacking_memory
+from millstream.formats.sources import InputShard, rough_total
+from millstream.formats.unpacking import unpacking_memory
 from millstream.records import SEGMENT, Ids
 from millstream.runs.pack.blocks import BlockReader
 from millstream.runs.pack.encode import Encode, engine_of
@@ -190,7 +191,7 @@ def _workers(settings: Settings, tokenizer: Tokenizer | None, shards: list[Input
     rough = rough_total(shards)
     itemsize, vocab_size = (tokenizer.dtype.itemsize, tokenizer.vocab_size) if tokenizer else (4, 0)
     held = window_memory(settings, 4 if settings.masked else itemsize, rough)
-    held += unpacking_memory(shards, settings.memory)
+    held += unpacking_memory(shards, columns_of(settings), settings.memory)
     return choose_workers(settings, vocab_size, settings.max_document or DEFAULT_MAX_DOCUMENT, rough, held)[0]
 
 

@@ -1,0 +1,80 @@
+"""What reading an input shard holds at once, besides documents: the window of zstd, the pages of Parquet."""
+
+import contextlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from millstream.errors import RequestError, sized
+from millstream.formats.pages import page_sizes
+from millstream.formats.parquet import DECODED, leaves_of
+from millstream.formats.sources import InputShard, zstd_window
+
+_COUNTED_WINDOW = 8 << 20  # a smaller one is within what a process was measured to need
+_LOOKED_AT = 64
+"""Large row groups whose pages are looked at, spread over all files: those of a corpus are alike."""
+_COPIES = 2  # of a page, measured
+
+
+class _Held(NamedTuple):
+    """Bytes held at once by reading a shard, and why."""
+
+    size: int
+    shard: InputShard
+    why: str
+    instead: str
+
+
+def unpacking_memory(shards: Iterable[InputShard], columns: Iterable[str], memory: int) -> int:
+    """Bytes that unpacking needs beyond the usual, of the `memory` that there is; of Parquet, `columns` are read.
+
+    Raises RequestError if it is more than half of it.
+    """
+    shards = list(shards)
+    held = [*_windows(shards), *_pages([shard for shard in shards if shard.kind == "parquet"], list(columns))]
+    most = max(held, default=None, key=lambda each: each.size)
+    if most is None:
+        return 0
+    if most.size > memory // 2:
+        raise RequestError(
+            f"{most.shard.called} {most.why}, and there is {sized('memory', memory)}: "
+            f"give {sized('memory', -(-2 * most.size >> 20) << 20)}, or {most.instead}"
+        )
+    return most.size
+
+
+def _windows(shards: list[InputShard]) -> Iterable[_Held]:
+    for shard in shards:
+        if shard.packed == "zstd":
+            with contextlib.suppress(OSError), open(shard.uri, "rb") as file:
+                window = zstd_window(file)
+                if window > _COUNTED_WINDOW:
+                    why = f"was packed with a window of {window >> 20:,} MiB, which is held while it is read"
+                    yield _Held(window, shard, why, "pack it again without zstd's --long")
+
+
+def _pages(shards: list[InputShard], columns: list[str]) -> Iterable[_Held]:
+    """The largest pages of each file that is looked at, where they are larger than what is decoded of it at once."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for shard in shards[:: max(1, len(shards) // _LOOKED_AT)]:
+        try:
+            footer = pq.read_metadata(shard.uri)
+            groups = range(0, footer.num_row_groups, max(1, footer.num_row_groups * len(shards) // _LOOKED_AT))
+            with open(shard.uri, "rb") as file:
+                largest = max(
+                    (
+                        sum(
+                            max(page_sizes(file, leaf), default=0)
+                            for leaf in leaves_of(footer, group, columns)
+                            if leaf.total_uncompressed_size > DECODED
+                        )
+                        for group in groups
+                    ),
+                    default=0,
+                )
+        except (OSError, pa.ArrowException):
+            continue  # a fault when it is read
+        if largest > DECODED:
+            why = f"stores {largest >> 20:,} MiB in one page, which is unpacked as a whole"
+            yield _Held(_COPIES * largest, shard, why, "write it again with smaller pages (fewer rows at a time)")

@@ -111,6 +111,8 @@ def answer_in(peer: Peer, content: bytes, path: str = CHAT) -> Answer:
     if body.error or choice.error or text is None or choice.finish_reason in GIVEN_UP:
         raise not_whole(peer, body.error or choice.error, choice.finish_reason, usage)
     message = choice.message or _NO_MESSAGE
+    if len(body.choices) == 1 and not message.says_more:  # as nearly all do, and looking for more takes a while
+        return Answer(text, body.model, usage, choice.finish_reason, content, peer.url)
     several = body.choices if len(body.choices) > 1 else ()
     return Answer(
         text,
@@ -187,6 +189,11 @@ class Message(msgspec.Struct):
     refusal: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+
+    @property
+    def says_more(self) -> bool:
+        """There may be something beside the text."""
+        return bool(self.tool_calls or self.refusal or self.reasoning_content or self.reasoning)
 
     @property
     def refused(self) -> str | None:

@@ -35,8 +35,10 @@ def paid_ids(usage: Any) -> Usage:
     """
     if not isinstance(usage, Mapping) or not usage:
         return NOT_TOLD
-    given = _number(usage.get("prompt_tokens"))
-    told = _number(usage.get("completion_tokens"))
+    given, told, total = usage.get("prompt_tokens"), usage.get("completion_tokens"), usage.get("total_tokens")
+    if type(given) is type(told) is type(total) is int and len(usage) == 3 and given >= 0 <= told:
+        return Usage(given, max(told, total - given))  # what most servers say, in a third of the time
+    given, told, total = _number(given), _number(told), _number(total)
     cached = _cached(usage, usage.get("prompt_tokens_details"))
     if given is None and (given := _number(usage.get("input_tokens"))) is not None:
         cached = _cached(usage, usage.get("input_tokens_details"))
@@ -45,7 +47,6 @@ def paid_ids(usage: Any) -> Usage:
         given, cached = given + read + written, cached + read
     if told is None:
         told = _number(usage.get("output_tokens"))
-    total = _number(usage.get("total_tokens"))
     if total is not None and given is not None:
         told = max(told or 0, total - given)
     elif total is not None and told is not None:

@@ -110,7 +110,7 @@ class Client:
         else:
             self.limit = Fixed(in_flight)
         self.places = Places(self.limit)
-        self._guess = Guess()
+        self._guess, self._by_ids = Guess(), bool(tpm) or max_cost is not None
         self.purse = Purse(Price.of_numbers(price) if price else None, max_cost, self._guess)
         gates: list[Gate] = [Rate(per_minute(rpm))] if rpm else []
         gates += [Rate(per_minute(tpm), self._guess.likely, _ids_of)] if tpm else []
@@ -278,7 +278,8 @@ class Client:
                 self.purse.failed(request, ids)
                 request.paid = added(request.paid, ids)
         _count(self.used, ids)
-        self._guess.learn(request, ids)
+        if self._by_ids:  # it takes a while, and who else asks
+            self._guess.learn(request, ids)
         self.purse.answered(request, ids)
         return answer
 

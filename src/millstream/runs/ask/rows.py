@@ -31,6 +31,8 @@ def row_of(request: Request, outcome: Reply[Answer] | Fault, *, whole: bool = Fa
 
 def _told(answer: Answer) -> dict[str, Any]:
     """What the model said and how it ended; what there is not is left out."""
+    if not (answer.refusal or answer.texts or answer.reasoning or answer.tool_calls):
+        return {"text": None if answer.opaque else answer.text, "finish_reason": answer.finish_reason}
     more = {
         "refusal": answer.refusal,
         "texts": answer.texts,

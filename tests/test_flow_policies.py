@@ -275,6 +275,27 @@ def test_a_stop_and_a_deadline_end_what_is_held(wait):
     assert (stopped.kind, stopped.seconds, reply.value) == ("stopped", 10.0, 1)
 
 
+def test_what_is_held_at_the_head_of_a_full_window_is_given_up_although_more_was_pulled():
+    async def call(item):
+        if not item:
+            raise ConnectionError
+        return item
+
+    async def source():
+        for item in range(4):
+            yield item
+
+    options = {"in_order": True, "window_bytes": 1, "weigh": lambda value: 1, "delay": lambda error, job: math.inf}
+
+    async def main():
+        async with asyncio.timeout(1000):
+            return await all_of(Flow(call, source(), in_flight=2, **options))
+
+    outcomes = run(main())
+    assert [outcome.index for outcome in outcomes] == [0, 1, 2, 3]
+    assert (outcomes[0].held, [reply.value for reply in outcomes[1:]]) == (True, [1, 2, 3])
+
+
 def test_whoever_watches_is_told_at_once_whatever_the_order():
     told = []
 

@@ -548,7 +548,9 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
 
     def _is_all_held(self) -> bool:
         """Nothing runs, and nothing else is due or can be admitted, whatever time brings."""
-        if self._running or self._head is not None or self._again or self._done or self._pulling is not None:
+        if self._running or self._head is not None or self._again or self._done:
+            return False
+        if self._pulling is not None and not self._pulling.done():  # what is pulled may be kept out by a full window
             return False
         return all(job in self._held for _, _, job in self._retries if not job.settled)
 

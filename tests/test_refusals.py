@@ -52,6 +52,13 @@ def test_two_refusals_at_the_front_stop_nothing(monkeypatch, tmp_path, said, ord
     assert set(wire.asked.values()) == {1}
 
 
+@pytest.mark.parametrize("said", [(500, b"", {}), (408, b"", {})])
+def test_two_prompts_at_the_front_that_a_server_fails_on_do_not(monkeypatch, tmp_path, said):
+    report, wire, _ = asking(monkeypatch, tmp_path, refusing(said, 0, 1))
+    assert (report.replies, sum(report.faults.values())) == (198, 2)
+    assert wire.asked["question 0"] == wire.asked["question 1"] == 5
+
+
 @pytest.mark.parametrize("said", ["context", "azure", "string", "null", "moderation", "image", "413"])
 def test_thirty_of_them_do_not_either(monkeypatch, tmp_path, said):
     report, *_ = asking(monkeypatch, tmp_path, refusing(OWN[said], *range(30)))

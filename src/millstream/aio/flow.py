@@ -234,6 +234,8 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
             job, wake = self._next_job()
             now = self._loop.time()  # pulling an item took its time
             if job is None:
+                if self._held and not self._running:
+                    self.waits_for = "the servers"
                 if not self._held or not self._is_all_held():
                     return wake
                 self._give_up_held(now)

@@ -43,6 +43,7 @@ from millstream.errors import RequestError, RunError
 @click.option(
     "--longest-wait",
     default=600.0,
+    type=click.FloatRange(0),
     show_default=True,
     metavar="S",
     help="Seconds that a server's Retry-After is waited for when nothing else is left to ask.",

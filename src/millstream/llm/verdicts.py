@@ -86,8 +86,8 @@ def _asks(said: Said, url: str, seconds: float | None) -> bool:
 
 _REFUSALS = frozenset(range(400, 500))
 _ERRORS = frozenset(range(500, 600))
-_OWN = {"then": "own", "first": _PROMPT}
-_SERVER: dict[str, Any] = {"first": 2, "later": PATIENCE}
+_AGAIN: dict[str, Any] = {"first": 3, "later": PATIENCE}  # the first two prompts may be what a server fails on
+_AWAY: dict[str, Any] = {"first": 2, "later": PATIENCE}
 
 ANSWERED = (
     Verdict("reply", "reply", "text, also empty, also in parts", of="HTTP 200"),
@@ -247,7 +247,7 @@ HTTP = (
         "a code for too many requests",
         _of(400, 403),
         frozenset({"rate_limit_exceeded", "ratelimitexceeded", "userratelimitexceeded", "rate_limit_error"}),
-        **_SERVER,
+        **_AWAY,
     ),
     Verdict(
         "forbidden",
@@ -259,20 +259,20 @@ HTTP = (
         later=_LATER,
     ),
     Verdict("forbidden", "own", "any other error", _of(403), first=3, later=_LATER, advice="this key may not do that"),
-    Verdict("rate_limited", "busy", "", _of(429, 498), **_SERVER),
-    Verdict("server_error", "busy", "with Retry-After", _of(503), fits=_asks, **_SERVER),
-    Verdict("server_error", "busy", "", _of(529), **_SERVER),
+    Verdict("rate_limited", "busy", "", _of(429, 498), **_AWAY),
+    Verdict("server_error", "busy", "with Retry-After", _of(503), fits=_asks, **_AWAY),
+    Verdict("server_error", "busy", "", _of(529), **_AWAY),
     Verdict(
         "server_error",
         "away",
         "what a proxy says of the server behind it",
         _of(502, 503, 504, *range(520, 528), 530),
         of="HTTP 502 to 504, 520 to 527, 530",
-        **_SERVER,
+        **_AWAY,
     ),
-    Verdict("server_error", "again", "any other error of the server", _ERRORS, of="HTTP 5xx", **_SERVER),
-    Verdict("server_timeout", "again", "", _of(408), **_SERVER),
-    Verdict("refused", "again", "", _of(409, 425), **_SERVER),
+    Verdict("server_error", "again", "any other error of the server", _ERRORS, of="HTTP 5xx", **_AGAIN),
+    Verdict("server_timeout", "again", "", _of(408), **_AGAIN),
+    Verdict("refused", "again", "", _of(409, 425), **_AGAIN),
     Verdict("bad_request", "own", "any other error", _of(400, 422), first=_UNSURE),
     Verdict("refused", "own", "any other error", _REFUSALS, first=_UNSURE, of="HTTP 4xx"),
     Verdict("refused", "own", "a redirect", frozenset(range(300, 400)), first=1, later=_LATER, of="HTTP 3xx"),
@@ -280,15 +280,15 @@ HTTP = (
 )
 """What a server's errors come to, with an HTTP status of their own or inside a reply with status 200."""
 
-CONNECTION = Verdict("connection", "away", "refused, reset, unknown host, closed too early", of="no reply", **_SERVER)
+CONNECTION = Verdict("connection", "away", "refused, reset, unknown host, closed too early", of="no reply", **_AWAY)
 TLS = Verdict("tls", "own", "no trusted certificate; TLS where none is", of="no reply", first=1, later=_LATER)
 NO_PLACE = Verdict("no_place", "busy", "no file descriptor is free (ulimit -n)", of="not sent")
 PROXY = Verdict("proxy", "own", "a proxy that opens no tunnel", of="no reply", first=1, later=_LATER)
 TIMEOUT = Verdict("timeout", "again", "an attempt over `--timeout`", of="no reply")
 UNKNOWN = Verdict("error", "own", "an exception that nobody expected", of="no reply", first=PATIENCE, later=PATIENCE)
-UNUSABLE = Verdict("unusable", "again", "no JSON, no choices, given up by the server", of="HTTP 200", **_SERVER)
+UNUSABLE = Verdict("unusable", "again", "no JSON, no choices, given up by the server", of="HTTP 200", **_AGAIN)
 SPEECHLESS = Verdict("unusable", "again", "choices without text, refusal or tool calls", of="HTTP 200", first=_PROMPT)
-CUT = Verdict("cut", "again", "a stream that ends too early", of="HTTP 200", **_SERVER)
+CUT = Verdict("cut", "again", "a stream that ends too early", of="HTTP 200", **_AGAIN)
 SCHEMA = Verdict("schema", "again", "text that does not fit `--schema`", of="HTTP 200")
 NO_TEXT = Verdict(
     "length", "own", "no text, or no JSON for `--schema`, as max_tokens ended it", of="HTTP 200", first=_PROMPT

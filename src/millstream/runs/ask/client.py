@@ -27,7 +27,7 @@ from millstream.llm.forms import form_of
 from millstream.llm.replies import MOST
 from millstream.llm.usage import NOT_TOLD, Usage, added, paid_ids
 from millstream.llm.verdicts import ENDED_EARLY, SCHEMA, of_row
-from millstream.llm.wire import Answer, Wire, WireError
+from millstream.llm.wire import LONGEST_WAIT, Answer, Wire, WireError
 from millstream.runs.ask import descriptors
 from millstream.runs.ask.checks import check_options
 from millstream.runs.ask.embedding import Embedder, Embedding, Texts
@@ -126,7 +126,7 @@ class Client:
             "timeout": timeout,
             "deadline": deadline,
             "delay": Retrying(self.servers, attempts, self._draw).delay,
-            "longest_wait": longest_wait,
+            "longest_wait": longest_wait + LONGEST_WAIT,  # what a server asks for, and the wait beside it
             "gate": self.gate,
             "budget": RetryBudget(),
             "hedge": Hedge(self.attempt) if hedge else None,
@@ -224,7 +224,7 @@ class Client:
         wire = self.servers.wires[self.servers.pick(-1, self._clock())]
         whole = _whole(timeout).get("deadline", self._flows["deadline"] or self._flows["timeout"])
         body = self._given.data(prompt)
-        longest_wait = self._flows["longest_wait"]
+        longest_wait: float = self._flows["longest_wait"]
         return Pieces(wire, body, timeout=whole, attempts=self._attempts, longest_wait=longest_wait, draw=self._draw)
 
     def holding(self, on_held: Callable[[Exception], None]) -> Retrying:

@@ -119,10 +119,12 @@ def test_a_journal_is_neither_asked_nor_written_over(tmp_path):
             ask_to(out, str(journal), settings_for(server, template="{text}"))
         os.symlink(journal, tmp_path / "link.jsonl")
         os.link(journal, tmp_path / "hard.jsonl")
-        for target in journal, tmp_path / "link.jsonl", tmp_path / "hard.jsonl":
-            with pytest.raises(RequestError, match="is a journal"):
+        beside = journal.with_name("spent.jsonl")
+        beside.write_text("")
+        for target in journal, tmp_path / "link.jsonl", tmp_path / "hard.jsonl", beside:
+            with pytest.raises(RequestError, match="belongs to a journal"):
                 ask_to(str(target), prompts, settings_for(server, overwrite=True), journal=str(tmp_path / "new"))
-        with pytest.raises(RequestError, match="is a journal"):
+        with pytest.raises(RequestError, match="belongs to a journal"):
             ask_to(str(tmp_path / "J" / "journal.jsonl"), prompts, settings_for(server), journal=str(tmp_path / "J"))
         assert server.stats.requests == 20
     assert journal.read_bytes() == before

@@ -371,9 +371,9 @@ def test_batches_are_small_at_first_and_never_large(tmp_path):
     sizes = [len(batch) for batch in batches(expand([path])[0], RECIPE)]
     assert sum(sizes) == 20_000
     assert sizes[0] < 200
-    assert max(sizes) <= 1024
+    assert max(sizes) <= 4096
     (tmp_path / "short.txt").write_text("a\n" * 20_000)
-    assert max(len(batch) for batch in batches(expand([tmp_path / "short.txt"])[0], RECIPE)) <= 1024
+    assert max(len(batch) for batch in batches(expand([tmp_path / "short.txt"])[0], RECIPE)) <= 4096
 
 
 @pytest.mark.parametrize("limit", [-1, 0, 1, 2, 124, 125, 1000])
@@ -705,6 +705,40 @@ def test_a_file_that_goes_away_is_named_without_its_folder(tmp_path):
         os.unlink(shard.uri)
         with pytest.raises(RunError, match=f"^{name}: No such file or directory"):
             list(batches(shard, RECIPE))
+
+
+BATCH_BODY = {"model": "o", "messages": user("a"), "max_tokens": 5}
+UNUSUAL = [
+    {},
+    {"custom_id": ""},
+    {"custom_id": 7},
+    {"method": "GET"},
+    {"url": "/chat/completions"},
+    {"url": "/v1/embeddings", "body": {"model": "e", "input": ["a"]}},
+    {"url": "nowhere"},
+    {"body": {**BATCH_BODY, "stream": True}},
+    {"body": {**BATCH_BODY, "messages": []}},
+    {"body": {**BATCH_BODY, "messages": [{"content": "a"}]}},
+    {"body": {**BATCH_BODY, "model": None}},
+    {"body": {"messages": user("é\u2028")}},
+    {"body": 5},
+    {"id": "other", "more": [1]},
+]
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, Recipe(), Recipe("m", params={"temperature": 1, "model": "n"})])
+def test_batch_rows_read_quickly_are_those_read_with_care(tmp_path, monkeypatch, recipe):
+    rows = [
+        {"custom_id": f"{n}", "method": "POST", "url": "/v1/chat/completions", "body": BATCH_BODY} for n in range(60)
+    ]
+    rows = [{**row, **UNUSUAL[n % len(UNUSUAL)]} for n, row in enumerate(rows)]
+    plain = [{"prompt": "plain"}] if recipe.model else []
+    rows = [*rows, b"no json", *rows[:3], *plain, b'{"custom_id": "\xff"}', *rows[-2:]]
+    quickly = [told(requests_of(tmp_path, rows, recipe, keep_rows=keep)) for keep in (False, True)]
+    seen = [request.row for request in requests_of(tmp_path, rows, recipe, keep_rows=True)]
+    monkeypatch.setattr(prompts._Reader, "_of_batch_line", lambda *_: None)
+    assert [told(requests_of(tmp_path, rows, recipe))] * 2 == quickly
+    assert [request.row for request in requests_of(tmp_path, rows, recipe, keep_rows=True)] == seen
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])

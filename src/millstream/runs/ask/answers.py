@@ -21,6 +21,8 @@ from millstream.errors import RequestError, RunError
 from millstream.records import Ids
 
 JOURNAL = "journal.jsonl"
+SPENT = "spent.jsonl"
+"""What stands beside it where a run has a bound on its cost."""
 
 _HEAD = b'{"key":"'
 _DIGITS = slice(len(_HEAD), len(_HEAD) + 32)
@@ -41,6 +43,7 @@ _NAMED = re.compile(rb'"id":(?:null|"(?:[^"\\]++|\\.)*+"),"index":\d+,')
 _FAULT = re.compile(rb',"fault":')
 _encode = msgspec.json.Encoder().encode
 _any_json = msgspec.json.Decoder(msgspec.Raw).decode
+_json_lines = msgspec.json.Decoder(msgspec.Raw).decode_lines
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="millstream", tag="ask/1"):
@@ -185,16 +188,51 @@ class AnswerJournal:
             at = offset - self._start
             end = self._window.find(b"\n", at)
         at += _ROW
-        named = b'"id":%b,"index":%d,' % (_encode(request_id), index)
+        named = _named(request_id, index)
         if self._window.startswith(named, at):
-            row = b"{" + self._window[at:end]
-        else:
-            other = _NAMED.match(self._window, at, end)
-            row = b"{" + named + self._window[other.end() : end] if other else b""
-        if _is_json(row):
-            return row
+            return b"{" + self._window[at:end]
+        if other := _NAMED.match(self._window, at, end):
+            return b"{" + named + self._window[other.end() : end]
         self._note_damage(self._number_of(offset))
         return None
+
+    def rows(self, places: Sequence[int], ids: Sequence[str | None], first: int) -> bytes | None:
+        """The same of several places, for requests with indexes from `first` on, with a line end between two rows.
+
+        None if one of them is damaged.
+        """
+        offsets = np.array(places, np.int64) >> 1
+        start = int(offsets.min())
+        size = int(offsets.max()) - start
+        named = list(map(_named, ids, range(first, first + len(ids))))
+        if size > _READ_MOST:  # they lie too far apart to read all that is between
+            rows = list(map(self.row, places, ids, range(first, first + len(ids))))
+            return None if None in rows else b"\n".join(rows)  # type: ignore[arg-type]
+        window = self._read_lines(start, size)
+        ends = np.flatnonzero(np.frombuffer(window, np.uint8) == ord("\n"))
+        numbers = ends.searchsorted(offsets - start).tolist()
+        lines = window.split(b"\n")
+        pieces = [lines[number][_ROW:] for number in numbers]
+        if not all(map(bytes.startswith, pieces, named)):
+            found = [_NAMED.match(piece) for piece in pieces]
+            if None in found:
+                self._note_damage(self._number_of(places[found.index(None)] >> 1))
+                return None
+            pairs = zip(named, found, pieces, strict=True)
+            pieces = [name + piece[other.end() :] for name, other, piece in pairs if other]
+        return b"{" + b"\n{".join(pieces)
+
+    def _read_lines(self, start: int, size: int) -> bytes:
+        """What is from `start` on until the line ends that goes on behind the next `size` bytes."""
+        more = _READ_LEAST
+        while True:
+            data = os.pread(self._file, size + more, start)
+            end = data.find(b"\n", size)
+            if end >= 0:
+                return data[: end + 1]
+            if len(data) < size + more:
+                raise RunError(f"{self.path} became shorter while it was read")
+            more *= 4
 
     def _move_window(self, offset: int) -> None:
         """Hold the line at `offset` and what is near: more of it the longer places follow one another."""
@@ -275,7 +313,8 @@ class AnswerJournal:
                 places[line] |= _outcome(data[starts[line] : ends[line]]).fault is not msgspec.UNSET
             except msgspec.DecodeError:
                 good[line] = False
-        if not good.all():
+        if not good.all() or not _are_json(data[: ends[-1] + 1], len(ends)):
+            good &= [_is_json(data[start:end]) for start, end in zip(starts, ends, strict=True)]
             for line in np.flatnonzero(~good).tolist():
                 self._take_other(data[starts[line] : ends[line]], lines + line + 1)
             keys, places = keys[good], places[good]
@@ -324,6 +363,11 @@ def _opened(folder: str, path: str) -> int:
         raise RequestError(f"cannot keep a journal in {folder}: {why}; --journal names a folder") from error
 
 
+def _named(request_id: str | None, index: int) -> bytes:
+    """How a row goes on after its opening brace."""
+    return b'"id":%b,"index":%d,' % (b"null" if request_id is None else _encode(request_id), index)
+
+
 def _may_begin(data: bytes) -> bool:
     """Whether a journal of ours may begin so; its first line may be torn, and a file with nothing in it is none.
 
@@ -340,6 +384,15 @@ def _is_json(line: bytes) -> bool:
     try:
         _any_json(line)
         return line.isascii() or bool(line.decode())
+    except ValueError:
+        return False
+
+
+def _are_json(lines: bytes, count: int) -> bool:
+    """Whether each of so many lines that begin like an outcome's is JSON."""
+    try:
+        # One value for each: so none goes on in the next line, where another begins, and none is followed by another.
+        return len(_json_lines(lines)) == count and (lines.isascii() or bool(lines.decode()))
     except ValueError:
         return False
 

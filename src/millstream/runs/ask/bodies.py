@@ -210,10 +210,16 @@ class Bodies:
 
     def _of_batch(self, given: Mapping[str, Any]) -> Body:
         _, path, body = parse_request(given)
+        return self.of_body(path, body)
+
+    def of_body(self, path: str, body: Mapping[str, Any]) -> Body:
+        """A body that a row brings, with what it lacks. Raises ValueError that says what is wrong with it."""
         if path == CHAT:
             checked_messages(body.get("messages"))
         if body.get("stream"):
             raise ValueError("'body' asks for a stream, and replies come whole: leave it out")
+        if self._given.keys() <= body.keys() and isinstance(body["model"], str):
+            return Body(in_order(body), _hash(_encode_sorted(body)), path)
         has_choices = path.endswith("/completions")
         unfit = {*body, *(() if has_choices else ("response_format",))}
         filled = {**{name: value for name, value in self._given.items() if name not in unfit}, **body}

@@ -1,5 +1,6 @@
 """How replies ended, as their rows tell it: whole, cut by the limit of ids, filtered or refused."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 import msgspec
@@ -14,6 +15,7 @@ NOT_WHOLE = (CUT, FILTERED, REFUSED)
 _ALSO = {"max_tokens": CUT, "safety": FILTERED}  # what some servers say for the same
 _MARK = b',"finish_reason":'
 _STOP = b'"stop",'
+_WHOLE = _MARK + _STOP + b'"usage":'
 _SAYS_MORE = (b'"refusal"', b'"texts"')
 
 
@@ -46,6 +48,21 @@ def ending_of(row: bytes) -> str:
     found = {_ALSO.get(reason or "", reason) for reason in (told.finish_reason, *told.finish_reasons)}
     found |= {REFUSED} if told.refusal else set()
     return next((each for each in NOT_WHOLE if each in found), WHOLE)
+
+
+def endings_of(rows: bytes, count: int) -> Counter[str]:
+    """How so many replies ended, whose rows stand in `rows` with a line end between two.
+
+    >>> row = b'{"id":"a","index":0,"text":"yes","finish_reason":"stop","usage":{}}'
+    >>> endings_of(b"\\n".join([row, row.replace(b"stop", b"length")]), 2) == {"whole": 1, "length": 1}
+    True
+    """
+    told = rows.count(_MARK)
+    if not told:
+        return Counter({UNKNOWN: count})
+    if told == count == rows.count(_WHOLE):
+        return Counter({WHOLE: count})
+    return Counter(map(ending_of, rows.split(b"\n")))
 
 
 def checked_endings(names: Iterable[str]) -> frozenset[str]:

@@ -10,8 +10,8 @@ from millstream.formats.sources import InputShard, chunks
 from millstream.runs.ask.bodies import Bodies
 
 LONGEST_LINE = 32 << 20
-_ROWS = 1024
-_FIRST_BLOCK, _BLOCK = 4 << 10, 64 << 10  # bytes of lines in a batch: few at first, so that asking starts at once
+_ROWS = 4096
+_FIRST_BLOCK, _BLOCK = 4 << 10, 256 << 10  # bytes of lines in a batch: few at first, so that asking starts at once
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
 
 from millstream.runs.ask.output import Output
 
@@ -49,15 +48,17 @@ class Lineup:
         elif row:
             self._write(row)
 
-    def put_known(self, rows: Sequence[bytes]) -> None:
-        """The next rows, which earlier runs have made; empty ones are none."""
-        if self._line:
-            for row in rows:
-                slot = self.slot()
-                slot.row, slot.known = row, True
-            self._known += len(rows)
-        elif there := [row for row in rows if row]:
-            self._write(b"\n".join(there), len(there))
+    def put_known(self, rows: bytes, count: int = 1) -> None:
+        """The next rows, which earlier runs have made, with a line end between two; empty: none."""
+        if not rows:
+            return
+        if not self._line:
+            self._write(rows, count)
+            return
+        for row in rows.split(b"\n"):
+            slot = self.slot()
+            slot.row, slot.known = row, True
+        self._known += count
 
     def leave(self, slot: Slot) -> None:
         """The row of this slot comes from the next run."""

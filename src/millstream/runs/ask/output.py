@@ -11,7 +11,7 @@ from typing import Protocol
 
 from millstream.errors import RequestError, RunError
 from millstream.formats.manifest import TEMPORARY
-from millstream.runs.ask.answers import JOURNAL, holds_journal
+from millstream.runs.ask.answers import JOURNAL, SPENT, holds_journal, is_ours
 
 _BLOCK = 128 << 10
 _COUNTED = 1 << 20
@@ -247,9 +247,12 @@ def refuse_inputs(out: str, inputs: Iterable[str]) -> None:
 
 
 def refuse_journal(out: str) -> None:
-    """Raise RequestError if `out` is a journal, or would be one by its name."""
-    if out != "-" and (os.path.basename(os.path.realpath(out)) == JOURNAL or holds_journal(out)):
-        raise RequestError(f"{out} is a journal, which nothing else is written to: give another --out")
+    """Raise RequestError if `out` is a journal or what stands beside one, or would be by its name."""
+    if out == "-":
+        return
+    folder, name = os.path.split(os.path.realpath(out))
+    if name == JOURNAL or holds_journal(out) or (name == SPENT and is_ours(folder)):
+        raise RequestError(f"{out} belongs to a journal, which nothing else is written to: give another --out")
 
 
 def refuse_existing(out: str, *, overwrite: bool, because: str = "") -> None:

@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,7 +18,7 @@ from millstream.llm.wire import Answer
 from millstream.runs.ask.answers import AnswerJournal, is_fault
 from millstream.runs.ask.client import Client
 from millstream.runs.ask.earlier import Again
-from millstream.runs.ask.endings import ending_of
+from millstream.runs.ask.endings import NOT_WHOLE, ending_of, endings_of
 from millstream.runs.ask.lineup import Lineup, Slot
 from millstream.runs.ask.output import Output
 from millstream.runs.ask.requests import Request, named
@@ -31,6 +32,7 @@ INTERRUPTED = "interrupted"
 TOO_DEAR = "too dear"
 
 _CANARIES = 2
+_AT_ONCE = 512  # rows of earlier runs
 _NOT_ASKED = {"stopped", "cancelled"}  # kinds of faults that are no outcome: the next run asks again
 _COUNTED = 1 << 30  # bytes of a file whose lines are counted beforehand
 _TICK = 1.0  # seconds
@@ -71,6 +73,8 @@ class AskRun:
         self.out, self.prompts, self.rows, self.settings = out, prompts, rows, settings
         self.client, self.journal, self.again, self.output = client, journal, again, output
         self.in_order = settings.ordered or out == "-"
+        # Whether each row of an earlier run has to be looked at, or changed, before it is put out.
+        self.in_parts = bool(settings.batch_format or settings.keep_input or settings.retry_finish)
         self.lineup = Lineup(output, in_order=self.in_order, prefix=out == "-" and journal is not None)
         self.tally = Tally(client, on_progress)
         self.tally.tells_unknown = bool(settings.retry_finish)
@@ -170,22 +174,43 @@ class AskRun:
     def _unknown(self, batch: list[Request]) -> list[Request]:
         """Those of a batch that are to be asked; the rows of the others take their place in the output."""
         places = self.again.find(batch) if self.again else [-1] * len(batch)
-        unknown = []
-        for request, place in zip(batch, places, strict=True):
-            if request.fault:
-                row: bytes | None = self._kept(request, row_of_none(request), known=place >= 0)
-            elif place < 0:
-                row = None
-            else:
-                row, place = self._earlier_or_again(request, place)
-            if row is None:
-                self.under_way[self.listed] = _Asked(request, self.lineup.slot(), place)
-                self.listed += 1
-                unknown.append(request)
-            else:
-                self.lineup.put_known([row])
+        unknown: list[Request] = []
+        for is_plain, start, end in _stretches(places):
+            if not (is_plain and self._put_all(batch[start:end], places[start:end])):
+                pairs = zip(batch[start:end], places[start:end], strict=True)
+                unknown += [request for request, place in pairs if not self._put(request, place)]
         self.tally.tell(self.flow)
         return unknown
+
+    def _put_all(self, requests: list[Request], places: list[int]) -> bool:
+        """Put out the rows of earlier replies as they are, if all of them are wanted so: at once, as that is quick."""
+        if self.in_parts or not self.journal:
+            return False
+        rows = self.journal.rows(places, [request.id for request in requests], requests[0].index)
+        if rows is None:
+            return False
+        endings = endings_of(rows, len(places))
+        if self.out == "-" and not self.settings.all_replies and endings.keys() & NOT_WHOLE:
+            return False
+        self.tripwire.answered = True
+        self.tally.add_earlier(endings)
+        self.lineup.put_known(rows, len(places))
+        return True
+
+    def _put(self, request: Request, place: int) -> bool:
+        """Put out what is known of a request; False if it is to be asked, for which it is noted."""
+        if request.fault:
+            row: bytes | None = self._kept(request, row_of_none(request), known=place >= 0)
+        elif place < 0:
+            row = None
+        else:
+            row, place = self._earlier_or_again(request, place)
+        if row is None:
+            self.under_way[self.listed] = _Asked(request, self.lineup.slot(), place)
+            self.listed += 1
+            return False
+        self.lineup.put_known(row)
+        return True
 
     def _earlier_or_again(self, request: Request, place: int) -> tuple[bytes | None, int]:
         """The row of an earlier run as the output wants it; none if it is to be asked (again), and the place of the row
@@ -303,6 +328,23 @@ class AskRun:
         if request.row is not None:
             return with_input(data, request.row)
         return data
+
+
+def _stretches(places: list[int]) -> Iterator[tuple[bool, int, int]]:
+    """(whether earlier replies are at all of them, start, end) for stretches of places that are alike, not too long.
+
+    >>> list(_stretches([4, 8, -1, 3, 6]))
+    [(True, 0, 2), (False, 2, 4), (True, 4, 5)]
+    """
+    for first in range(0, len(places), _AT_ONCE):
+        start, some = first, places[first : first + _AT_ONCE]
+        if min(some) >= 0 and not any(map((1).__and__, some)):  # mostly, and this is quick
+            yield True, first, first + len(some)
+            continue
+        for is_plain, stretch in groupby(some, lambda place: place >= 0 and not is_fault(place)):
+            end = start + len(list(stretch))
+            yield is_plain, start, end
+            start = end
 
 
 def _rows_in(prompts: InputShard, limit: int | None) -> int | None:

@@ -9,6 +9,7 @@ import msgspec
 
 from millstream.errors import RunError
 from millstream.llm.usage import Usage, paid_ids
+from millstream.runs.ask.answers import SPENT
 
 
 class _Row(msgspec.Struct, gc=False):
@@ -39,7 +40,7 @@ class Spendings:
     """
 
     def __init__(self, journal: str) -> None:
-        self._journal, self.path = journal, os.path.join(os.path.dirname(journal), "spent.jsonl")
+        self._journal, self.path = journal, os.path.join(os.path.dirname(journal), SPENT)
         self._unwritten = b""
 
     def append(self, usage: Usage) -> None:
@@ -56,7 +57,8 @@ class Spendings:
         try:
             self._write()
         except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error.strerror}. What was answered is kept") from error
+            on = "What was answered is kept: the same command again goes on"
+            raise RunError(f"cannot write {self.path}: {error.strerror}. {on}") from error
 
     def _write(self) -> None:
         if self._unwritten:

@@ -46,6 +46,12 @@ class Tally:
         self._endings[ending] += 1
         return ending not in NOT_WHOLE
 
+    def add_earlier(self, endings: Counter[str]) -> None:
+        """Count replies of earlier runs by how they ended."""
+        self._endings += endings
+        self.requests += endings.total()
+        self.again += endings.total()
+
     def tell(self, flow: Flow[Any, Any]) -> None:
         """How far it is, if it was not told just now."""
         if self._on_progress is None:

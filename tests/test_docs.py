@@ -4,9 +4,14 @@ import asyncio
 import doctest
 import re
 import selectors
+from dataclasses import fields
 from pathlib import Path
 
+import click
 import pytest
+
+import millstream
+from millstream.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,6 +20,7 @@ PAGES = [
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     if page.exists() and ">>>" in page.read_text(encoding="utf-8")
 ]
+EVERYTHING = "\n".join(page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SPEED = 50  # how much faster than real time an idle loop's clock goes
 
 
@@ -59,6 +65,38 @@ class QuickLoop(asyncio.SelectorEventLoop):
 
     def time(self):
         return self.now
+
+
+def commands(group, *names):
+    """The names of each command, and the command."""
+    for name, found in group.commands.items():
+        if isinstance(found, click.Group):
+            yield from commands(found, *names, name)
+        else:
+            yield " ".join([*names, name]), found
+
+
+def is_told(name):
+    """Whether a flag or a name stands in the documentation as a word of its own."""
+    return re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", EVERYTHING) is not None
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands(cli)))
+def test_every_flag_has_its_place_in_the_documentation(name, command):
+    assert is_told(f"millstream {name}") or is_told(f"`{name.split()[-1]}`"), f"millstream {name} is nowhere"
+    flags = [flag for option in command.params for flag in (*option.opts, *option.secondary_opts)]
+    assert [flag for flag in flags if flag.startswith("--") and not is_told(flag)] == []
+
+
+def test_every_public_name_has_its_place_in_the_documentation():
+    assert [name for name in millstream.__all__ if not is_told(name)] == []
+
+
+def test_every_setting_of_an_ask_run_is_a_flag():
+    """So that who reads of the flags knows the settings."""
+    flags = {option.name for option in cli.commands["ask"].params}
+    made = {"params", "api_key"}  # of --param, --temperature and --max-tokens; of the environment
+    assert {each.name for each in fields(millstream.AskSettings)} - made - flags == set()
 
 
 def run_page(page):

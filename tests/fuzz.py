@@ -3,8 +3,8 @@
 `python tests/fuzz.py --seconds 60` makes corpora by chance until the time is up; `--seed N` makes number N alone, which
 a failure names. Each is packed as it is, and again with its files damaged:
 
-* as it is, every document, fault, sample and account is what the obvious way gives, and the bytes are the same for
-  other blocks and workers, and after a stop at a bad document;
+* as it is, every document, fault, sample and account is what the obvious way gives, verify finds the same in the
+  sources, and the bytes are the same for other blocks and workers, and after a stop at a bad document;
 * damaged, nothing but one of our own errors comes out, or a run that is whole and accounts for what it could read.
 """
 
@@ -304,6 +304,10 @@ def one(seed, encode):
         write(case, folder, chance)
         found = obvious(case, encode)
         check(case, found, folder / "out", pack(folder, case, "out"))
+        sources = [folder / name for name, _ in case.files]
+        verdict = millstream.verify(folder / "out", against=sources, workers=1)
+        assert verdict.ok, verdict.problems
+        assert verdict.compared == len(found.documents) + len(found.faults)
         wanted = hashes(folder / "out")
         pack(folder, case, "blocks", block=chance.choice([1, 17, 300, 5000]))
         assert hashes(folder / "blocks") == wanted

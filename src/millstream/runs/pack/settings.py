@@ -310,9 +310,11 @@ def window_memory(settings: Settings, itemsize: int, total_bytes: int | None) ->
     most = math.inf if total_bytes is None else 2 * total_bytes  # roughly, and no text has more ids than bytes
     best_fit, shuffled = (window or 0 for window in windows(settings))
     ids = min(best_fit + shuffled, most)
-    samples = min(best_fit, most) / settings.seq_len
-    held = ids * (itemsize + HELD_DOCUMENT / LEAST) + samples * HELD_SAMPLE
-    return int(held * sum(paces(settings.validation)))
+    short = ids * HELD_DOCUMENT / LEAST
+    # Full samples come of long documents, of which there are fewer; only of a few ids each do they take more.
+    n = settings.seq_len
+    long = min(best_fit, most) * (HELD_DOCUMENT / max(n, LEAST) + HELD_SAMPLE / n)
+    return int((ids * itemsize + max(short, long)) * sum(paces(settings.validation)))
 
 
 def choose_workers(

@@ -19,9 +19,15 @@ def run(monkeypatch, capfd):
     return helpers.run_here(monkeypatch, capfd)
 
 
-@pytest.mark.parametrize("name", ["plain", "chat"])
+@pytest.mark.parametrize("name", ["plain", "chat", "best-fit"])
 def test_a_finished_run_of_an_earlier_format_is_whole(name):
     assert helpers.whole(EARLIER / name)
+
+
+def test_a_finished_run_of_an_earlier_format_is_what_its_source_gives(tmp_path):
+    source = shutil.copy(EARLIER / "best-fit.jsonl", tmp_path / "a.jsonl")
+    found = millstream.verify(EARLIER / "best-fit", against=source, workers=1)
+    assert (found.problems, found.compared) == ([], 40)
 
 
 def test_a_finished_run_of_an_earlier_format_is_read(tmp_path, run):

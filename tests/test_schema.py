@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -167,3 +168,11 @@ def test_what_a_request_says_of_its_schema():
 def test_a_schema_without_a_good_title_has_a_name_all_the_same(title):
     assert response_format({"title": title})["json_schema"]["name"] == "reply"
     assert len(response_format({"title": "x" * 100})["json_schema"]["name"]) == 64
+
+
+def test_only_the_order_within_a_schema_is_the_users():
+    """A journal from before headers was asked with all in sorted order: what we put around a schema is no other one."""
+    ordered = response_format({"properties": {"a": {}, "b": {}}, "title": "t", "type": "object"})
+    assert msgspec.json.encode(ordered) == msgspec.json.encode(ordered, order="sorted")
+    turned = response_format({"type": "object", "properties": {"b": {}, "a": {}}})
+    assert list(turned["json_schema"]["schema"]["properties"]) == ["b", "a"]

@@ -22,10 +22,9 @@ def response_format(schema: Mapping[str, Any]) -> dict[str, Any]:
     """
     title = schema.get("title")
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", title)[:64] if isinstance(title, str) else ""
-    return {
-        "type": "json_schema",
-        "json_schema": {"name": name.strip("_") or "reply", "schema": dict(schema), "strict": True},
-    }
+    # In sorted order, as journals from before headers were asked: of those only the order in `schema` is the user's.
+    json_schema = {"name": name.strip("_") or "reply", "schema": dict(schema), "strict": True}
+    return {"json_schema": json_schema, "type": "json_schema"}
 
 
 def checker(schema: Mapping[str, Any]) -> Callable[[str], str | None]:

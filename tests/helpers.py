@@ -185,7 +185,13 @@ def forbidding(tmp_path):
     if os.geteuid() != 0:
         yield tmp_path
         return
-    pack(tmp_path / "loads all that is imported late", write_jsonl(tmp_path / "a.jsonl", rows(TEXTS)), seq_len=4)
+    # Loaded before: a nobody may not read Python's own library.
+    from millstream import planview, report
+    from millstream.runs.pack.plan import make_plan
+
+    corpus = write_jsonl(tmp_path / "a.jsonl", rows(TEXTS))
+    report.pack_summary(pack(tmp_path / "loads all that is imported late", corpus, seq_len=4))
+    planview.show_plan(make_plan(corpus, seq_lens=[4], strategies=["concat"]))
     folder = Path(tempfile.mkdtemp(prefix="millstream-"))
     os.chown(folder, NOBODY, NOBODY)
     os.seteuid(NOBODY)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import runs
 import zstandard
-from helpers import pack, stream, without_fsync
+from helpers import cli, pack, stream, without_fsync
 
 from millstream.errors import DataError, ResumeRefused
 from millstream.formats import sources
@@ -179,6 +179,17 @@ def test_the_journal_does_not_grow_with_what_is_read(tmp_path):
     pack(tmp_path / "out", path, **{**BASE, "shard_size": 1 << 20})
     events = runs.events(tmp_path / "out")
     assert events.count("used") <= events.count("commit") + 1
+
+
+def test_a_file_called_like_standard_input_is_none_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "-", lines())
+    data = b"".join(lines())
+    for _ in range(2):
+        done = cli("pack", "-", "--out", "out", "--seq-len", 16, stdin=data)
+        assert done.returncode == 0, done.stderr
+    assert "used" not in runs.events(tmp_path / "out")
+    pack(tmp_path / "file", "./-", **BASE)
 
 
 def test_small_inputs_are_known_by_their_ends(tmp_path):

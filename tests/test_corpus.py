@@ -29,6 +29,7 @@ from helpers import (
 
 import millstream
 from millstream.errors import DataError, RequestError, ResumeRefused, RunError
+from millstream.formats import corpus
 from millstream.formats.corpus import find_inputs
 from millstream.formats.walk import Walk
 
@@ -70,9 +71,20 @@ def test_a_json_file_of_lines_may_begin_in_other_ways(tmp_path, data):
     assert find_inputs([write(tmp_path / "a.json", data)]).shards[0].kind == "jsonl"
 
 
-def test_a_first_line_may_be_long(tmp_path):
+def test_a_first_line_may_be_long(tmp_path, monkeypatch):
+    looked_at = []
+    decide = corpus.decided
+    monkeypatch.setattr(corpus, "decided", lambda data: looked_at.append(len(data)) or decide(data))
     write_jsonl(tmp_path / "a.json", [{"text": "word " * 1_000_000}, {"text": "next"}])
     assert find_inputs([tmp_path / "a.json"]).shards[0].kind == "jsonl"
+    assert sum(looked_at) < 15_000_000, "the work grows with the line, and no faster"
+
+
+def test_endings_that_a_terminal_would_obey_are_not_shown(tmp_path):
+    write_jsonl(tmp_path / "data" / "a.jsonl", rows(TEXTS))
+    for name in ("b.\x1b[31m", "c." + "x" * 100):
+        (tmp_path / "data" / name).touch()
+    assert find_inputs([tmp_path / "data"]).ignored == {"others": 2}
 
 
 def test_one_line_under_a_name_that_says_nothing_is_text(tmp_path):

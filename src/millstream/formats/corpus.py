@@ -49,7 +49,7 @@ class Found:
         times: Counter[tuple[int, int]] = Counter()
         names: dict[tuple[int, int], str] = {}
         for shard in self.shards:
-            if found := identity(shard.uri):
+            if shard.uri != "-" and (found := identity(shard.uri)):
                 times[found] += 1
                 names.setdefault(found, shard.uri)
         again = [(names[found], count) for found, count in times.items() if count > 1]
@@ -200,12 +200,16 @@ def _named(path: str, name: str) -> InputShard:
 
 def _beginning(shard: InputShard, look_on: bool) -> bytes:
     """The first bytes of a file, unpacked; enough to tell what it is, with `look_on`."""
-    data = b""
+    pieces, size, enough = [], 0, 0
     for piece in chunks(shard, size=_LOOK):
-        data += piece
-        if not look_on or decided(data) or len(data) > _LONGEST_LOOK:
+        pieces.append(piece)
+        size += len(piece)
+        if size < enough:  # looked at each time that it has doubled: all of it each time would be endless work
+            continue
+        enough = 2 * size
+        if not look_on or size > _LONGEST_LOOK or decided(b"".join(pieces)):
             break
-    return data
+    return b"".join(pieces)
 
 
 def _no_lines(path: str, seen: str) -> str:

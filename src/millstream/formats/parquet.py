@@ -175,6 +175,8 @@ def _comparable(column: Any) -> Any:
     """A column of text as bytes, which need not be UTF-8; a column of times as it is stored."""
     import pyarrow as pa
 
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     if _is_text(column.type):
         return column.cast(pa.large_binary())
     if pa.types.is_temporal(column.type) and column.type.bit_width in (32, 64):

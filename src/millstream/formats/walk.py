@@ -11,6 +11,8 @@ from pathlib import PurePath
 from millstream.errors import RequestError
 from millstream.formats.kinds import ending_of, known_kind
 
+_LONGEST_ENDING = 16
+
 
 class Walk:
     """Finds files and notes what it leaves out.
@@ -182,4 +184,7 @@ def _ending(path: str) -> str:
     ('.json.gz', '.xz', 'without ending')
     """
     ending, packed = ending_of(path)
-    return ending + os.path.splitext(path.lower())[1] if packed else ending or "without ending"
+    found = ending + os.path.splitext(path.lower())[1] if packed else ending
+    if not found:
+        return "without ending"
+    return found if len(found) <= _LONGEST_ENDING and found.isprintable() else "others"

@@ -192,6 +192,8 @@ def _lines(out: str) -> Iterator[_Line]:
 
 
 def _state_of(shard: InputShard) -> FileState | None:
+    if shard.uri == "-":  # and no file of this name
+        return None
     try:
         found = os.stat(shard.uri)
     except OSError:

@@ -112,6 +112,11 @@ def test_tools_need_no_text():
     call = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
     answer = reply_to(whole({"content": None, "tool_calls": [call]}, "tool_calls"))
     assert (answer.text, answer.tool_calls) == ("", [call])
+    answer = reply_to(whole({"content": None, "function_call": call["function"]}, "function_call"))
+    assert (answer.text, answer.tool_calls[0]["function"]) == ("", call["function"])
+    pieces = [{"choices": [{"delta": {"function_call": each}}]} for each in ({"name": "f"}, {"arguments": "{}"})]
+    _, answer = stream_of(events(*pieces, piece(None, "function_call"), b"[DONE]"))
+    assert (answer.text, answer.tool_calls[0]["function"]) == ("", call["function"])
 
 
 @pytest.mark.parametrize(

@@ -189,11 +189,13 @@ class Message(msgspec.Struct):
     refusal: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    function_call: Any = None  # what there was before tools
 
     @property
     def says_more(self) -> bool:
         """There may be something beside the text."""
-        return bool(self.tool_calls or self.refusal or self.reasoning_content or self.reasoning)
+        more = self.tool_calls or self.refusal or self.reasoning_content or self.reasoning or self.function_call
+        return bool(more)
 
     @property
     def refused(self) -> str | None:
@@ -201,6 +203,8 @@ class Message(msgspec.Struct):
 
     @property
     def called(self) -> list[Any] | None:
+        if isinstance(self.function_call, dict):
+            return [{"index": 0, "type": "function", "function": self.function_call}]
         return self.tool_calls if isinstance(self.tool_calls, list) and self.tool_calls else None
 
     @property
@@ -269,7 +273,7 @@ def instead_of_text(message: Message | None) -> str | None:
         return None
     if message.refusal is not None:
         return message.refusal
-    return "" if message.tool_calls else None
+    return "" if message.called else None
 
 
 def _looks_like(content: bytes) -> str:

@@ -5,7 +5,8 @@ import os
 import sys
 
 _MOST_OF_MACOS = 10_240  # what it takes where it says that there is no limit
-_RESERVE = 16  # for files, looking up names, and what a host with two addresses takes while it is tried
+_RESERVE = 16  # for files, looking up names, and what a host with two addresses takes while it is tried;
+_SHARE, _LEAST = 8, 4  # of few, an eighth
 
 
 def raise_limit() -> None:
@@ -36,6 +37,7 @@ def for_connections() -> int | None:
     """How many connections may be open, beside what is open now and a reserve: at least one. None: any number."""
     most = limit()
     try:
-        return None if most is None else max(1, most - len(os.listdir("/dev/fd")) - _RESERVE)
+        there = len(os.listdir("/dev/fd"))
     except OSError:
         return None
+    return None if most is None else max(1, most - there - min(_RESERVE, max(_LEAST, most // _SHARE)))

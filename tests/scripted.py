@@ -71,7 +71,7 @@ def error(status, message="no", headers=None, **more):
     return status, json.dumps({"error": {"message": message, **more}}).encode(), headers or {}
 
 
-def asking(monkeypatch, tmp_path, handle, count=200, texts=None, out="out.jsonl", **settings):
+def asking(monkeypatch, tmp_path, handle, count=200, texts=None, out="out.jsonl", on_note=None, **settings):
     """Ask `count` prompts of a scripted server in virtual time: the report, the server, and how long it took.
 
     What stops the run is raised.
@@ -93,7 +93,7 @@ def asking(monkeypatch, tmp_path, handle, count=200, texts=None, out="out.jsonl"
     monkeypatch.setattr("millstream.runs.ask.client._wire", lambda *_, **__: wire)
     monkeypatch.setattr("millstream.runs.ask.asking.run", run)
     settings = AskSettings(**{"model": "m", "base_urls": [wire.base_url], "in_flight": 64, **settings})
-    report = ask_to(str(tmp_path / out), str(tmp_path / "prompts.jsonl"), settings)
+    report = ask_to(str(tmp_path / out), str(tmp_path / "prompts.jsonl"), settings, on_note=on_note)
     return report, wire, took[0]
 
 

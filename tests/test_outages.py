@@ -83,10 +83,13 @@ def test_a_size_that_is_too_large_for_the_quota_is_that_prompts_fault(monkeypatc
 
 
 def test_a_server_that_asks_for_a_day_is_left_alone_and_not_waited_for(monkeypatch, tmp_path):
-    day = (429, b"", {"Retry-After": "86400"})
+    day, notes = (429, b"", {"Retry-After": "86400"}), []
+    handle = lambda time, text, which: day if text.endswith("3") else None  # noqa: E731
     with pytest.raises(RunError, match=r"left alone for 24 h. Stopped: nothing else was left to ask"):
-        asking(monkeypatch, tmp_path, lambda time, text, which: day if text.endswith("3") else None)
+        asking(monkeypatch, tmp_path, handle, on_note=notes.append)
     assert journalled(tmp_path / "out.jsonl") == 180
+    assert len(notes) == 1
+    assert "it asks to be left alone for 24 h. What it says so of waits" in notes[0]
     report, wire, seconds = asking(
         monkeypatch, tmp_path, lambda time, text, which: day if which == 1 else None, longest_wait=100_000.0
     )

@@ -39,7 +39,7 @@ def ask_to(
     The journal (in `out`.run unless `journal` names a folder) is the truth: every outcome is in it before it is
     anywhere else, and the same call after any interruption asks only what has none. `out` is never an input, and a file
     that no journal of ours has written is replaced only with `AskSettings.overwrite`. `on_note` is told at once what is
-    worth knowing of the prompts; the report has it, too.
+    worth knowing of the prompts and the servers; the report has it, too.
 
     Raises RequestError for wrong settings, RunError when a server refuses for a reason that every request shares, and
     KeyboardInterrupt when it is interrupted a second time, before what ran has ended.
@@ -80,6 +80,7 @@ def ask_to(
             again=again,
             output=output,
             on_progress=on_progress,
+            on_note=notes,
         )
         report = run(course.main())
     if report is None:
@@ -113,7 +114,7 @@ def _client(settings: AskSettings) -> Client:
 
 
 class _Notes:
-    """What is told of the prompts; called with the words."""
+    """What is told of the prompts and the servers; called with the words."""
 
     def __init__(self, on_note: Callable[[str], None] | None) -> None:
         self.told: list[str] = []

@@ -227,9 +227,12 @@ class Client:
         longest_wait: float = self._flows["longest_wait"]
         return Pieces(wire, body, timeout=whole, attempts=self._attempts, longest_wait=longest_wait, draw=self._draw)
 
-    def holding(self, on_held: Callable[[Exception], None]) -> Retrying:
-        """How failures are asked again where a request may be held until the servers are back; `on_held` is told."""
-        return Retrying(self.servers, self._attempts, self._draw, on_held)
+    def holding(self, on_held: Callable[[Exception], None], on_long: Callable[[Exception], None]) -> Retrying:
+        """How failures are asked again where a request may be held until the servers are back: see `Retrying`."""
+        longest: float = self._flows["longest_wait"] - LONGEST_WAIT
+        return Retrying(
+            self.servers, self._attempts, self._draw, on_held=on_held, longest_asked=longest, on_long=on_long
+        )
 
     @property
     def cost(self) -> float | None:

@@ -26,7 +26,8 @@ class Retrying:
     through lately; where it is away (or what is behind it), unless somebody got through since the attempt before.
 
     With `on_held`, which is told of it, a request that the servers alone are to blame for is held when its attempts are
-    used up, until another gets through; without, it fails then.
+    used up, until another gets through; without, it fails then. `on_long` is told where a server asks to be left alone
+    for more than `longest_asked` seconds.
     """
 
     def __init__(
@@ -34,9 +35,13 @@ class Retrying:
         servers: Servers,
         attempts: int,
         draw: random.Random,
+        *,
         on_held: Callable[[Exception], None] | None = None,
+        longest_asked: float = LONGEST_ASKED,
+        on_long: Callable[[Exception], None] | None = None,
     ) -> None:
         self._servers, self._attempts, self._draw, self._on_held = servers, attempts, draw, on_held
+        self._longest_asked, self._on_long = longest_asked, on_long
 
     def delay(self, error: Exception, job: Job[Request]) -> float | None:
         """Seconds until the next attempt, infinite: held; None: none."""
@@ -59,6 +64,8 @@ class Retrying:
             self._on_held(error)
             return math.inf
         asked = getattr(error, "retry_after", None) or 0.0
+        if asked > self._longest_asked and self._on_long is not None:
+            self._on_long(error)
         longest = _BUSY_WAIT if found.then == "busy" and others else LONGEST_WAIT
         return asked + backoff(job.attempts, self._draw, longest)
 

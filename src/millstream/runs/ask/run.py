@@ -69,7 +69,9 @@ class AskRun:
         again: Again | None,
         output: Output,
         on_progress: Callable[[AskProgress], None] | None,
+        on_note: Callable[[str], None],
     ) -> None:
+        self.on_note = on_note
         self.out, self.prompts, self.rows, self.settings = out, prompts, rows, settings
         self.client, self.journal, self.again, self.output = client, journal, again, output
         self.in_order = settings.ordered or out == "-"
@@ -79,6 +81,7 @@ class AskRun:
         self.tally = Tally(client, on_progress)
         self.tally.tells_unknown = bool(settings.retry_finish)
         self.tripwire = Tripwire(lambda: self.flow.stop())
+        self.told_to_wait = False
         self.stopped: str | None = None
         self.interrupts = 0
         self.listed = 0
@@ -119,7 +122,7 @@ class AskRun:
             in_order=self.in_order,
             canaries=_CANARIES,
             batched=True,
-            delay=self.client.holding(self._hold).delay,
+            delay=self.client.holding(self._hold, self._told_to_wait).delay,
             watch=self.tripwire.seen,
         )
 
@@ -263,6 +266,12 @@ class AskRun:
 
     def _hold(self, error: Exception) -> None:
         self.tripwire.held(error, asyncio.get_running_loop().time())
+
+    def _told_to_wait(self, error: Exception) -> None:
+        """A server wants to be left alone for long: that is told once, and the others go on."""
+        if not self.told_to_wait:
+            self.told_to_wait = True
+            self.on_note(f"{error}. What it says so of waits; the others are asked meanwhile")
 
     def _settle_held(self, ended: bool = False) -> None:
         """Of the faults that were in doubt those that are no more; all, if the run ended and nothing stopped it."""

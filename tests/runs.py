@@ -335,10 +335,27 @@ def prints(unit):
     return unit
 
 
-def kills_itself(unit):
-    if unit == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return unit
+class KillsItself:
+    """A function that ends its process at one unit."""
+
+    def __init__(self, bad):
+        self.bad = bad
+
+    def __call__(self, unit):
+        if unit == self.bad:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return unit
+
+
+def kills_twice(task):
+    """The number of a task; two times, where it names a file, its process ends instead."""
+    number, path = task
+    if path:
+        before = Path(path).read_text() if Path(path).exists() else ""
+        if len(before) < 2:
+            Path(path).write_text(before + "x")
+            os.kill(os.getpid(), signal.SIGKILL)
+    return number
 
 
 def exits(unit):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import millstream
-from millstream.engines.local import map_ordered
+from millstream.engines.ordered import map_ordered
 from millstream.errors import WorkerDied
 
 pytestmark = runs.needs_proc
@@ -114,21 +114,41 @@ def test_an_exception_of_the_source_leaves_no_process():
     assert not runs.children()
 
 
-def test_a_worker_killed_from_outside_is_noticed():
-    results = map_ordered(runs.own_pid, count(), workers=2)
+def test_a_worker_killed_from_outside_is_started_anew():
+    told = []
+    results = map_ordered(runs.own_pid, range(300), workers=2, window_bytes=40, on_death=told.append)
     first = next(results)
     assert first in runs.children()
     os.kill(first, signal.SIGKILL)
-    with pytest.raises(WorkerDied, match="signal 9"):
-        for _ in results:
-            pass
+    found = [first, *results]
+    assert len(found) == 300
+    assert len(set(found)) == 3
+    assert told == ["killed by signal 9"]
     assert not runs.children()
 
 
-@pytest.mark.parametrize(("function", "why"), [(runs.kills_itself, "signal 9"), (runs.exits, "exit code 7")])
-def test_a_worker_that_ends_by_itself_is_noticed(function, why):
-    with pytest.raises(WorkerDied, match=why):
-        list(map_ordered(function, range(10), workers=2))
+@pytest.mark.parametrize("bad", [0, 7, 19])
+def test_a_unit_that_killed_its_worker_may_do_so_no_more(tmp_path, bad):
+    units = [(number, str(tmp_path / "twice") if number == bad else "") for number in range(20)]
+    assert list(map_ordered(runs.kills_twice, units, workers=2)) == list(range(20))
+    assert not runs.children()
+
+
+@pytest.mark.parametrize("bad", [0, 3, 40])
+def test_a_unit_that_kills_its_worker_three_times_is_named(bad):
+    found, told = [], []
+    with pytest.raises(WorkerDied, match=rf"killed by signal 9\), 3 times at unit {bad}; often"):
+        found.extend(
+            map_ordered(runs.KillsItself(bad), range(60), workers=2, named=lambda n: f"unit {n}", on_death=told.append)
+        )
+    assert set(told) == {"killed by signal 9"}
+    assert 2 <= len(told) <= 3  # the first may be taken for that of a unit whose answer was lost with it
+    assert not runs.children()
+
+
+def test_a_worker_that_cannot_even_begin_is_an_error():
+    with pytest.raises(WorkerDied, match=r"exit code 7\), 3 times at [01]"):
+        list(map_ordered(runs.exits, range(10), workers=2))
     assert not runs.children()
 
 

@@ -24,7 +24,7 @@ from runs import events
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import millstream
-from millstream.engines.local import map_ordered
+from millstream.engines.ordered import map_ordered
 from millstream.errors import DataError, MillstreamError, RequestError, ResumeRefused, RunError, Unusable
 from millstream.runs.pack.plan import make_plan
 from millstream.stream.encoders import Fastokens

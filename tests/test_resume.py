@@ -625,3 +625,22 @@ def test_another_stream_on_standard_input_is_refused(tmp_path):
     assert runs.cli(*args, tmp_path / "out", piped=good).returncode == 0
     assert runs.cli(*args, tmp_path / "whole", piped=good).returncode == 0
     assert runs.digests(tmp_path / "out") == runs.digests(tmp_path / "whole")
+
+
+# --- workers that die ------------------------------------------------------
+
+
+@runs.needs_proc
+def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path):
+    """Out of memory, mostly; another one does its part again."""
+    source = write_kind(tmp_path, "plain", runs.lines(3, 4_000_000))
+    wanted = ["pack", source, "--seq-len", 64, "--shard-size", "200kB"]
+    assert runs.cli(*wanted, "--out", tmp_path / "whole", "--workers", 1).returncode == 0
+    with runs.Run(*wanted, "--out", tmp_path / "out", "--workers", 2, "--memory", "2GiB") as run:
+        runs.wait_until(lambda: "commit" in runs.events(tmp_path / "out") or run.process.poll() is not None)
+        workers = [pid for pid in run.alive() if pid != run.process.pid]
+        os.kill(workers[0], signal.SIGKILL)
+        code, stderr = run.end()
+    assert (code, stderr) == (0, "")
+    assert "worker died" in runs.events(tmp_path / "out")
+    assert runs.digests(tmp_path / "out") == runs.digests(tmp_path / "whole")

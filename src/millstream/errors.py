@@ -8,7 +8,7 @@
         ├── DataError      1   a document or an input shard cannot be read; names the place
         ├── EngineMismatch 1   two tokenizer engines disagree on a document; names both
         ├── LedgerError    1   what went in is not what came out
-        └── WorkerDied     1   a worker process ended by itself
+        └── WorkerDied     1   a part of the work killed its worker process three times; names it
 
 A fault of a single document is no exception but data (`millstream.records.Fault`); only ``on_error="stop"`` turns the
 first one into a `DataError`. `Unusable` is how the place that finds a fault tells the reader, and goes no further.

@@ -1,7 +1,7 @@
-"""Run a function over units on this machine: inline, or in worker processes, with the results in unit order.
+"""The engine of this machine: worker processes, each of which is started anew if it dies.
 
-Workers are started anew (never forked: threads that hold locks do not survive a fork) and without importing the main
-module, so that a script or notebook without an ``if __name__ == "__main__"`` guard works as well.
+Workers are spawned (never forked: threads that hold locks do not survive a fork) and without importing the main module,
+so that a script or notebook without an ``if __name__ == "__main__"`` guard works as well.
 """
 
 import contextlib
@@ -15,43 +15,17 @@ import struct
 import subprocess
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import IO, Any, TypeVar
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from typing import IO, Any
 
-from millstream.errors import WorkerDied, setting
-
-U = TypeVar("U")
-R = TypeVar("R")
+from millstream.engines import Done
+from millstream.errors import WorkerDied
 
 _AHEAD = 16  # units a worker has at once, so that it goes on while this process seals a shard
+_PATIENCE = 3  # deaths of the worker of one unit
+_NONE = -1  # the number of no unit
 _SIZE = struct.Struct("<Q")
-
-
-def map_ordered(
-    function: Callable[[U], R],
-    units: Iterable[U],
-    *,
-    workers: int = 1,
-    window_bytes: int = 64 << 20,
-    size: Callable[[U], int] = lambda unit: 1,
-) -> Generator[R]:
-    """`function(unit)` for every unit, in order. `function` and what it returns must be picklable.
-
-    At most `window_bytes` (by `size`) are with the workers or wait for an earlier unit; a larger unit goes alone.
-    An exception in `function` is raised here, in order. Raises WorkerDied if a process ends by itself.
-
-    >>> list(map_ordered(abs, [-1, 2, -3]))
-    [1, 2, 3]
-    """
-    if workers <= 1:
-        yield from map(function, units)
-        return
-    pool = _Pool(function, workers)
-    try:
-        yield from pool.run(units, window_bytes, size)
-    finally:
-        pool.close()
 
 
 def keep_freed_memory() -> None:
@@ -114,95 +88,130 @@ def _inherited_as_ignored() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _Pool:
-    def __init__(self, function: Callable[[Any], Any], workers: int) -> None:
+class _Worker:
+    """One process, and the units that it has not answered, in the order in which it takes them."""
+
+    def __init__(self) -> None:
+        self.unanswered: deque[int] = deque()
+        self.held_back: deque[int] = deque()  # until those before them are answered, one at a time
+        self.functions: list[int] = []  # that it has been sent, by id
         command = [sys.executable, "-P", "-c", "from millstream.engines.worker import main; main()"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with _inherited_as_ignored():
-            self.processes = [
-                # Without buffers: a frame read ahead into one would never make its pipe readable for `select`.
-                subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-                for _ in range(workers)
-            ]
-        self.selector = selectors.DefaultSelector()
-        self.queued = [0] * workers
-        for number, process in enumerate(self.processes):
-            assert process.stdout
-            _widen(process.stdout)
-            self.selector.register(process.stdout, selectors.EVENT_READ, number)
-            self._send(number, function)
+            # Without buffers: a frame read ahead into one would never make its pipe readable for `select`.
+            self.process = subprocess.Popen(
+                command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            )
+        assert self.process.stdin
+        assert self.process.stdout
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        _widen(self.stdout)
 
-    def run(self, units: Iterable[U], window_bytes: int, size: Callable[[U], int]) -> Generator[Any]:
-        source = iter(units)
-        waiting: deque[int] = deque()  # sizes of units handed out and not yet handed on, in order
-        done: dict[int, tuple[bool, Any]] = {}
-        sent = given = held = 0
-        pending: list[U] = []
-        exhausted = False
-        while True:
-            while not exhausted and min(self.queued) < _AHEAD:
-                if not pending:
-                    unit = next(source, self)
-                    if unit is self:
-                        exhausted = True
-                        break
-                    pending.append(unit)  # type: ignore[arg-type]
-                cost = size(pending[0])
-                if waiting and held + cost > window_bytes:
-                    break
-                number = self.queued.index(min(self.queued))
-                self._send(number, (sent, pending.pop()))
-                self.queued[number] += 1
-                waiting.append(cost)
-                held, sent = held + cost, sent + 1
-            if given in done:
-                held -= waiting.popleft()
-                failed, result = done.pop(given)
-                given += 1
-                if failed:
-                    raise result
-                yield result
-            elif waiting:
-                for key, _ in self.selector.select():
-                    index, failed, result = self._receive(key.data)
-                    done[index] = (failed, result)
-                    self.queued[key.data] -= 1
-            elif exhausted:
-                return
+    @property
+    def load(self) -> int:
+        return len(self.unanswered) + len(self.held_back)
 
-    def _send(self, number: int, item: Any) -> None:
-        stdin = self.processes[number].stdin
-        assert stdin
+    def end(self) -> int:
+        """Its exit code, once it is gone."""
+        self.process.kill()
+        code = self.process.wait()
+        for pipe in (self.stdin, self.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        return code
+
+
+class Local:
+    """An `Engine` of `workers` processes on this machine.
+
+    A process that dies is started anew, and its units are done again, one at a time: the one that killed it three times
+    is an error, which `named` names. `on_death` is told of each, in words.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        *,
+        named: Callable[[Any], str] = repr,
+        on_death: Callable[[str], None] = lambda words: None,
+    ) -> None:
+        self.slots, self._named, self._on_death = workers, named, on_death
+        self._units: dict[int, tuple[Callable[[Any], Any], Any]] = {}
+        self._deaths: Counter[int] = Counter()
+        self._selector = selectors.DefaultSelector()
+        self._workers: list[_Worker] = []
+        for _ in range(workers):
+            self._workers.append(self._started())
+
+    def _started(self) -> _Worker:
+        worker = _Worker()
+        self._selector.register(worker.stdout, selectors.EVENT_READ, worker)
+        return worker
+
+    @property
+    def room(self) -> bool:
+        return min(worker.load for worker in self._workers) < _AHEAD
+
+    def submit(self, number: int, function: Callable[[Any], Any], unit: Any) -> None:
+        self._units[number] = function, unit
+        worker = min(self._workers, key=lambda worker: worker.load)
+        if worker.held_back:
+            worker.held_back.append(number)
+        else:
+            self._send(worker, number)
+
+    def done(self) -> Iterator[Done]:
+        if not self._units:
+            return
+        for key, _ in self._selector.select():
+            worker: _Worker = key.data
+            try:
+                number, failed, result = receive(worker.stdout)
+            except EOFError:
+                self._died(worker)
+                continue
+            worker.unanswered.remove(number)
+            del self._units[number]
+            if worker.held_back and not worker.unanswered:
+                self._send(worker, worker.held_back.popleft())
+            yield Done(number, error=result) if failed else Done(number, result)
+
+    def _send(self, worker: _Worker, number: int) -> None:
+        function, unit = self._units[number]
+        worker.unanswered.append(number)
         try:
-            send(stdin, item)
+            if id(function) not in worker.functions:
+                worker.functions.append(id(function))
+                send(worker.stdin, (None, function))
+            send(worker.stdin, (number, (worker.functions.index(id(function)), unit)))
         except BrokenPipeError:
-            self._died(number)
+            pass  # it has died, which `done` will see, with what it had answered before
 
-    def _receive(self, number: int) -> Any:
-        stdout = self.processes[number].stdout
-        assert stdout
-        try:
-            return receive(stdout)
-        except EOFError:
-            self._died(number)
-
-    def _died(self, number: int) -> None:
-        code = self.processes[number].wait()
+    def _died(self, worker: _Worker) -> None:
+        """Start another in its place, which gets its units one at a time, so that it shows which of them kills."""
+        self._selector.unregister(worker.stdout)
+        code = worker.end()
         why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        hint = (
-            f"; often the system was out of memory: fewer {setting('workers')} need less"
-            if code == -signal.SIGKILL
-            else ""
-        )
-        raise WorkerDied(f"a worker process ended by itself ({why}){hint}. Run the same command again to go on")
+        left = deque([*worker.unanswered, *worker.held_back])
+        first = left[0] if left else _NONE
+        self._deaths[first] += 1
+        if self._deaths[first] >= _PATIENCE:
+            where = f" at {self._named(self._units[first][1])}" if left else ""
+            hint = "; often the system was out of memory: fewer --workers need less" if code == -signal.SIGKILL else ""
+            raise WorkerDied(
+                f"a worker process ended by itself ({why}), {_PATIENCE} times{where}{hint}. "
+                "Run the same command again to go on"
+            )
+        self._on_death(why)
+        fresh = self._started()
+        self._workers[self._workers.index(worker)] = fresh
+        fresh.held_back = left
+        if left:
+            self._send(fresh, fresh.held_back.popleft())
 
     def close(self) -> None:
-        self.selector.close()
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                assert pipe
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+        self._selector.close()
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.end()

@@ -37,11 +37,15 @@ def main() -> None:
     keep_freed_memory()
     threading.Thread(target=read, daemon=True).start()
     threading.Thread(target=write, daemon=True).start()
-    function = units.get()
+    functions: list[Any] = []
     while True:
-        number, unit = units.get()
+        number, content = units.get()
+        if number is None:
+            functions.append(content)
+            continue
+        which, unit = content
         try:
-            answer = (number, False, function(unit))
+            answer = (number, False, functions[which](unit))
         except BaseException as error:
             answer = (number, True, portable(error))
         answers.put(answer)

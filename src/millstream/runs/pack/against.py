@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from millstream.engines.local import map_ordered
+from millstream.engines.ordered import map_ordered
 from millstream.errors import RequestError
 from millstream.formats.corpus import find_inputs
 from millstream.formats.dataset import open as open_run

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from millstream.engines.local import map_ordered
+from millstream.engines.ordered import map_ordered
 from millstream.errors import DataError, RequestError, RunError, setting
 from millstream.formats.corpus import find_inputs
 from millstream.formats.exports import export
@@ -31,7 +31,7 @@ from millstream.formats.parquet import check_columns
 from millstream.formats.shards import Shape
 from millstream.formats.sources import rough_total
 from millstream.formats.unpacking import unpacking_memory
-from millstream.records import Cursor, Fault
+from millstream.records import Cursor, Fault, Slice
 from millstream.runs.pack.encode import CHECK_FIRST, Encoded
 from millstream.runs.pack.extent import Extent
 from millstream.runs.pack.folder import (
@@ -256,6 +256,8 @@ class PackRun:
             workers=self.workers,
             window_bytes=self._window(),
             size=lambda task: sum(piece.size for piece in task[0]),
+            named=lambda task: _place_of(task[0]),
+            on_death=lambda why: journal.write("worker died", why=why),
         )
         begin = mark
         unwritten = False
@@ -463,3 +465,11 @@ class PackRun:
             ignored=self.found.ignored_by_kind(),
             unreadable=self.found.unreadable,
         )
+
+
+def _place_of(unit: tuple[Slice, ...]) -> str:
+    """Which part of the input a unit is, in words."""
+    first, last = unit[0], unit[-1]
+    what = "rows" if first.kind == "rows" else "bytes"
+    to = f"{last.name}, {what} to" if last.source != first.source else "to"
+    return f"{first.name}, {what} {first.start:,} {to} {last.stop:,}"

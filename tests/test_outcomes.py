@@ -181,6 +181,26 @@ def test_prompts_that_fail_on_the_way_lose_nothing():
     assert shown(against(echo, main)) == [f"question {n}" for n in range(20)]
 
 
+def test_a_timeout_of_ones_own_loses_nothing():
+    bound = None
+
+    def decide(body, number):
+        if number == 20:
+            bound.reschedule(asyncio.get_running_loop().time())
+        return echo(body, number)
+
+    async def main(client):
+        nonlocal bound
+        with pytest.raises(TimeoutError) as late:
+            async with asyncio.timeout(None) as bound:
+                await client.gather(f"question {n}" for n in range(100_000))
+        return late.value.__cause__.outcomes
+
+    outcomes = against(decide, main, in_flight=4)
+    assert 16 <= len(outcomes) < 1000  # all but those that were under way
+    assert all(reply.text == f"question {reply.index}" for reply in outcomes)
+
+
 # From synchronous code ----------------------------------------------------------------------------------------------
 
 

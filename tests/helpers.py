@@ -3,8 +3,10 @@
 import contextlib
 import gzip
 import hashlib
+import importlib
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -186,6 +188,9 @@ def forbidding(tmp_path):
         yield tmp_path
         return
     # Loaded before: a nobody may not read Python's own library.
+    for module in pkgutil.walk_packages(millstream.__path__, "millstream."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     from millstream import planview, report
     from millstream.runs.pack.plan import make_plan
 

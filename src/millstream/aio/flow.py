@@ -226,7 +226,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
     def _start_what_may(self) -> float | None:
         """Returns when to look again, if nothing changes before."""
         wake: float | None = None
-        began = self._loop.time()
+        began = now = self._loop.time()
         while not self._places.full(self._pump):
             if self._slow:
                 self._hedge_it(*self._slow.popleft())
@@ -259,7 +259,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
                 self._head, self.waits_for = job, self._gate.name
                 self._mind_deadline(job)
                 return now + wait if wait != math.inf else None
-        self._scarcity.end(self._loop.time())  # from now on, what is due waits for a place
+        self._scarcity.end(now)  # from now on, what is due waits for a place
         self.waits_for = "places in flight" if self._places.taken >= self._limit.now else "open files (ulimit -n)"
         if self._handed == self._next and not self._stock and not self._exhausted:
             self._pull_in()  # if nothing is left, the reader must not wait for a place to learn it
@@ -456,7 +456,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         value = None if task.cancelled() or error is not None else task.result()
         if self._gate:
             self._gate.settle(attempt.permit, value, now)
-        no_place = getattr(error, "no_place", False)
+        no_place = error is not None and getattr(error, "no_place", False)
         untold = task.cancelled() or no_place  # it says nothing about the server
         self._limit.ended(attempt.ticket, now, value, asyncio.CancelledError() if untold else error)
         if not job.tasks:

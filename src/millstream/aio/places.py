@@ -39,8 +39,9 @@ class Places:
 
     def full(self, pump: Callable[[], None]) -> bool:
         """Whether none is free; then `pump` is called when one is."""
-        if self.free:
-            self._waiting.pop(pump, None)
+        if self.taken < self.limit.now and self.taken < self.most:  # as `free`, which to call takes longer
+            if self._waiting:
+                self._waiting.pop(pump, None)
             return False
         self.was_short = self.was_short or self.taken < self.limit.now
         self._waiting.setdefault(pump)

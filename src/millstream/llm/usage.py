@@ -33,7 +33,7 @@ def paid_ids(usage: Any) -> Usage:
     >>> paid_ids({"prompt_tokens": 9}), paid_ids({"total_tokens": 11}) == paid_ids(None) == NOT_TOLD
     (Usage(given=9, told=None, cached=0), True)
     """
-    if not isinstance(usage, Mapping) or not usage:
+    if type(usage) is not dict or not usage:
         return NOT_TOLD
     given, told, total = usage.get("prompt_tokens"), usage.get("completion_tokens"), usage.get("total_tokens")
     if type(given) is type(told) is type(total) is int and len(usage) == 3 and given >= 0 <= told:

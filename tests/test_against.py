@@ -177,10 +177,10 @@ def test_other_sources_tokenizers_and_templates_are_refused(root, tmp_path):
         compare_with(made, shutil.copy(source, tmp_path / "d.jsonl"))
     with pytest.raises(RequestError, match=r"input 2 was not given, is c.jsonl"):
         compare_with(made, [source, source])
-    with pytest.raises(RequestError, match="give --tokenizer"):
+    with pytest.raises(RequestError, match="is not the one of the run: give tokenizer"):
         compare_with(made, source, tokenizer=str(root / "turns"))
-    with pytest.raises(RequestError, match="--sample 0"):
-        compare_with(made, source, fraction=0)
+    with pytest.raises(RequestError, match="sample=0 does not work"):
+        compare_with(made, source, sample=0)
     chat, rows = packed(root, OPTIONS["chats"])
     (tmp_path / "other.jinja").write_text("{{ messages[0]['content'] }}{% generation %}{% endgeneration %}")
     for options in ({}, {"chat_template": str(tmp_path / "other.jinja")}):

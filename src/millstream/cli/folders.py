@@ -22,7 +22,6 @@ from millstream.errors import RunError
 )
 @click.option(
     "--sample",
-    "fraction",
     default=1.0,
     show_default=True,
     metavar="FRACTION",
@@ -44,7 +43,7 @@ def verify(folder: str, more: tuple[str, ...], against: tuple[str, ...], as_json
     from millstream.integrity import verify as check
     from millstream.terminal import printable
 
-    if (more or how["fraction"] != 1 or how["tokenizer"] or how["chat_template"]) and not against:
+    if (more or how["sample"] != 1 or how["tokenizer"] or how["chat_template"]) and not against:
         raise click.UsageError(f"give the sources behind --against: millstream verify {folder} --against SOURCE...")
     keep_freed_memory()
     verdict = check(folder, against=[*against, *more] if against else None, **how)
@@ -58,6 +57,8 @@ def verify(folder: str, more: tuple[str, ...], against: tuple[str, ...], as_json
         click.echo(
             f"{verdict.compared:,} of {verdict.documents:,} documents compared with the sources{without}: {told}."
         )
+    elif against and verdict.compared is None:
+        click.echo("not compared with the sources, since the folder itself is not whole", err=True)
     for problem in verdict.problems:
         click.echo(printable(f"{folder}: {problem}"), err=True)
     if not verdict.ok:

@@ -42,7 +42,7 @@ def verify(
     on_file: Callable[[str], None] = lambda name: None,
     *,
     against: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None = None,
-    fraction: float = 1.0,
+    sample: float = 1.0,
     tokenizer: str | None = None,
     chat_template: str | None = None,
     workers: int | None = None,
@@ -51,9 +51,9 @@ def verify(
     and documents that fit the samples, and the ledger.
 
     With the sources of the run as `against`, they are read and tokenized again, with the reference engine, and every id
-    is compared, or with a `fraction` that part of the documents. `tokenizer` and `chat_template` say where these are
-    now. Raises RequestError if it is no run folder, is unfinished, or is of other sources, RunError if the manifest
-    itself is damaged.
+    is compared, or with a `sample` below 1 those of that part of the documents. `tokenizer` and `chat_template` say
+    where these are now. Raises RequestError if it is no run folder, is unfinished, or is of other sources, RunError if
+    the manifest itself is damaged.
     """
     from millstream.formats.dataset import open as open_run
 
@@ -83,7 +83,7 @@ def verify(
     from millstream.runs.pack.against import compare_with
 
     where = {"tokenizer": tokenizer, "chat_template": chat_template}
-    found = compare_with(folder, against, fraction=fraction, **where, workers=workers)
+    found = compare_with(folder, against, sample=sample, **where, workers=workers)
     counts = {"compared": found.documents, "documents": found.of, "not_compared": found.not_compared}
     return replace(verdict, problems=found.problems, **counts)
 

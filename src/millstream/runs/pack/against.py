@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from millstream.engines.ordered import map_ordered
-from millstream.errors import RequestError
+from millstream.errors import RequestError, setting
 from millstream.formats.corpus import find_inputs
 from millstream.formats.dataset import open as open_run
 from millstream.formats.exports.samples import Samples, Shard, has_mask, samples_of
@@ -57,20 +57,21 @@ def compare_with(
     folder: str | os.PathLike[str],
     sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,
-    fraction: float = 1.0,
+    sample: float = 1.0,
     tokenizer: str | None = None,
     chat_template: str | None = None,
     workers: int | None = None,
 ) -> Compared:
     """Read and tokenize `sources` again, with the reference engine, and compare every id, its document and its place.
 
-    With a `fraction`, that part of them, in blocks from all over. `tokenizer` says where it is now, if it has moved,
-    and `chat_template` which one the run was given. Nothing is held of documents but sums that only the same ones have.
+    With a `sample` below 1, that part of them, in blocks from all over. `tokenizer` says where it is now, if it has
+    moved, and `chat_template` which one the run was given. Nothing is held of documents but sums that only the same
+    ones have.
     The folder has to be whole by itself: `millstream.verify` says that. Raises RequestError if these are not the run's
     sources, tokenizer or template.
     """
-    if not 0 < fraction <= 1:
-        raise RequestError(f"--sample {fraction} does not work: give a fraction above 0, up to 1")
+    if not 0 < sample <= 1:
+        raise RequestError(f"{setting('sample', sample)} does not work: give a fraction above 0, up to 1")
     folder = os.fspath(folder)
     manifest = open_run(folder).manifest
     listed = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
@@ -79,7 +80,7 @@ def compare_with(
     known = manifest["settings"]
     settings, loaded = _settings(folder, known, tokenizer, chat_template)
     chat = chat_of(settings, loaded)
-    chosen = _Chosen(fraction)
+    chosen = _Chosen(sample)
     run = _Run(folder, manifest, shards, loaded, Key.draw())
     reading = Reading(shards, settings, known, loaded, chat)
     encode = replace(reading.encode(), rescues=True)
@@ -112,7 +113,7 @@ def _settings(
         found = tokenizer or (copy if os.path.exists(copy) else named["name"])
         loaded = load_tokenizer(found)
         if loaded.sha256 != named["sha256"]:
-            raise RequestError(f"tokenizer {found} is not the one of the run: give --tokenizer")
+            raise RequestError(f"tokenizer {found} is not the one of the run: give {setting('tokenizer')}")
         settings = replace(settings, tokenizer=found)
     settings = replace(settings, engine="reference")
     if known.get("chat"):
@@ -129,8 +130,8 @@ def _settings(
                 break
         else:
             raise RequestError(
-                "a run folder does not keep the chat template, and this is not the one of the run: give --tokenizer "
-                "with the folder that the run had, and --chat-template if it had one"
+                "a run folder does not keep the chat template, and this is not the one of the run: give "
+                f"{setting('tokenizer')} with the folder that the run had, and {setting('chat_template')} if it had one"
             )
     return settings, loaded
 

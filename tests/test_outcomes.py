@@ -73,6 +73,7 @@ def test_a_bad_prompt_is_a_fault_in_its_place(kind):
     outcomes = against(echo, main)
     assert shown(outcomes) == WANTED
     assert [outcome.index for outcome in outcomes] == list(range(len(WANTED)))
+    assert [outcome.attempts for outcome in outcomes] == [1, 0] * len(BAD + NOT_JSON)
     assert "surrogate" in outcomes[3].message
     assert outcomes[3].message.isprintable()
 

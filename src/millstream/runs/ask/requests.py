@@ -8,6 +8,7 @@ import msgspec
 from millstream.aio import Fault
 from millstream.aio import Reply as Done
 from millstream.llm.tolerant import mapping
+from millstream.llm.verdicts import BAD_ROW
 from millstream.llm.wire import CHAT, Answer, WireError
 
 
@@ -104,7 +105,8 @@ def named(fault: Fault) -> Fault:
         return replace(fault, message=f"all {len(faults)} failed, the last with {faults[-1].message}", faults=faults)
     if not isinstance(fault.error, WireError):
         return fault
-    return replace(fault, kind=fault.error.kind, message=str(fault.error))
+    attempts = 0 if fault.error.verdict is BAD_ROW else fault.attempts  # nothing was sent
+    return replace(fault, kind=fault.error.kind, message=str(fault.error), attempts=attempts)
 
 
 def sentence(fault: Fault) -> str:

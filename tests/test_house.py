@@ -1,6 +1,7 @@
 """The floor plan: imports point down only, and stages never import one another."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,11 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
     return found
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def floor_of(path: Path) -> str:
@@ -55,6 +61,21 @@ def test_no_event_loop_in_the_pack_half(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_ask_half_knows_no_arrays(path):
     assert floor_of(path) not in {"aio", "llm"} or not imports_of(path) & {"numpy", "pyarrow"}
+
+
+def test_no_module_needs_itself():
+    """Neither directly nor through others, nor where it imports them only when it is called."""
+    paths = {name_of(path): path for path in ROOT.rglob("*.py")}
+    needs = {}
+    for name, path in paths.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        found = imports_of(path) | {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+        needs[name] = (found & set(paths)) - {name}
+    sorter = graphlib.TopologicalSorter(needs)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" needs ".join(reversed(error.args[1])))
 
 
 def test_there_are_modules_to_look_at():

@@ -9,7 +9,6 @@ There is no task that schedules: whatever changes something (an attempt that end
 """
 
 import asyncio
-import heapq
 import math
 from collections import deque
 from collections.abc import (
@@ -25,11 +24,12 @@ from collections.abc import (
 from typing import Any, Generic, TypeVar
 
 from millstream.aio.hedging import Hedge
-from millstream.aio.jobs import Attempt, Delay, Ended, Job, Spent, Stretches, fault_of, never
+from millstream.aio.jobs import Attempt, Delay, Ended, Job, Spent, fault_of, never
 from millstream.aio.limits import Limit
 from millstream.aio.outcomes import Fault, Outcome, Reply
 from millstream.aio.places import Places, default_window
 from millstream.aio.rates import Gate, RetryBudget
+from millstream.aio.retries import Retries
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -93,7 +93,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._timeout, self._deadline, self._delay = timeout, deadline, delay
         self._gate, self._budget, self._hedge = gate, budget, hedge
         self._canaries, self._head_start = canaries, head_start
-        self._longest_wait, self.watch = longest_wait, watch
+        self.watch = watch
         self._batched = batched
         self._stock: deque[T] = deque()  # pulled, and not yet admitted
         self.spent = Spent()
@@ -102,10 +102,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._pulling: asyncio.Task[T] | None = None
         self._running: dict[asyncio.Task[R], Attempt[T]] = {}
         self._head: Job[T] | None = None  # it is its turn, but the gate is not open yet
-        self._retries: list[tuple[float, int, Job[T]]] = []  # a heap by the time they are due
-        self._held: dict[Job[T], None] = {}  # for a success, or for longer than is waited for them alone
-        self._succeeded_at = -math.inf  # when anything did last
-        self._scarcity = Stretches()  # when retries that were due waited for the budget
+        self._retries: Retries[T] = Retries(budget, longest_wait)
         self._again: deque[Job[T]] = deque()  # whose attempt could not begin
         self._slow: deque[tuple[Job[T], int]] = deque()  # to be hedged, and the attempts they had then
         self._done: deque[Ended] = deque()  # to be handed out
@@ -189,8 +186,8 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._stock.clear()
         if self._pulling:
             self._pulling.cancel()
-        waiting, self._head, self._retries = self._waiting, None, []
-        self._held.clear()
+        waiting, self._head = self._waiting, None
+        self._retries.clear()
         self._again.clear()
         for job in waiting:
             self._turn_away(job, self._loop.time())
@@ -199,8 +196,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
     @property
     def _waiting(self) -> "list[Job[T]]":
         """Admitted, but neither in flight nor settled."""
-        retries = (job for _, _, job in self._retries)
-        found = dict.fromkeys([*([self._head] if self._head else []), *self._again, *retries, *self._held])
+        found = dict.fromkeys([*([self._head] if self._head else []), *self._again, *self._retries])
         return [job for job in found if not job.settled]
 
     # Starting -------------------------------------------------------------------------------------------------------
@@ -234,9 +230,9 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
             job, wake = self._next_job()
             now = self._loop.time()  # pulling an item took its time
             if job is None:
-                if self._held and not self._running:
+                if self._retries.any_held and not self._running:
                     self.waits_for = "the servers"
-                if not self._held or not self._is_all_held():
+                if not self._retries.any_held or not self._is_all_held():
                     return wake
                 self._give_up_held(now)
                 continue
@@ -259,7 +255,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
                 self._head, self.waits_for = job, self._gate.name
                 self._mind_deadline(job)
                 return now + wait if wait != math.inf else None
-        self._scarcity.end(now)  # from now on, what is due waits for a place
+        self._retries.no_place(now)
         self.waits_for = "places in flight" if self._places.taken >= self._limit.now else "open files (ulimit -n)"
         if self._handed == self._next and not self._stock and not self._exhausted:
             self._pull_in()  # if nothing is left, the reader must not wait for a place to learn it
@@ -284,28 +280,15 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         while self._again:
             if not (again := self._again.popleft()).settled:
                 return again, None
-        while self._retries and self._retries[0][2].settled:
-            heapq.heappop(self._retries)  # its deadline came first
-        if self._retries and self._retries[0][0] <= now:
-            wait = self._budget.wait(now) if self._budget else 0.0
-            if wait <= 0.0:
-                job = heapq.heappop(self._retries)[2]
-                self._held.pop(job, None)
-                if self._budget:
-                    self._budget.take(now)
-                    job.tokens += 1
-                return job, None
-            wake: float | None = now + wait
-            self._scarcity.begin(now)
-        else:
-            wait, wake = 0.0, self._retries[0][0] if self._retries else None
-            self._scarcity.end(now)
+        job, wake, scarce = self._retries.next(now)
+        if job is not None:
+            return job, None
         if now >= self._others_from and not self.spent.wasted:
             self._canaries = 0  # slow is not wrong
         if self._canaries and now < self._others_from:
             wake = self._others_from if wake is None else min(wake, self._others_from)
         new = self._admit()
-        if new is None and wait > 0.0:
+        if new is None and scarce:
             self.waits_for = "the retry budget"
         return new, wake
 
@@ -398,7 +381,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         if job.attempts == 0:
             self.spent.queue += now - job.since
         else:
-            held_back = min(now - due, self._scarcity.until(now) - job.scarcity)
+            held_back = self._retries.held_back(job, due, now)
             job.held_back += held_back
             self.spent.backoff += due - job.since
             self.spent.budget += held_back
@@ -485,11 +468,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         if self._hedge is not None:
             # A hedge that won says of the first attempt only that it would have taken longer.
             self._hedge.learn(now - job.since)
-        if job.tokens and self._budget:
-            self._budget.give_back(job.tokens, now)
-        self._succeeded_at = now
-        if self._held:
-            self._release_held([job for job in self._held if job.since <= attempt.began], now)
+        self._retries.succeeded(job, attempt.began, now)
         self._deliver(Reply(job.index, value, now - job.began, job.attempts), now, attempt.began)
 
     def _begin_again(self, attempt: "Attempt[T]", now: float) -> None:
@@ -530,23 +509,12 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
 
     def _wait(self, job: "Job[T]", wait: float, now: float) -> None:
         """Until its next attempt is due, or it is known that there is none."""
-        job.since, job.due, job.scarcity = now, now + wait, self._scarcity.until(now)
         if self._stopped:
+            job.since = job.due = now
             self._turn_away(job, now)
             return
-        if wait > self._longest_wait or wait == math.inf:
-            self._held[job] = None
-        if wait != math.inf:
-            heapq.heappush(self._retries, (job.due, job.index, job))
+        self._retries.put(job, wait, now)
         self._mind_deadline(job)
-
-    def _release_held(self, jobs: "list[Job[T]]", now: float) -> None:
-        """These may try again, if a success is all that they wait for. The retry budget spreads them."""
-        for job in jobs:
-            if job.due == math.inf:
-                del self._held[job]
-                job.due = now
-                heapq.heappush(self._retries, (now, job.index, job))
 
     def _is_all_held(self) -> bool:
         """Nothing runs, and nothing else is due or can be admitted, whatever time brings."""
@@ -554,16 +522,11 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
             return False
         if self._pulling is not None and not self._pulling.done():  # what is pulled may be kept out by a full window
             return False
-        return all(job in self._held for _, _, job in self._retries if not job.settled)
+        return self._retries.all_held
 
     def _give_up_held(self, now: float) -> None:
         """All that is left is held: it is given up, or tried once more if anything has succeeded meanwhile."""
-        hopeful = [job for job in self._held if job.since < self._succeeded_at and job.due == math.inf]
-        if hopeful:
-            self._release_held(hopeful, now)
-            return
-        held, self._held, self._retries = list(self._held), {}, []
-        for job in held:
+        for job in self._retries.given_up(now):
             job.settled = True
             self._waited(job, now)
             assert job.last is not None
@@ -572,7 +535,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
     def _give_up(self, job: "Job[T]", now: float) -> None:
         """The deadline came while it waits."""
         job.settled = True
-        self._held.pop(job, None)
+        self._retries.forget(job)
         self._waited(job, now)
         self._deliver(fault_of(job, TimeoutError(), now - job.began, late=True), now)
 

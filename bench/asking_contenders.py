@@ -18,7 +18,7 @@ from bench import measure
 from bench.contenders import HERE, alternate
 from bench.measure import Failed
 
-ROWS = ("speed-64", "speed-512", "million", "crowd", "hedge", "auto", "resume")
+ROWS = ("speed-64", "speed-512", "million", "crowd", "hedge", "auto", "resume", "resume-batch")
 MODEL = "simulated"
 SAMPLE_EVERY = 0.005
 PATIENCE = 30.0
@@ -158,6 +158,19 @@ def written(plan: AskPlan, count: int) -> Path:
     return path
 
 
+def written_batch(plan: AskPlan, count: int) -> Path:
+    """The same prompts as rows of OpenAI's Batch format."""
+    path = plan.folder / f"batch-{count}.jsonl"
+    if not path.exists():
+        with open(path, "w") as file:
+            for n in range(count):
+                message = {"role": "user", "content": f"What is the capital of country number {n}?"}
+                row = {"custom_id": f"request-{n}", "method": "POST", "url": "/v1/chat/completions"}
+                body = {"model": MODEL, "messages": [message], "max_tokens": 64}
+                file.write(json.dumps({**row, "body": body}) + "\n")
+    return path
+
+
 def forget(plan: AskPlan) -> None:
     plan.out.unlink(missing_ok=True)
     shutil.rmtree(plan.journal, ignore_errors=True)
@@ -225,10 +238,10 @@ def paired(contender: Contender, url: str, count: int, in_flight: int) -> Pair:
 # --- going on with a long journal
 
 
-def answered(plan: AskPlan, count: int) -> Path:
+def answered(plan: AskPlan, count: int, write: Callable[[AskPlan, int], Path]) -> Path:
     """`count` + 1 prompts, of which all but the last one stand answered in the journal, as earlier runs leave it."""
     forget(plan)
-    prompts = written(plan, count + 1)
+    prompts = write(plan, count + 1)
     measure.run([sys.executable, str(HERE / "answered.py"), str(prompts), str(count), MODEL, str(plan.journal)])
     return prompts
 

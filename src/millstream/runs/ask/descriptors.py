@@ -16,8 +16,10 @@ def raise_limit() -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft in (hard, resource.RLIM_INFINITY):
+        return
     for more in (hard, _MOST_OF_MACOS):
-        if soft != resource.RLIM_INFINITY and soft != hard:
+        if more == resource.RLIM_INFINITY or more > soft:
             with contextlib.suppress(OSError, ValueError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
                 return

@@ -251,3 +251,34 @@ def test_the_losers_of_a_race_are_counted():
 def test_prices_that_are_none_are_told(options):
     with pytest.raises(RequestError, match="price"):
         Client("http://127.0.0.1:9/v1", model="m", **options)
+
+
+async def streamed(client, text, most=None):
+    """The outcome of a stream, left after `most` pieces."""
+    async with client.stream(text) as pieces:
+        number = 0
+        async for _ in pieces:
+            number += 1
+            if number == most:
+                break
+    return pieces.outcome
+
+
+@pytest.mark.parametrize(
+    ("fault", "most"), [(None, None), (None, 2), ("cut:1", None), ("hang:1", None), ("500:1", None)]
+)
+def test_streams_are_paid_from_the_same_purse(fault, most):
+    async def main():
+        options = {"price": PRICE, "max_cost": 10.0, "params": LIMIT, "attempts": 1, "timeout": 0.2}
+        async with Client(server.url, model="m", **options) as client:
+            outcomes = [await streamed(client, f"question {number}", most) for number in range(60)]
+            single = await client.ask("one more")
+            return client.cost, outcomes, single
+
+    with serving(behaving(*([fault] if fault else []))) as server:
+        cost, outcomes, single = asyncio.run(main())
+        assert server.stats.cost <= cost <= 10.0
+        if fault == "500:1":
+            assert (cost, {outcome.kind for outcome in outcomes}) == (0.0, {"server_error"})
+        else:
+            assert {outcomes[-1].message, single.message} == {"not asked: the most that it may cost is reached"}

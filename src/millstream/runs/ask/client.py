@@ -225,7 +225,15 @@ class Client:
         whole = _whole(timeout).get("deadline", self._flows["deadline"] or self._flows["timeout"])
         body = self._given.data(prompt)
         longest_wait: float = self._flows["longest_wait"]
-        return Pieces(wire, body, timeout=whole, attempts=self._attempts, longest_wait=longest_wait, draw=self._draw)
+        return Pieces(
+            wire,
+            body,
+            timeout=whole,
+            attempts=self._attempts,
+            longest_wait=longest_wait,
+            draw=self._draw,
+            purse=self.purse,
+        )
 
     def holding(self, on_held: Callable[[Exception], None], on_long: Callable[[Exception], None]) -> Retrying:
         """How failures are asked again where a request may be held until the servers are back: see `Retrying`."""

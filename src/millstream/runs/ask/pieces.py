@@ -1,14 +1,19 @@
 """One reply piece by piece, as it is said."""
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+import msgspec
+
 from millstream.aio import Fault
 from millstream.llm.events import Stream
+from millstream.llm.usage import NOT_TOLD, paid_ids
 from millstream.llm.wire import WireError, wait_before_retry
-from millstream.runs.ask.requests import Reply, reply_of
+from millstream.runs.ask.purse import Guess, Purse, Running
+from millstream.runs.ask.requests import Reply, Request, reply_of
 from millstream.runs.ask.retrying import LONGEST_ASKED
 
 
@@ -31,6 +36,7 @@ class Pieces(AsyncIterator[str]):
         attempts: int = 5,
         longest_wait: float = LONGEST_ASKED,
         draw: random.Random | None = None,
+        purse: Purse | None = None,
     ) -> None:
         self.outcome: Reply | Fault | None = None
         self._wire, self._body = wire, body
@@ -41,6 +47,9 @@ class Pieces(AsyncIterator[str]):
         self._began = 0.0
         self._until: float | None = None
         self._stream: Stream | None = None
+        self._purse = purse or Purse(None, None, Guess())
+        self._request = Request(0, None, b"", body if isinstance(body, bytes) else msgspec.json.encode(body))
+        self._running: Running | None = None
 
     @property
     def text(self) -> str:
@@ -64,6 +73,8 @@ class Pieces(AsyncIterator[str]):
                     piece = await self._next()
             except WireError as error:
                 self._fail(error.kind, str(error), error)
+            except _TooDear:
+                self._fail("stopped", f"not asked: {self._purse.name} is reached")
             except TimeoutError as error:
                 if not bound.expired() and not self._is_late():
                     raise
@@ -84,12 +95,16 @@ class Pieces(AsyncIterator[str]):
                 raise TimeoutError
             try:
                 if self._stream is None:
+                    await self._may_begin()
                     self._attempts += 1
+                    self._running = self._purse.running(self._request)
                     stream = self._wire.pieces(self._body)
                     await stream.__aenter__()
                     self._stream = stream
                 return await anext(self._stream, None)
             except WireError as error:
+                if self._running is not None:
+                    self._running.end(paid_ids(error.usage), unpaid=error.unpaid)
                 wait = None if self._said else wait_before_retry(error, self._attempts, self._most, self._draw)
                 if wait is None or wait > self._longest_wait or self._is_late(wait):
                     raise
@@ -99,9 +114,20 @@ class Pieces(AsyncIterator[str]):
     def _is_late(self, wait: float = 0.0) -> bool:
         return self._until is not None and _now() + wait >= self._until
 
+    async def _may_begin(self) -> None:
+        """Wait until it cannot cost too much. Raises _TooDear if that will not be."""
+        while wait := self._purse.wait(self._request, _now()):
+            if wait == math.inf:
+                raise _TooDear
+            await asyncio.sleep(wait)
+
     async def _close(self) -> None:
-        if self._stream is not None:
-            stream, self._stream = self._stream, None
+        stream, self._stream = self._stream, None
+        if self._running is not None:  # also of one that was left, or cut off: it was asked for
+            answered = stream is not None and stream.answer is not None
+            self._running.end(NOT_TOLD if stream is None else paid_ids(stream.usage), answered=answered)
+            self._running = None
+        if stream is not None:
             await stream.__aexit__()
 
     def _succeed(self) -> None:
@@ -112,6 +138,10 @@ class Pieces(AsyncIterator[str]):
 
     def _fail(self, kind: str, message: str, error: Exception | None = None) -> None:
         self.outcome = Fault(0, kind, message, _now() - self._began, self._attempts, error)
+
+
+class _TooDear(Exception):
+    """Nothing runs that could give back some of what is committed."""
 
 
 def _now() -> float:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from millstream.errors import RequestError
-from millstream.llm.usage import Usage
+from millstream.llm.usage import NOT_TOLD, Usage
 from millstream.runs.ask.requests import Request
 
 _CHARACTERS_PER_ID = 4.0
@@ -228,10 +228,15 @@ class Purse:
         if self.keep is not None:
             self.keep(usage)
 
+    def running(self, request: Request) -> "Running":
+        """An attempt that no flow makes begins; there is room for it."""
+        return Running(self, request)
+
     # The gate -------------------------------------------------------------------------------------------------------
 
     def wait(self, item: Any, now: float) -> float:
-        assert self.most is not None
+        if self.most is None:
+            return 0.0
         if self.earlier + self.spent + self._committed + self._most(item) <= self.most:
             return 0.0
         return _AGAIN if self._running else math.inf
@@ -247,7 +252,26 @@ class Purse:
         self._committed = self._committed - permit if self._running else 0.0
 
     def _most(self, request: Request) -> float:
-        assert self._price is not None
+        if self._price is None:
+            return 0.0
         most = self._guess.most(request)
         dearest = max(self._price.given, self._price.cached)
         return ((most.given or 0) * dearest + (most.told or 0) * self._price.told) / 1e6
+
+
+class Running:
+    """An attempt that no flow makes: committed until it ends, and then counted, once."""
+
+    def __init__(self, purse: Purse, request: Request) -> None:
+        self._purse, self._request = purse, request
+        self._permit: float | None = purse.take(request, 0.0)
+
+    def end(self, usage: Usage, *, answered: bool = False, unpaid: bool = False) -> None:
+        if self._permit is None:
+            return
+        if answered:
+            self._purse.answered(self._request, usage)
+        elif not unpaid or usage != NOT_TOLD:
+            self._purse.failed(self._request, usage)
+        self._purse.settle(self._permit, None, 0.0)
+        self._permit = None

@@ -15,6 +15,7 @@ from test_tampering import KINDS, ORDERS, columns, documents, flipped_mask, npy,
 import millstream
 from millstream.errors import RequestError
 from millstream.records import Slice
+from millstream.runs.pack import fingerprint
 from millstream.runs.pack.against import _Chosen, compare_with
 
 quick = pytest.fixture(autouse=True, scope="module")(helpers.without_fsync)
@@ -113,6 +114,14 @@ def renamed(column):
     return [*column.to_pylist()[:-1], "another"]
 
 
+def fault_elsewhere(folder):
+    lines = (folder / "faults.jsonl").read_text().splitlines(keepends=True)
+    first = json.loads(lines[0])
+    (folder / "faults.jsonl").write_text(
+        "".join([json.dumps(first | {"offset": first["offset"] + 1}) + "\n", *lines[1:]])
+    )
+
+
 UNSEEN = {
     "one id": (samples(one_id), OPTIONS["dropped"]),
     "two ids exchanged": (samples(two_ids), OPTIONS["dropped"]),
@@ -122,6 +131,7 @@ UNSEEN = {
     "samples reversed": (samples(lambda ids: ids[:, ::-1].copy()), {}),
     "the remainder": (lambda folder: npy(lambda ids: ids[::-1].copy())(folder, "remainder.npy"), {}),
     "a mask": (lambda folder: npy(flipped_mask)(folder, "loss-00000.npy"), OPTIONS["chats"]),
+    "a fault's place": (fault_elsewhere, {}),
     "a document's id": (documents(id=renamed), {"validation": 0.0}),
     "a document's place": (documents(offset=lambda c: [*c.to_pylist()[:-1], c[-1].as_py() + 1]), {}),
 }
@@ -198,6 +208,22 @@ def test_a_template_and_a_tokenizer_from_elsewhere(root, tmp_path):
         tmp_path / "out", root / "chats.jsonl", tokenizer=str(moved), chat_template=str(template), workers=1
     )
     assert found.problems == []
+
+
+def test_of_many_documents_the_few_that_share_a_sum_are_named(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprint, "MOST", 16)
+    made, source = packed(root, OPTIONS["dropped"])
+    assert compare_with(made, source, workers=1).problems == []
+    folder = shutil.copytree(made, tmp_path / "out")
+    samples(one_id)(folder)
+    reseal(folder)
+    [problem] = compare_with(folder, source, workers=1).problems
+    count = millstream.open(folder).ledger["documents"]["in"]
+    low, high = (int(word) for word in problem.split() if word.isdigit())
+    assert problem.startswith("one of the documents ")
+    assert high - low + 1 == -(-count // 16)
+    ordinals = {part.ordinal for part in millstream.open(folder).documents(2)}
+    assert any(low <= ordinal <= high for ordinal in ordinals)
 
 
 def test_what_only_the_fast_engine_can_encode(tmp_path):

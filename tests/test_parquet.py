@@ -307,3 +307,25 @@ def test_memory_of_repeated_texts(tmp_path, command, rows):
     extra = ["--out", tmp_path / "out"] if command == "pack" else ["--sample", "200MiB"]
     with runs.Run(command, path, "--memory", memory, *extra) as run:
         check(run, f"{command} of {rows:,} equal texts of 1 MiB", int(memory[:-3]) << (30 if "G" in memory else 20))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_damage_is_a_fault(tmp_path, seed):
+    """Names in a footer that are no UTF-8 any more, too, and nothing that would end the process."""
+    rng = np.random.default_rng(seed)
+    path = tmp_path / "a.parquet"
+    named = {"compression": ["snappy", "none"][seed % 2], "data_page_version": ["1.0", "2.0"][seed % 2]}
+    pq.write_table(pa.table({"text": [f"t{n % 7}" for n in range(300)], "id": range(300)}), path, **named)
+    data = path.read_bytes()
+    for _ in range(150):
+        damaged = bytearray(data)
+        for at in rng.integers(0, len(data), rng.integers(1, 4)):
+            damaged[at] = rng.integers(256)
+        path.write_bytes(damaged)
+        unpacking_memory([shard_of(path)], ["text", "id"], 1 << 30)
+        pieces = list(slices([shard_of(path)], Cursor(), Limits(1 << 20), ("text", "id"), 500))
+        assert all(piece.fault is None for piece in pieces[:-1])
+        if pieces and pieces[-1].fault:
+            assert pieces[-1].fault[0] in ("corrupt", "missing_field")
+        else:
+            assert pieces[-1].stop <= 300

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def record_batches(shard: InputShard, columns: tuple[str, ...], most: int) -> It
             wanted = [name for name in columns if name in names]
             for group in range(file.num_row_groups):
                 yield from batches_of(shard, file, group, wanted, most)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:  # names in a damaged footer need not be UTF-8
         raise Unusable("corrupt", f"damaged or no Parquet: {error}") from error
     except pa.ArrowException as error:
         raise Unusable("corrupt", f"cannot be read as Parquet: {error}") from error
@@ -47,23 +47,33 @@ def record_batches(shard: InputShard, columns: tuple[str, ...], most: int) -> It
 
 def batches_of(shard: InputShard, file: Any, group: int, columns: list[str], most: int) -> Iterator[Any]:
     """The rows of a row group of an open `file` in record batches of about `most` decoded bytes, or of one row."""
-    rows = rows_at_once(shard, file.metadata, group, columns, most)
+    rows = rows_at_once(shard, file, group, columns, most)
     for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
         yield from _cut(batch, most)
 
 
-def rows_at_once(shard: InputShard, footer: Any, group: int, columns: Iterable[str], most: int) -> int:
-    """How many rows of a row group to decode at once: about `most` bytes of them as they are stored, and less than
-    `DECODED` even if every one has the longest of the texts that are stored once."""
-    leaves = leaves_of(footer, group, columns)
-    total, count = sum(leaf.total_uncompressed_size for leaf in leaves), footer.row_group(group).num_rows
-    rows = max(1, min(_MOST_ROWS, most * count // max(1, total)))
-    for leaf in leaves:
-        if leaf.has_dictionary_page and rows * leaf.total_uncompressed_size > DECODED:
-            longest, _ = _stored_once(shard, footer, group, leaf)
-            values = -(-leaf.num_values // max(1, count))  # of a list, several a row
-            rows = max(1, min(rows, DECODED // max(1, values * longest)))
-    return int(rows)
+def rows_at_once(shard: InputShard, file: Any, group: int, columns: Iterable[str], most: int) -> int:
+    """How many rows of a row group of an open `file` to decode at once: about `most` bytes of them as they are stored,
+    and less than `DECODED` even if every one has the longest of the texts that are stored once.
+
+    Of what the footer says of single columns nothing is asked for here: in a damaged one it ends the process.
+    """
+    footer = file.metadata
+    total, count = footer.row_group(group).total_byte_size, footer.row_group(group).num_rows
+    rows = int(max(1, min(_MOST_ROWS, most * count // max(1, total))))
+    if rows * total > DECODED:
+        for path in _text_paths(file.schema, columns):
+            rows = max(1, min(rows, DECODED // max(1, _stored_once(shard, footer, group, path).of_a_row)))
+    return rows
+
+
+def _text_paths(schema: Any, columns: Iterable[str]) -> list[str]:
+    """The paths of what is text or bytes in these columns: of a nested one, in each of its parts."""
+    wanted = set(columns)
+    leaves = [schema.column(number) for number in range(len(schema.names))]
+    return [
+        leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.path.partition(".")[0] in wanted
+    ]
 
 
 def decoded_size(shard: InputShard, footer: Any, group: int, columns: Iterable[str]) -> int:
@@ -71,8 +81,8 @@ def decoded_size(shard: InputShard, footer: Any, group: int, columns: Iterable[s
     total = 0
     for leaf in leaves_of(footer, group, columns):
         size = int(leaf.total_uncompressed_size)
-        if _names_alone(leaf):
-            size = max(size, round(leaf.num_values * _stored_once(shard, footer, group, leaf)[1]))
+        if leaf.physical_type == "BYTE_ARRAY" and _names_alone(leaf):
+            size = max(size, round(leaf.num_values * _stored_once(shard, footer, group, leaf.path_in_schema).mean))
         total += size
     return max(1, total)
 
@@ -93,20 +103,25 @@ def leaves_of(footer: Any, group: int, columns: Iterable[str]) -> list[Any]:
     return [leaf for leaf in leaves if leaf.path_in_schema.partition(".")[0] in wanted]
 
 
-def _stored_once(shard: InputShard, footer: Any, group: int, leaf: Any) -> tuple[int, float]:
-    """(longest, mean) of the texts that a column stores once and names by number; (0, 0.0) for what is no text."""
+class _Once(NamedTuple):
+    """Bytes of the texts that are stored once: of those of the first row if all were as long as the longest, and of one
+    on average."""
+
+    of_a_row: int = 0
+    mean: float = 0.0
+
+
+def _stored_once(shard: InputShard, footer: Any, group: int, path: str) -> _Once:
+    """Of the column at `path`. One that stores every text gives its first one."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    if leaf.physical_type != "BYTE_ARRAY":
-        return 0, 0.0
-    path = leaf.path_in_schema
     named = {"metadata": footer, "read_dictionary": [path], "pre_buffer": False, "buffer_size": _PEEK}
     with pq.ParquetFile(shard.uri, **named) as file:
         batch = next(file.iter_batches(1, row_groups=[group], columns=[path]), None)
     if batch is None:
-        return 0, 0.0
+        return _Once()
     found = batch.column(0)
     while not pa.types.is_dictionary(found.type):
         if pa.types.is_struct(found.type):
@@ -114,9 +129,10 @@ def _stored_once(shard: InputShard, footer: Any, group: int, leaf: Any) -> tuple
         elif hasattr(found, "values"):
             found = found.values
         else:
-            return 0, 0.0
+            return _Once()
     lengths = pc.binary_length(found.dictionary)
-    return pc.max(lengths).as_py() or 0, pc.mean(lengths).as_py() or 0.0
+    longest, mean = pc.max(lengths).as_py() or 0, pc.mean(lengths).as_py() or 0.0
+    return _Once(longest * max(1, len(found)), mean)
 
 
 def _cut(batch: Any, most: int) -> Iterator[Any]:
@@ -285,7 +301,7 @@ def check_columns(shards: Iterable[InputShard], columns: tuple[str, ...], flag: 
             continue
         try:
             names = pq.read_schema(shard.uri).names
-        except (OSError, pa.ArrowException):
+        except (OSError, pa.ArrowException, UnicodeDecodeError):
             continue  # a fault when it is read
         if any(name in names for name in columns):
             return

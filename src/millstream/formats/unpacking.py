@@ -70,10 +70,11 @@ def _pages(shards: list[InputShard], columns: list[str]) -> Iterable[_Held]:
                             if leaf.total_uncompressed_size > DECODED
                         )
                         for group in groups
+                        if footer.row_group(group).total_byte_size > DECODED
                     ),
                     default=0,
                 )
-        except (OSError, pa.ArrowException):
+        except (OSError, pa.ArrowException, UnicodeDecodeError):
             continue  # a fault when it is read
         if largest > DECODED:
             why = f"stores {largest >> 20:,} MiB in one page, which is unpacked as a whole"

@@ -113,7 +113,7 @@ def row_groups(
                         rows = batch.slice(at, _ROWS)
                         yield number, _values(rows, bodies.row_params)
                         number += rows.num_rows
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise _unreadable(prompts, f"damaged or no Parquet: {error}") from error
     except OSError as error:
         raise _unreadable(prompts, error.strerror or f"damaged Parquet: {error}") from error

@@ -15,10 +15,11 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from millstream.errors import DataError, RequestError, ResumeRefused, Unusable
+from millstream.errors import DataError, RequestError, ResumeRefused, Unusable, setting
 from millstream.formats.corpus import Found, find_inputs, ignored_files
 from millstream.formats.documents import Fields, decode
 from millstream.formats.kinds import fault_place
+from millstream.formats.parquet import check_columns
 from millstream.formats.slices import Limits, slices, units
 from millstream.records import Cursor, Document, Ids, TokenBatch, unmarked
 from millstream.samples import Sample, Segments
@@ -141,6 +142,7 @@ def read(
     found = find_inputs(listed)
     if found.unreadable and on_error == "stop":
         raise DataError(f"cannot read {found.unreadable[0]}")
+    check_columns(found.shards, (text_field,), f"name the one to read with {setting('text_field')}")
     _warn_of_the_rest(found)
     shards = found.shards
     fields = Fields(text_field, id_field)

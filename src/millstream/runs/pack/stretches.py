@@ -198,7 +198,7 @@ def row_groups(shard: InputShard, columns: tuple[str, ...]) -> list[RowGroup] | 
             for number, count in enumerate(rows)
             if count
         ]
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException, UnicodeDecodeError):
         return None
 
 
@@ -243,10 +243,10 @@ def rows_of(group: RowGroup, columns: tuple[str, ...], step: int) -> Iterator[Sl
     try:
         with pq.ParquetFile(shard.uri, metadata=group.footer, pre_buffer=False, buffer_size=READ) as file:
             wanted = [name for name in columns if name in file.schema_arrow.names]
-            step = min(step, rows_at_once(shard, group.footer, group.number, wanted, READ))
+            step = min(step, rows_at_once(shard, file, group.number, wanted, READ))
             for batch in file.iter_batches(step, row_groups=[group.number], columns=wanted):
                 start, row = row, row + batch.num_rows
                 yield Slice(0, shard.uri, shard.name, "rows", start, row, as_stream(batch))
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         fault = ("corrupt", f"row group {group.number} cannot be read: {error}")
         yield Slice(0, shard.uri, shard.name, "rows", row, row, b"", fault=fault)

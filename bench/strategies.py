@@ -248,7 +248,7 @@ def window_memory_row(plan: Plan, memory: str) -> Row:
     try:
         for name, options in STRATEGIES.items():
             say(f"memory: {memory}, {name}")
-            peaks[name] = peak(plan, pack_command(plan, source, "--memory", memory, *options))
+            peaks[name] = peak(plan, pack_command(plan, source, "--memory", memory, "--max-document", "8MiB", *options))
     except Failed as failure:
         return Row(what, target, could_not(failure), plan.judged(False))
     measured = "; ".join(f"{most / 1e6:.0f} MB with `{name}`" for name, most in peaks.items())

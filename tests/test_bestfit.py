@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ import millstream
 from millstream.errors import RequestError
 from millstream.formats.manifest import read_manifest, write_manifest
 from millstream.records import TokenBatch
-from millstream.runs.pack.settings import MIB, Settings, choose_workers, window_memory
+from millstream.runs.pack.memory import Need, choose_workers, window_memory
+from millstream.runs.pack.settings import MIB, Settings
 from millstream.stream.bestfit import assign, plan
 from millstream.stream.line import STRATEGIES, Line, Strategy
 from millstream.stream.shuffle import permutation
@@ -461,11 +463,12 @@ def test_a_window_counts_as_memory():
     assert window_memory(wanted, 2, 1 * MIB) < held // 10  # so few ids never fill it
     tiny = Settings(strategy="best-fit", window=32 << 20, seq_len=1)
     assert window_memory(tiny, 2, None) > held + 512 * MIB  # the order of that many samples
-    assert choose_workers(wanted, 50_257, 32 * MIB, None)[0] == 2
+    need = Need(32 * MIB, vocab_size=50_257)
+    assert choose_workers(wanted, need, 1024 * MIB, None)[0] == 2
     with pytest.raises(RequestError, match="memory="):
-        choose_workers(wanted, 50_257, 32 * MIB, None, held)
-    with pytest.raises(RequestError, match="window of"):
-        choose_workers(wanted, 50_257, 32 * MIB, None, 1 << 30)
+        choose_workers(wanted, replace(need, held=held), 1024 * MIB, None)
+    with pytest.raises(RequestError, match="MiB of windows"):
+        choose_workers(wanted, replace(need, held=1 << 30), 1024 * MIB, None)
 
 
 # --- in a run --------------------------------------------------------------

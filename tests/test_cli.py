@@ -227,7 +227,7 @@ def test_ctrl_c_and_what_schedulers_send_say_how_to_go_on(tmp_path, workers, num
     good = rows(f"{text} {n}" for n in range(2000) for text in TEXTS)
     data = jsonl(good)
     command = ["pack", "-", "--out", str(tmp_path / "out"), "--seq-len", "64", "--shard-size", "64kB"]
-    command += ["--workers", str(workers), "--memory", "2GiB"]
+    command += ["--workers", str(workers), "--memory", "4GiB"]
     process = subprocess.Popen(
         [*MILLSTREAM, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -258,7 +258,7 @@ def test_show_to_a_reader_that_has_gone(packed):
 def test_a_job_whose_processes_all_get_sigterm(tmp_path):
     """As Slurm ends one: the workers leave the answer to the run, which goes on another day."""
     good = rows(f"{text} {n}" for n in range(2000) for text in TEXTS)
-    command = ["pack", "-", "--out", tmp_path / "out", "--seq-len", 64, "--workers", 2, "--memory", "2GiB"]
+    command = ["pack", "-", "--out", tmp_path / "out", "--seq-len", 64, "--workers", 2, "--memory", "4GiB"]
     with subprocess.Popen(
         [*MILLSTREAM, *map(str, command)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     ) as process:

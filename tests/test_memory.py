@@ -1,5 +1,6 @@
 """Memory stays under what was asked for, summed over all processes, whatever the input."""
 
+import json
 import random
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import runs
+from test_tokenizer_shapes import trained
 
 pytestmark = [pytest.mark.slow, runs.needs_proc]
 
@@ -54,6 +56,37 @@ def check(run, what, limit):
     code, stderr = run.end()
     assert code == 0, stderr
     assert 50e6 < most <= limit
+
+
+def one_document(kind, size):
+    """A row whose text is as bad for an engine as can be."""
+    text = {"word": "a" * size, "blanks": " " * size, "short words": "a." * (size // 2)}[kind.removeprefix("learned ")]
+    return {"prompt": "", "completion": text} if kind.startswith("learned") else {"text": text}
+
+
+@pytest.mark.parametrize(
+    ("shape", "text", "engine"),
+    [
+        (None, "word", "fast"),
+        (None, "word", "reference"),
+        (("bpe", "llama 3", "none"), "short words", "reference"),
+        (("fallback unk", "metaspace", "none"), "blanks", "fast"),
+        (("fallback unk", "metaspace", "none"), "learned blanks", "fast"),
+    ],
+    ids=["gpt2", "gpt2 by tiktoken", "llama 3 by tokenizers", "metaspace", "metaspace, learned"],
+)
+def test_what_a_long_document_is_said_to_need_is_enough_for_the_worst(tmp_path, shape, text, engine):
+    (tmp_path / "a.jsonl").write_text(json.dumps(one_document(text, 8_000_000)) + "\n")
+    args = ["pack", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--workers", 1, "--engine", engine]
+    if shape:
+        (tmp_path / "tokenizer.json").write_text(trained(*shape).to_str())
+        args += ["--tokenizer", tmp_path / "tokenizer.json"]
+    args += ["--chat"] if text.startswith("learned") else []
+    refused = runs.cli(*args, "--memory", "350MiB")
+    assert refused.returncode == 2
+    enough = int(re.search(r"Give --memory (\d+)MiB", refused.stderr)[1])
+    with runs.Run(*args, "--memory", f"{enough}MiB") as run:
+        check(run, f"{shape} {text} {engine}", enough << 20)
 
 
 LIMITS = pytest.mark.parametrize(

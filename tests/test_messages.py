@@ -25,7 +25,6 @@ WRONG = [
     ({"workers": 0}, "workers=0 does not work", "--workers 0 does not work"),
     ({"memory": 100}, "do not fit into memory=100", "do not fit into --memory 100"),
     ({"memory": 100 << 20}, "memory=100 << 20 is too little", "--memory 100MiB is too little"),
-    ({"memory": 400 << 20, "workers": 1}, "max_document=6 << 20", "or --max-document 6MiB"),
     ({"shard_size": 0}, "shard_size=0 does not work", "--shard-size 0 does not work"),
     ({"validation": 1.5}, "validation=1.5 does not work", "--validation 1.5 does not work"),
     ({"id_field": "text"}, "id_field='text' does not work", "--id-field text does not work"),
@@ -67,7 +66,12 @@ def test_no_message_but_the_command_line_s_writes_flags():
     folders = [root / name for name in ("runs/pack", "stream", "formats", "engines")]
     own = set(root.glob("*.py")) - {root / "report.py"}  # which the command line alone prints
     files = [*own, *(path for folder in folders for path in folder.rglob("*.py"))]
-    found = {(path.name, text) for path in files for text in texts_in(path) if re.search(r"--[a-z]", text)}
+    found = {
+        (path.name, text)
+        for path in files
+        for text in texts_in(path)
+        if re.search(r"--[a-z]", text) and "zstd" not in text
+    }
     assert found - ALLOWED == set()
 
 
@@ -80,9 +84,8 @@ def texts_in(path):
 
 
 ALLOWED = {
+    ("against.py", "--sample "),
     ("plan.py", "--seq-len"),  # what a plan calls otherwise
-    ("sources.py", " MiB: unpack it first, with zstd -d --long=31"),  # zstd's
-    ("sources.py", ", or pack it again without zstd's --long"),
     ("parquet.py", ": did you mean --chat?"),  # of a fault, which is data
 }
 

@@ -122,7 +122,7 @@ def test_a_large_window_needs_memory_or_is_refused(tmp_path, front):
         ):
             call()
     assert not (tmp_path / "out").exists()
-    pack(tmp_path / "out", tmp_path / "a.jsonl.zst", seq_len=32, memory=4 << 30)
+    pack(tmp_path / "out", tmp_path / "a.jsonl.zst", seq_len=32, memory=5 << 30)
     assert stream(tmp_path / "out") == gpt2_ids(TEXTS)
 
 

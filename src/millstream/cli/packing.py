@@ -83,7 +83,11 @@ from millstream.cli.types import IDS, INTERRUPTED, SIZE, WITH_FAULTS, Ended
     help="npy or parquet; with commas also megatron, mds, datatrove, litdata, nanogpt, llm.c.",
 )
 @click.option("--workers", type=int, metavar="N", help="Processes [default: what cores and --memory allow].")
-@click.option("--memory", default="1GiB", show_default=True, type=SIZE, help="Most memory of all processes together.")
+@click.option(
+    "--memory",
+    type=SIZE,
+    help="Most memory of all processes together [default: 1GiB, and what the tokenizer needs for long documents].",
+)
 @click.option(
     "--max-document", type=SIZE, help="Longer documents are faults [default: 32MiB; plain text has no limit]."
 )

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from millstream.engines import Done
-from millstream.errors import WorkerDied
+from millstream.errors import WorkerDied, setting
 
 _AHEAD = 16  # units a worker has at once, so that it goes on while this process seals a shard
 _PATIENCE = 3  # deaths of the worker of one unit
@@ -197,7 +197,8 @@ class Local:
         self._deaths[first] += 1
         if self._deaths[first] >= _PATIENCE:
             where = f" at {self._named(self._units[first][1])}" if left else ""
-            hint = "; often the system was out of memory: fewer --workers need less" if code == -signal.SIGKILL else ""
+            fewer = f"; often the system was out of memory: fewer {setting('workers')} need less"
+            hint = fewer if code == -signal.SIGKILL else ""
             raise WorkerDied(
                 f"a worker process ended by itself ({why}), {_PATIENCE} times{where}{hint}. "
                 "Run the same command again to go on"

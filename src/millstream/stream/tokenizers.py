@@ -65,6 +65,13 @@ class Tokenizer:
         """uint16 if every id fits, else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
+    @property
+    def reference_name(self) -> str | None:
+        """The name of the engine that checks `engine`; None where there is no other."""
+        if self.reference is None:
+            return None
+        return Tiktoken.name if self.definition is None else HuggingFace.name
+
     @cached_property
     def reference_engine(self) -> Engine:
         """The engine that checks `engine`, made on first use; `engine` itself where there is no other."""

@@ -15,13 +15,14 @@ from millstream.formats.dataset import open as open_run
 from millstream.formats.exports.samples import Samples, Shard, has_mask, samples_of
 from millstream.formats.manifest import TOKENIZER
 from millstream.formats.shards import read_rows
-from millstream.formats.sources import InputShard, rough_total
+from millstream.formats.sources import InputShard
 from millstream.records import Cursor, Fault, Ids, TokenBatch, unmarked
 from millstream.runs.pack.encode import Encode, Encoded
 from millstream.runs.pack.fingerprint import Fingerprint, Key, hashed
+from millstream.runs.pack.memory import workers_of
 from millstream.runs.pack.numbering import Numbered
 from millstream.runs.pack.reading import Reading, Unit, without_data
-from millstream.runs.pack.settings import Settings, chat_of, chat_sha256, choose_workers
+from millstream.runs.pack.settings import Settings, chat_of, chat_sha256
 from millstream.runs.pack.subset import Mark
 from millstream.stream.tokenizers import Tokenizer, load_tokenizer
 
@@ -137,8 +138,8 @@ def _settings(
 
 
 def _workers(settings: Settings, tokenizer: Tokenizer | None, shards: list[InputShard], longest: int) -> int:
-    with contextlib.suppress(RequestError):  # longer documents than are usual
-        return choose_workers(settings, tokenizer.vocab_size if tokenizer else 0, longest, rough_total(shards))[0]
+    with contextlib.suppress(RequestError):  # more to unpack than is usual
+        return workers_of(replace(settings, max_document=longest), tokenizer, shards)[0]
     return 1
 
 

@@ -19,7 +19,7 @@ from millstream.stream.tokenizers import Tokenizer, load_tokenizer
 CHECK_FIRST = 1_000_000
 """Bytes at the beginning of a run of which every document is compared with the reference engine."""
 _CHECK_EVERY = 1000
-_CHECK_SIZE = 4 << 20  # longer texts are left out: the reference would need seconds for one
+CHECK_SIZE = 4 << 20  # longer texts are left out: the reference would need seconds for one
 
 
 @dataclass(slots=True)
@@ -169,7 +169,7 @@ class Encode:
         hashed = (place + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)
         chosen = np.full(len(place), True) if check_all else hashed % np.uint64(_CHECK_EVERY) == 0
         chosen[list(without)] = False
-        rows = [row for row in np.flatnonzero(chosen).tolist() if self._size(batch.texts[row]) <= _CHECK_SIZE]
+        rows = [row for row in np.flatnonzero(chosen).tolist() if self._size(batch.texts[row], 4) <= CHECK_SIZE]
         if not rows:
             return 0, {}
         texts, names = [batch.texts[row] for row in rows], [batch.doc_ids[row] for row in rows]
@@ -177,8 +177,10 @@ class Encode:
         size = sum(self._size(text) for row, text in enumerate(texts) if row not in missed)
         return size, {names[row]: message for row, message in missed.items()}
 
-    def _size(self, text: Any) -> int:
-        return len(text.text if self.fields.of_row else text)
+    def _size(self, text: Any, each: int = 1) -> int:
+        """Letters of a text; or bytes, of which a letter has `each` at most, where that makes a difference."""
+        found = text.text if self.fields.of_row else text
+        return len(found) if len(found) * each <= CHECK_SIZE else len(found.encode())
 
 
 @cache

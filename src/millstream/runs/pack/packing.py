@@ -29,8 +29,6 @@ from millstream.formats.manifest import (
 )
 from millstream.formats.parquet import check_columns
 from millstream.formats.shards import Shape
-from millstream.formats.sources import rough_total
-from millstream.formats.unpacking import unpacking_memory
 from millstream.records import Cursor, Fault, Slice
 from millstream.runs.pack.encode import CHECK_FIRST, Encoded
 from millstream.runs.pack.extent import Extent
@@ -47,6 +45,7 @@ from millstream.runs.pack.folder import (
 from millstream.runs.pack.hints import hints_of
 from millstream.runs.pack.inputs import Inputs, Used
 from millstream.runs.pack.ledger import make_ledger
+from millstream.runs.pack.memory import workers_of
 from millstream.runs.pack.numbering import Numbered
 from millstream.runs.pack.reading import Reading, Unit, without_data
 from millstream.runs.pack.settings import (
@@ -54,12 +53,10 @@ from millstream.runs.pack.settings import (
     Settings,
     chat_of,
     check_settings,
-    choose_workers,
     column_flag,
     columns_of,
     identity,
     paces,
-    window_memory,
     with_named,
 )
 from millstream.runs.pack.subset import Mark, Subset
@@ -116,15 +113,11 @@ class PackRun:
         name = settings.tokenizer_name
         self.tokenizer = load_tokenizer(name) if name else None
         self.identity = identity(settings, self.tokenizer)
-        rough = rough_total(self.shards)
         self.extent = Extent(self.shards)
-        vocab_size = self.tokenizer.vocab_size if self.tokenizer else 0
         self.dtype = self.tokenizer.dtype if self.tokenizer else np.dtype(np.uint32)
         chat = chat_of(settings, self.tokenizer)
         self.reading = Reading(self.shards, settings, self.identity, self.tokenizer, chat)
-        held = window_memory(settings, 4 if settings.masked else self.dtype.itemsize, rough)
-        held += unpacking_memory(self.shards, columns_of(settings), settings.memory)
-        self.workers, self.workers_why = choose_workers(settings, vocab_size, self.max_document, rough, held)
+        self.workers, self.workers_why = workers_of(settings, self.tokenizer, self.shards)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.started = time.perf_counter()
         self.compared = 0

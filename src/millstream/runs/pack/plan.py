@@ -14,24 +14,21 @@ from millstream.formats.corpus import Found, find_inputs, ignored_files
 from millstream.formats.documents import Fields
 from millstream.formats.parquet import check_columns
 from millstream.formats.slices import Limits
-from millstream.formats.sources import InputShard, rough_total
-from millstream.formats.unpacking import unpacking_memory
+from millstream.formats.sources import rough_total
 from millstream.records import SEGMENT, Ids
 from millstream.runs.pack.blocks import BlockReader
 from millstream.runs.pack.encode import Encode, engine_of
 from millstream.runs.pack.estimates import DOCUMENTS, Corpus, Estimate, Sums
 from millstream.runs.pack.layout import Layout, kept, layout
+from millstream.runs.pack.memory import workers_of
 from millstream.runs.pack.settings import (
-    DEFAULT_MAX_DOCUMENT,
     MIB,
     Settings,
     chat_of,
     check_settings,
-    choose_workers,
     column_flag,
     columns_of,
     identity,
-    window_memory,
     with_named,
 )
 from millstream.stream.bestfit import WINDOW
@@ -164,7 +161,7 @@ def make_plan(
     check_columns(shards, columns_of(settings)[:-1], column_flag(settings))
     name = settings.tokenizer_name
     tokenizer = load_tokenizer(name) if name else None
-    workers = {each.strategy: _workers(each, tokenizer, shards) for each in wanted}
+    workers = {each.strategy: workers_of(each, tokenizer, shards)[0] for each in wanted}
     try:
         reader = _reader(settings, tokenizer, sample, seed)
         parts = reader.parts(shards)
@@ -184,15 +181,6 @@ def _settings_of(settings: Settings, seq_len: int, strategy: str, strategies: Se
         chosen = replace(chosen, window=None, max_segments=None)
     check_settings(chosen)
     return chosen
-
-
-def _workers(settings: Settings, tokenizer: Tokenizer | None, shards: list[InputShard]) -> int:
-    """How many processes a run would take."""
-    rough = rough_total(shards)
-    itemsize, vocab_size = (tokenizer.dtype.itemsize, tokenizer.vocab_size) if tokenizer else (4, 0)
-    held = window_memory(settings, 4 if settings.masked else itemsize, rough)
-    held += unpacking_memory(shards, columns_of(settings), settings.memory)
-    return choose_workers(settings, vocab_size, settings.max_document or DEFAULT_MAX_DOCUMENT, rough, held)[0]
 
 
 def _reader(settings: Settings, tokenizer: Tokenizer | None, sample: int, seed: int) -> BlockReader:

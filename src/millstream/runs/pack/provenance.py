@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from millstream.errors import RequestError, RunError
+from millstream.errors import RequestError, RunError, setting
 from millstream.formats.dataset import Dataset, Located, Placement
 from millstream.formats.dataset import open as open_run
 from millstream.formats.kinds import place
@@ -34,8 +34,8 @@ class Provenance:
         """The only document that was packed. Raises RequestError if several were."""
         if len(self.documents) > 1:
             raise RequestError(
-                f"{len(self.documents)} documents have the id {self.document_id!r}: choose one with --number, of "
-                f"{self._numbers()}"
+                f"{len(self.documents)} documents have the id {self.document_id!r}: choose one with "
+                f"{setting('number')}, of {self._numbers()}"
             )
         return self.documents[0]
 

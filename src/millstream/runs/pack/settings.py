@@ -1,8 +1,6 @@
 """What a pack run is asked for: checked, and split into what decides the bytes and what does not."""
 
 import hashlib
-import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -15,24 +13,9 @@ from millstream.stream.bestfit import WINDOW
 from millstream.stream.chat import FIELDS, LOSSES, Chat
 from millstream.stream.line import STRATEGIES
 from millstream.stream.overlong import OVERLONG
-from millstream.stream.pack import LEAST
 from millstream.stream.tokenizers import Tokenizer
 
 MIB = 1 << 20
-
-# Peak resident memory, measured: the parent with Arrow; what GPT-2's engine and its word cache grow to on words that
-# never repeat, in the parent or in a worker of its own; what a larger vocabulary adds an id (o200k: 90 MiB); and
-# copies of a document that is decoded, tokenized and packed.
-PARENT_MEMORY = 160 * MIB
-ENGINE_MEMORY = 180 * MIB
-WORKER_MEMORY = 270 * MIB
-ID_MEMORY = 640
-GPT2_IDS = 50_257
-DOCUMENT_COPIES = 10
-HELD_DOCUMENT = 320  # what is kept of each document in a window besides its ids, until the window is handed out
-HELD_SAMPLE = 32  # bytes, of each in a window of best-fit: their order
-WORTH_A_WORKER = 24 * MIB
-"""Bytes of input below which starting another process takes longer than it saves."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,7 @@ class Settings:
     max_document: int | None = None
 
     workers: int | None = None
-    memory: int = 1024 * MIB
+    memory: int | None = None
     on_error: str = "stop"
     engine: str = "fast"
     overwrite: bool = False
@@ -118,8 +101,9 @@ def check_settings(settings: Settings) -> None:
 
     if settings.seq_len < 1:
         raise wrong("seq_len", "a sample needs at least one id")
-    if settings.seq_len * 32 > settings.memory:
-        raise wrong("seq_len", f"such samples do not fit into {sized('memory', settings.memory)}")
+    memory = DEFAULT_MEMORY if settings.memory is None else settings.memory
+    if settings.seq_len * 32 > memory:
+        raise wrong("seq_len", f"such samples do not fit into {sized('memory', memory)}")
     for name, known in CHOICES.items():
         if getattr(settings, name) not in known:
             raise wrong(name, f"give {' or '.join(known)}")
@@ -169,6 +153,7 @@ def _check_fields(settings: Settings, wrong: Callable[[str, str], RequestError])
 
 
 DEFAULT_MAX_DOCUMENT = 32 * MIB
+DEFAULT_MEMORY = 1024 * MIB  # and what the tokenizer needs, see memory.py
 
 
 def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -303,58 +288,3 @@ def paces(fraction: float) -> tuple[float, float]:
     (1.0, 0.25)
     """
     return min(1.0, (1 - fraction) / fraction) if fraction else 1.0, min(1.0, fraction / (1 - fraction))
-
-
-def window_memory(settings: Settings, itemsize: int, total_bytes: int | None) -> int:
-    """Bytes that windows need at most, for ids of `itemsize` bytes; `total_bytes` of input, None if that is unknown."""
-    most = math.inf if total_bytes is None else 2 * total_bytes  # roughly, and no text has more ids than bytes
-    best_fit, shuffled = (window or 0 for window in windows(settings))
-    ids = min(best_fit + shuffled, most)
-    short = ids * HELD_DOCUMENT / LEAST
-    # Full samples come of long documents, of which there are fewer; only of a few ids each do they take more.
-    n = settings.seq_len
-    long = min(best_fit, most) * (HELD_DOCUMENT / max(n, LEAST) + HELD_SAMPLE / n)
-    return int((ids * itemsize + max(short, long)) * sum(paces(settings.validation)))
-
-
-def choose_workers(
-    settings: Settings, vocab_size: int, max_document: int, total_bytes: int | None, held: int = 0
-) -> tuple[int, str]:
-    """(number of processes, why); `held` bytes are in windows.
-
-    Raises RequestError if `memory` is less than they were measured to need.
-    """
-    vocabulary = ID_MEMORY * max(0, vocab_size - GPT2_IDS)
-    documents = DOCUMENT_COPIES * max_document + held
-    alone = PARENT_MEMORY + ENGINE_MEMORY + vocabulary
-    if settings.memory < alone + documents:
-        fits = max(0, settings.memory - alone - held) // DOCUMENT_COPIES // MIB
-        lower = f", or {sized('max_document', fits * MIB)}" if fits else ""
-        window = f" and a window of {held / MIB:.3g} MiB" if held else ""
-        need = _whole(alone + documents)
-        raise RequestError(
-            f"{sized('memory', settings.memory)} is too little: documents of up to {max_document / MIB:.3g} MiB"
-            f"{window} need {need // MIB} MiB. Give {sized('memory', need)}{lower}"
-        )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    worker = WORKER_MEMORY + vocabulary
-    room = max(1, (settings.memory - PARENT_MEMORY - documents) // worker)
-    if settings.workers is not None:
-        if settings.workers > room:
-            need = _whole(PARENT_MEMORY + documents + settings.workers * worker)
-            raise RequestError(
-                f"{setting('workers', settings.workers)} needs up to {need // MIB} MiB, and the limit is "
-                f"{sized('memory', settings.memory)}. Give {sized('memory', need)} or {setting('workers', room)}"
-            )
-        return settings.workers, "as asked"
-    worth = cores if total_bytes is None else max(1, total_bytes // WORTH_A_WORKER)
-    if worth < cores and worth <= room:
-        return worth, "the input is small"
-    if room < cores:
-        return room, f"as many as fit into {settings.memory // MIB}MiB; there are {cores} cores"
-    return cores, "one a core"
-
-
-def _whole(size: int) -> int:
-    """Up to the next MiB."""
-    return -(-size // MIB) * MIB

@@ -191,6 +191,16 @@ def test_a_journal_is_a_folder_of_its_own(tmp_path, place):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_an_output_that_cannot_be_leaves_no_journal(tmp_path):
+    prompts = prompts_file(tmp_path / "prompts.jsonl", 3)
+    (tmp_path / "folder").mkdir()
+    done = ask(prompts, "--out", tmp_path / "folder", "--overwrite")
+    assert (done.returncode, "it is a folder" in done.stderr) == (2, True)
+    done = ask(prompts, "--out", tmp_path / "no" / "out.jsonl", "--journal", tmp_path / "J")
+    assert (done.returncode, "there is no such folder" in done.stderr) == (2, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "prompts.jsonl"]
+
+
 def test_the_journal_of_a_pack_run_is_refused(tmp_path):
     from millstream import pack_to
 

@@ -180,6 +180,10 @@ def _refuse_places(out: str, prompts: str, folder: str | None, *, overwrite: boo
         raise RequestError(f"the prompts are the journal in {folder}, which this run writes to: give another --journal")
     if out == "-":
         return
+    parent = os.path.dirname(os.path.realpath(out))
+    if os.path.isdir(out) or not (os.path.isdir(parent) or os.path.dirname(os.path.realpath(folder)) == parent):
+        why = "it is a folder" if os.path.isdir(out) else "there is no such folder"
+        raise RequestError(f"cannot write {out}: {why}")
     if os.path.realpath(out) == os.path.realpath(folder):
         raise RequestError(f"{out} cannot be both --out and --journal")
     if not is_ours(folder):

@@ -247,7 +247,9 @@ def test_the_losers_of_a_race_are_counted():
         assert asyncio.run(main()) >= server.stats.cost > 0
 
 
-@pytest.mark.parametrize("options", [{"max_cost": 1.0}, {"price": (1.0,)}, {"price": (1.0, -2.0)}, {"price": "ab"}])
+@pytest.mark.parametrize(
+    "options", [{"max_cost": 1.0}, {"price": (1.0,)}, {"price": (1.0, -2.0)}, {"price": "ab"}, {"price": 0.5}]
+)
 def test_prices_that_are_none_are_told(options):
     with pytest.raises(RequestError, match="price"):
         Client("http://127.0.0.1:9/v1", model="m", **options)

@@ -27,13 +27,13 @@ class Price(NamedTuple):
     cached: float
 
     @classmethod
-    def of_numbers(cls, numbers: Iterable[float]) -> "Price":
+    def of_numbers(cls, numbers: Any) -> "Price":
         """Raises RequestError for what are no prices.
 
         >>> Price.of_numbers([0.15, 0.6])
         Price(given=0.15, told=0.6, cached=0.15)
         """
-        prices = tuple(numbers)
+        prices = tuple(numbers) if isinstance(numbers, Iterable) else (numbers,)
         if len(prices) not in (2, 3) or not all(
             isinstance(price, int | float) and 0 <= price < math.inf for price in prices
         ):

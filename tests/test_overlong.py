@@ -344,6 +344,8 @@ def test_a_plan_of_all_is_what_packing_gives(tmp_path, name, how):
     assert choice.overlong.value == told["truncated"] + told["left_out"] + told["faulty"] > 0
     if how != "fault":
         assert choice.cut_off.value == ids["cut_off"]
+    shown = runs.cli("plan", source, "--eos", "--seq-len", 32, "--strategy", name, "--overlong", how)
+    assert f"overlong   N = 32: {choice.overlong.value:,} documents lose {choice.cut_off.value:,} ids" in shown.stdout
 
 
 def test_other_formats_have_what_was_kept(tmp_path):

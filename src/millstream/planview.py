@@ -133,7 +133,7 @@ def _errors(choice: Choice) -> list[str]:
 
 def _notes(plan: Plan) -> list[str]:
     lost = [
-        f"N = {choice.seq_len:,}: {_between(choice.cut_off, 'ids')} of {_between(choice.overlong, 'documents')} left"
+        f"N = {choice.seq_len:,}: {_between(choice.overlong, 'documents')} lose {_between(choice.cut_off, 'ids')}"
         for choice in {each.seq_len: each for each in plan.choices}.values()
         if choice.cut_off.value
     ]

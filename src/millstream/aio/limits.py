@@ -29,7 +29,7 @@ _WORTH = 0.25  # of the proportional gain: a step up that brings less is not wor
 _SURE = 2.0  # standard errors
 _IN_A_ROW = 3  # refusals without an end between them: so it is where all places are taken, and hardly ever by chance
 _ROUND, _FEWER = 0.15, 2.0  # climbing stops at such a share of refusals in a round; and so many more where it is short
-_QUIET = 0.005  # a share below which nothing is refused by chance: then one refusal tells that the ceiling is reached
+_QUIET, _USUAL = 0.01, 1 / 300  # a share below which nothing is refused by chance; and the weight of one event in it
 _BREAK = 8  # a part of a round for which a refusal delays climbing
 _HISTORY = 200  # entries
 
@@ -118,6 +118,7 @@ class Adaptive:
         self._epoch = 0
         self._clean = 0  # replies to attempts of this epoch
         self._row, self._round = 0, 0.0  # refusals without an end between them; their share in a round or so
+        self._by_chance = 0.0  # share of refusals that were taken for chance, in the long run
         self._break = 0  # ends until climbing goes on
         self._refused = False  # the ceiling is where the server refuses, not where it gets no faster
         self._mode: Literal["climb", "hold", "more", "less"] = "climb"
@@ -152,6 +153,7 @@ class Adaptive:
         self._clean += error is None and ticket == self._epoch
         self._row = 0
         self._round -= self._round / self._limit
+        self._by_chance -= _USUAL * self._by_chance
         if self._unused <= 0:
             self._measure(time)
             return
@@ -175,8 +177,9 @@ class Adaptive:
         if ticket != self._epoch:  # admitted together with the one that cut: so the ceiling was lower still
             self._ceiling = max(self._ceiling - 1, self.now) if known else self._ceiling
             return
-        quiet = known and self._round < _QUIET
+        quiet = self._mode == "more" and self._by_chance < _QUIET
         if self._may_be_chance() and not quiet:
+            self._by_chance += _USUAL * (1 - self._by_chance)
             if self._mode == "climb" and not known:
                 self._limit = min(self._limit, float(max(used, self._low)))
                 self._break = used // _BREAK

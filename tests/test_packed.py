@@ -130,6 +130,13 @@ def planned(tmp_path):
     return lambda **named: make_plan(tmp_path / "a.jsonl.zst", seq_lens=[32], strategies=["concat"], **named)
 
 
+def test_a_window_that_zstd_never_makes_is_damage(tmp_path):
+    data = bytearray(framed(DATA, 31))
+    data[5] = 0xFF  # the descriptor of the window: 3.75 TiB
+    (tmp_path / "a.jsonl.zst").write_bytes(data)
+    assert pack(tmp_path / "out", tmp_path / "a.jsonl.zst", on_error="skip").ledger["faults"] == {"unreadable": 1}
+
+
 def test_a_window_is_no_larger_than_what_is_in_it(tmp_path):
     (tmp_path / "a.jsonl.zst").write_bytes(framed(DATA, 31, sized=True))
     pack(tmp_path / "out", tmp_path / "a.jsonl.zst", seq_len=32)

@@ -17,6 +17,7 @@ READ = 1 << 20
 USUAL_WINDOW = 128 << 20
 """Bytes that any frame of a zstd file may hold at once: as much as the zstd program takes without being asked."""
 
+_LARGEST_WINDOW = 1 << 31
 _ZSTD_READ = 1 << 10  # 32 MiB unpacked at most: four bytes can become 128 KiB
 ENDS = 1 << 20
 """Bytes of each end of a file that its fingerprint covers."""
@@ -203,7 +204,7 @@ def zstd_window(file: BinaryIO) -> int:
         found = zstandard.get_frame_parameters(head)
         window = min(found.window_size, found.content_size)  # an unknown size is the largest number
     file.seek(0)
-    return int(window)
+    return int(window) if window <= _LARGEST_WINDOW else 0  # a larger one is none that zstd makes
 
 
 def fingerprint(shard: InputShard) -> dict[str, object]:

@@ -237,6 +237,23 @@ def test_a_stop_leaves_no_fewer_rows_than_there_were(tmp_path, monkeypatch, orde
     assert indexes(out) == list(range(3000))
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_what_a_damaged_journal_lost_stays_in_the_output_until_it_is_asked_again(tmp_path, monkeypatch, ordered):
+    monkeypatch.setattr("millstream.llm.wire.FIRST_WAIT", 0.001)
+    with serving(Behaviour()) as server:
+        prompts, out = finished(server, tmp_path, count=300)
+    before, journal = Path(out).read_bytes(), tmp_path / "out.jsonl.run" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:150]) + b"damage\n" * 50 + b"".join(lines[200:]))
+    with pytest.raises(RunError):  # the server is away
+        ask_to(out, prompts, settings_for(server, ordered=ordered))
+    assert Path(out).read_bytes() == before
+    with serving(Behaviour()) as server:
+        report = ask_to(out, prompts, settings_for(server, ordered=ordered))
+        assert (report.again, report.damaged, server.stats.requests) == (250, 50, 50)
+    assert indexes(out) == list(range(300))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_by_a_signal_all_that_was_known_is_there(tmp_path, number):
     with serving(Behaviour(latency=parse_latency("fixed 0.01"), faults=(parse_fault("413:0.02"),), seed=3)) as server:

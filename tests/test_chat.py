@@ -565,6 +565,7 @@ def test_parquet_with_values_that_python_cannot_have(tmp_path, folders):
         tmp_path / "c.parquet",
         tokenizer=str(folders["turns"]),
         chat=True,
+        loss="all",
         seq_len=4,
         on_error="skip",
     )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from millstream.errors import EngineMismatch, Unusable, setting
+from millstream.errors import EngineMismatch, RequestError, Unusable, setting
 from millstream.records import LEARNED, Ids
 from millstream.stream.chat import Rendered
 from millstream.stream.encoders import Engine, HuggingFace
@@ -49,6 +49,36 @@ def surround(
             out[where] = value
     out[own] = ids
     return out, total
+
+
+def already_there(ids: Ids, lengths: Ids, bos: int | None, eos: int | None, last: int = 1) -> tuple[int, int]:
+    """(documents that begin with BOS, documents with EOS among their `last` ids), before any is put around them.
+
+    >>> import numpy as np
+    >>> already_there(np.array([1, 5, 2, 1, 2, 9]), np.array([3, 0, 3]), 1, 2, last=2)
+    (2, 2)
+    """
+    own, stops = ids & np.uint32(LEARNED - 1), np.cumsum(lengths)
+    starts = stops - lengths
+    begun = 0 if bos is None else int((own[starts[lengths > 0]] == bos).sum())
+    if eos is None:
+        return begun, 0
+    ended = np.zeros(len(lengths), bool)
+    for back in range(1, last + 1):
+        there = lengths >= back
+        ended[there] |= own[stops[there] - back] == eos
+    return begun, int(ended.sum())
+
+
+def refuse_twice(ids: Ids, lengths: Ids, bos: int | None, eos: int | None) -> None:
+    """Raises RequestError if conversations are rendered with the BOS or EOS that is to be put around them."""
+    begun, ended = already_there(ids, lengths, bos, eos, last=2)  # a line end may follow an EOS
+    for name, found in (("bos", begun), ("eos", ended)):
+        if found:
+            raise RequestError(
+                f"the chat template writes {name.upper()} itself, and {setting(name, True)} would add a second one: "
+                "leave it out"
+            )
 
 
 def encode_rendered(tokenizer: Tokenizer, found: Sequence[Rendered], engine: Engine | None = None) -> tuple[Ids, Ids]:

@@ -11,9 +11,18 @@ import numpy as np
 
 from millstream.errors import RunError, setting
 from millstream.formats.documents import Fields, decode, leave_out
-from millstream.records import Fault, Ids, Slice, TextBatch
+from millstream.records import LEARNED, Fault, Ids, Slice, TextBatch
 from millstream.stream.encoders import Engine
-from millstream.stream.tokenize import Encoding, attempt, compare, encode_rendered, like_the_last, surround
+from millstream.stream.tokenize import (
+    Encoding,
+    already_there,
+    attempt,
+    compare,
+    encode_rendered,
+    like_the_last,
+    refuse_twice,
+    surround,
+)
 from millstream.stream.tokenizers import Tokenizer, load_tokenizer
 
 CHECK_FIRST = 1_000_000
@@ -26,7 +35,8 @@ CHECK_SIZE = 4 << 20  # longer texts are left out: the reference would need seco
 class Encoded:
     """The result of one unit, in columns. `position` numbers documents and faults together, from 0 (-1: goes on with
     the document before); `in_validation` is empty without a validation subset. `compared` bytes were compared with the
-    reference; `not_compared` has the ids of documents that it could not encode, and what it said."""
+    reference; `not_compared` has the ids of documents that it could not encode, and what it said; `unlearned`
+    conversations have nothing that is to be learned, and `twice` counts ready ids that had BOS or EOS already."""
 
     ids: Ids
     length: Ids
@@ -43,6 +53,9 @@ class Encoded:
     size: int
     compared: int = 0
     not_compared: dict[str, str] = field(default_factory=dict)
+    taught: int = 0
+    unlearned: int = 0
+    twice: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -85,6 +98,9 @@ class Encode:
             length = np.fromiter(map(len, batch.ids), np.int64, len(batch.ids))
             dtype = tokenizer.dtype if tokenizer else np.dtype(np.uint32)
             ids = np.concatenate(batch.ids).astype(dtype) if batch.ids else np.zeros(0, dtype)
+        if self.fields.of_row:
+            refuse_twice(ids, length, self.bos, self.eos)
+        twice = sum(already_there(ids, length, self.bos, self.eos)) if self.fields.ids else 0
         ids, length = surround(ids, length, self.bos, self.eos, batch.opened, batch.open)
         if self.masked and self.eos is not None:
             like_the_last(ids, length)
@@ -96,7 +112,16 @@ class Encode:
         if self.rescues:
             missed |= {batch.doc_ids[row]: message for row, message in rescued.items()}
         seconds = {part: b - a for part, a, b in zip(parts, clock, clock[1:], strict=False)}
-        return replace(found, compared=compared, not_compared=missed, seconds=seconds)
+        taught, unlearned = _taught(ids, length) if self.masked else (0, 0)
+        return replace(
+            found,
+            compared=compared,
+            not_compared=missed,
+            taught=taught,
+            unlearned=unlearned,
+            twice=twice,
+            seconds=seconds,
+        )
 
     def _encoded(self, unit: tuple[Slice, ...], batch: TextBatch, ids: Ids, length: Ids) -> Encoded:
         return Encoded(
@@ -181,6 +206,13 @@ class Encode:
         """Letters of a text; or bytes, of which a letter has `each` at most, where that makes a difference."""
         found = text.text if self.fields.of_row else text
         return len(found) if len(found) * each <= CHECK_SIZE else len(found.encode())
+
+
+def _taught(ids: Ids, length: Ids) -> tuple[int, int]:
+    """How many documents have ids that are to be learned, and how many have only others."""
+    row = np.repeat(np.arange(len(length)), length)
+    learned = np.bincount(row[ids >= LEARNED], minlength=len(length))
+    return int((learned > 0).sum()), int(((length > 0) & (learned == 0)).sum())
 
 
 @cache

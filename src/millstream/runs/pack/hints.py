@@ -6,13 +6,46 @@ from typing import Any
 from millstream.errors import Words, setting
 
 
-def hints_of(settings: dict[str, Any], ledger: dict[str, Any], repeated: str | None, *, already: bool) -> list[Words]:
+def hints_of(
+    settings: dict[str, Any],
+    ledger: dict[str, Any],
+    repeated: str | None,
+    unlearned: int = 0,
+    twice: int = 0,
+    *,
+    already: bool,
+) -> list[Words]:
     """Hints about a finished run, or one that was finished `already`.
 
-    `settings` and `ledger` are those of its manifest, `repeated` says which inputs were given more than once.
+    `settings` and `ledger` are those of its manifest, `repeated` says which inputs were given more than once; in
+    `unlearned` conversations nothing is learned, and `twice` counts ready ids that had BOS or EOS already.
     """
     found = [repeated] if repeated else []
-    return [Words(hint) for hint in (found if already else [*found, *_separators(settings), *_cut(settings, ledger)])]
+    if not already:
+        found += [*_separators(settings), *_cut(settings, ledger), *_unlearned(unlearned), *_twice(twice)]
+    return [Words(hint) for hint in found]
+
+
+_ROLES = "replies are what the role assistant says, and not what others say, such as model, gpt or Assistant"
+
+
+def nothing_learned(documents: int) -> str:
+    """What is wrong with a run that would teach nothing."""
+    return (
+        f"nothing in {documents:,} documents is to be learned: {_ROLES}. Name the roles so, or learn everything with "
+        f"{setting('loss', 'all')}"
+    )
+
+
+def _unlearned(count: int) -> Iterator[str]:
+    if count:
+        many = "1 conversation has" if count == 1 else f"{count:,} conversations have"
+        yield f"{many} nothing that is to be learned: {_ROLES}"
+
+
+def _twice(count: int) -> Iterator[str]:
+    if count:
+        yield f"ready ids had BOS or EOS already where one was added, {count:,} times: leave it out"
 
 
 def _cut(settings: dict[str, Any], ledger: dict[str, Any]) -> Iterator[str]:

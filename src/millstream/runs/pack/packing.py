@@ -42,7 +42,7 @@ from millstream.runs.pack.folder import (
     refuse_if_different,
     refuse_unknown_to_reference,
 )
-from millstream.runs.pack.hints import hints_of
+from millstream.runs.pack.hints import hints_of, nothing_learned
 from millstream.runs.pack.inputs import Inputs, Used
 from millstream.runs.pack.ledger import make_ledger
 from millstream.runs.pack.memory import workers_of
@@ -121,7 +121,7 @@ class PackRun:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.started = time.perf_counter()
         self.compared = 0
-        self.not_compared = 0
+        self.taught = self.unlearned = self.twice = self.not_compared = 0
         self.not_compared_such_as: tuple[str, str] | None = None
 
     @property
@@ -173,6 +173,8 @@ class PackRun:
                 used = Cursor(*found["read"]) if found else None
                 mark = self._stream(subsets, mark, used, faults, journal)
                 self.inputs.write(journal)
+                if self.unlearned and not self.taught and not mark.learned:
+                    raise DataError(nothing_learned(mark.ordinal))
                 ledger, exports = self._finish(subsets, mark, faults)
             except BaseException as error:
                 if isinstance(error, RequestError) and not found and not any(each.shards for each in subsets.values()):
@@ -298,6 +300,9 @@ class PackRun:
         for stage, seconds in encoded.seconds.items():
             self.seconds[stage] += seconds
         self.compared += encoded.compared
+        self.taught += encoded.taught
+        self.unlearned += encoded.unlearned
+        self.twice += encoded.twice
         self.not_compared += len(encoded.not_compared)
         self.not_compared_such_as = self.not_compared_such_as or next(iter(encoded.not_compared.items()), None)
 
@@ -450,7 +455,8 @@ class PackRun:
             compared=self.compared,
             not_compared=self.not_compared,
             not_compared_such_as=self.not_compared_such_as,
-            hints=hints_of(settings, ledger, repeated, already=already),
+            hints=hints_of(settings, ledger, repeated, self.unlearned, self.twice, already=already),
+            unlearned=self.unlearned,
             tokenizer=self.tokenizer.name if self.tokenizer else None,
             settings=settings,
             validation=validation,

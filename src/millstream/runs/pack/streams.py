@@ -28,7 +28,7 @@ from millstream.stream.encoders import Engine
 from millstream.stream.line import STRATEGIES, Line, Strategy
 from millstream.stream.overlong import OVERLONG, Overlong, too_many
 from millstream.stream.pack import Packed, State
-from millstream.stream.tokenize import Attempt, attempt, encode_rendered, like_the_last, surround
+from millstream.stream.tokenize import Attempt, attempt, encode_rendered, like_the_last, refuse_twice, surround
 from millstream.stream.tokenizers import load_tokenizer
 
 T = TypeVar("T")
@@ -237,7 +237,10 @@ def tokenize(
 
     def surrounded(found: Attempt, rows: int) -> tuple[Ids, Ids]:
         length = found.length[:rows]
-        ids, length = surround(found.ids[: length.sum()], length, bos_id, eos_id)
+        own = found.ids[: length.sum()]
+        if chat:
+            refuse_twice(own, length, bos_id, eos_id)
+        ids, length = surround(own, length, bos_id, eos_id)
         if chat and eos:
             like_the_last(ids, length)
         return ids if chat else ids.astype(loaded.dtype), length

@@ -312,6 +312,15 @@ def test_wrong_flags_are_one_line(server, tmp_path, flags, said):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("flags", [["--retry-faults"], ["--retry-finish", "length"], ["--reuse"]])
+def test_a_pipe_without_a_journal_has_no_earlier_run_to_go_on_from(server, tmp_path, flags):
+    prompts = prompts_in(tmp_path, ["a"])
+    done = command(server, prompts, "--out", "-", *flags)
+    assert (done.returncode, done.stdout, server.news()) == (2, "", [])
+    assert f"{flags[0]} goes on from an earlier run: with --out -, say with --journal" in done.stderr
+    assert command(server, prompts, "--out", "-", "--journal", str(tmp_path / "kept"), *flags).returncode == 0
+
+
 # With a schema, and at other endpoints ------------------------------------------------------------------------------
 
 ANSWER = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}

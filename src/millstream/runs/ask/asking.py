@@ -46,6 +46,8 @@ def ask_to(
     """
     if settings.all_replies and out != "-":
         raise RequestError("--all-replies is for --out -: a file gets all rows")
+    if out == "-" and journal is None:
+        _refuse_without_journal(settings)
     shards = expand([prompts])
     if len(shards) != 1:
         raise RequestError(f"{prompts}: prompts come from one file, or '-'")
@@ -88,6 +90,16 @@ def ask_to(
     if client.shortage:
         notes(client.shortage)
     return replace(report, notes=notes.told)
+
+
+def _refuse_without_journal(settings: AskSettings) -> None:
+    """Raise RequestError for what goes on from an earlier run, of which nothing is known without a journal."""
+    for name in ("retry_faults", "retry_finish", "reuse"):
+        if getattr(settings, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise RequestError(
+                f"{flag} goes on from an earlier run: with --out -, say with --journal where it was kept"
+            )
 
 
 def _client(settings: AskSettings) -> Client:

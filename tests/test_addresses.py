@@ -1,12 +1,15 @@
 """How a server is reached: queries, headers and proxies, and that no message holds what is secret in them."""
 
 import asyncio
+import errno
 import os
 import re
 import sys
 
 import msgspec
 import pytest
+from aiohttp import ClientProxyConnectionError
+from aiohttp.client_reqrep import ConnectionKey
 from helpers import cli, jsonl
 from test_wire import tls
 from wires import answering, body, http, told
@@ -220,6 +223,10 @@ def test_a_proxy_that_is_not_there_or_refuses_is_told_apart_from_the_server():
     _, gone, _ = heard_by(SAID, FAR, proxy="http://ann:hidden@127.0.0.1:1")
     assert told(gone) == ("connection", None, True, False)
     assert "the proxy http://127.0.0.1:1 cannot be reached" in str(gone)
+    assert gone.unpaid
+    _, unknown, _ = heard_by(SAID, FAR, proxy="http://no-such-proxy.invalid:3128")
+    assert (told(unknown), unknown.unpaid) == (("connection", None, True, False), True)
+    assert "the proxy http://no-such-proxy.invalid:3128 cannot be reached" in str(unknown)
     _, refused, _ = heard_by(http(b"", "407 Proxy Authentication Required"), FAR, proxy="http://ann:hidden@{}")
     assert (refused.kind, refused.fatal, "the proxy's login" in str(refused)) == ("proxy", True, True)
     for status, ends in (("407 Who", ("proxy", None, False, True)), ("503 Busy", ("connection", None, True, False))):
@@ -230,8 +237,15 @@ def test_a_proxy_that_is_not_there_or_refuses_is_told_apart_from_the_server():
         assert heard.startswith("CONNECT mill.invalid:443 HTTP/1.1\r\n")
         assert "Proxy-Authorization: Basic YW5uOmhpZGRlbg==\r\n" in heard
         assert told(failed) == ends
+        assert failed.unpaid
         assert f"lets no request through: HTTP {status}" in str(failed)
         assert "hidden" not in str(failed)
+
+
+def test_no_file_descriptor_for_the_way_to_the_proxy_is_no_attempt():
+    key = ConnectionKey("mill.invalid", 8000, False, True, None, None, None)
+    full = OSError(errno.EMFILE, "Too many open files")
+    assert Wire(FAR, proxy="http://127.0.0.1:1")._lost(ClientProxyConnectionError(key, full)).no_place
 
 
 @pytest.mark.parametrize("proxy", ["socks5://hidden:1", "http://", "http://ann:hid@den@x:99999", "ftp://hidden"])

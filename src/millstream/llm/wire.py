@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import (
+    ClientConnectorDNSError,
     ClientError,
     ClientHttpProxyError,
     ClientProxyConnectionError,
@@ -154,14 +155,20 @@ class Wire:
 
     def _lost(self, error: ClientError | OSError) -> WireError:
         """What to say of an attempt that got no answer: it may not have come further than the proxy."""
-        if self._proxy and isinstance(error, ClientHttpProxyError):
+        lost = self._peer.lost(error)
+        if not self._proxy or lost.no_place:
+            return lost
+        if isinstance(error, ClientHttpProxyError):
             said = f"HTTP {error.status} {self._peer.shown(error.message)}".rstrip()
             found = CONNECTION if error.status >= 500 or error.status == 429 else PROXY
-            return self._peer.error(found, f"the proxy {self._proxy.url} lets no request through: {said}")
-        if self._proxy and isinstance(error, ClientProxyConnectionError):
-            advice = "check --proxy, HTTPS_PROXY or NO_PROXY"
-            return self._peer.error(CONNECTION, f"the proxy {self._proxy.url} cannot be reached; {advice}")
-        return self._peer.lost(error)
+            words = f"the proxy {self._proxy.url} lets no request through: {said}"
+            return self._peer.error(found, words, unpaid=True)
+        if isinstance(
+            error, ClientProxyConnectionError | ClientConnectorDNSError
+        ):  # a server's name is the proxy's to find
+            words = f"the proxy {self._proxy.url} cannot be reached; check --proxy, HTTPS_PROXY or NO_PROXY"
+            return self._peer.error(CONNECTION, words, unpaid=True)
+        return lost
 
     def _post(self, body: Mapping[str, Any] | bytes, path: str) -> Any:
         assert self._session, "use it inside `async with`"

@@ -161,6 +161,8 @@ def test_the_command_takes_a_model(tmp_path, named):
         ("class", "cities.py:City", "cannot import"),
         ("", "towns.py:City", "cannot import"),
         ("", "no_such_module:City", "cannot import"),
+        ("", ":City", "names no model: give one as module:Model"),
+        ("", "cities:", "names no model: give one as module:Model"),
     ],
 )
 def test_a_model_that_is_not_there_is_told(tmp_path, monkeypatch, content, named, says):

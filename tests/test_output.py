@@ -124,8 +124,9 @@ def test_a_journal_is_neither_asked_nor_written_over(tmp_path):
         for target in journal, tmp_path / "link.jsonl", tmp_path / "hard.jsonl", beside:
             with pytest.raises(RequestError, match="belongs to a journal"):
                 ask_to(str(target), prompts, settings_for(server, overwrite=True), journal=str(tmp_path / "new"))
-        with pytest.raises(RequestError, match="belongs to a journal"):
-            ask_to(str(tmp_path / "J" / "journal.jsonl"), prompts, settings_for(server), journal=str(tmp_path / "J"))
+        for name in "journal.jsonl", "spent.jsonl":  # of a journal that is still to be
+            with pytest.raises(RequestError, match="belongs to a journal"):
+                ask_to(str(tmp_path / "J" / name), prompts, settings_for(server), journal=str(tmp_path / "J"))
         assert server.stats.requests == 20
     assert journal.read_bytes() == before
     assert not (tmp_path / "new").exists()

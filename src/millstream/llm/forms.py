@@ -49,6 +49,8 @@ def form_of(schema: Any) -> Form:
 def model_named(name: str) -> Any:
     """The class that MODULE:NAME or FILE.py:NAME says, imported. Raises RequestError if there is none."""
     module_name, _, class_name = name.rpartition(":")
+    if not (module_name and class_name):
+        raise RequestError(f"the schema {name} names no model: give one as module:Model or file.py:Model")
     try:
         if module_name.endswith(".py"):
             spec = importlib.util.spec_from_file_location("schema_of_replies", module_name)

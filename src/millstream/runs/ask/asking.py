@@ -184,7 +184,7 @@ def _journal_folder(out: str, journal: str | None) -> str | None:
 def _refuse_places(out: str, prompts: str, folder: str | None, *, overwrite: bool) -> None:
     """Before anything is opened: raise RequestError if something else would be written over, or asked without end."""
     refuse_inputs(out, [prompts])
-    refuse_journal(out)
+    refuse_journal(out, folder)
     if folder is None:
         return
     journal = identity(os.path.join(folder, JOURNAL))

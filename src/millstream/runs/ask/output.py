@@ -246,12 +246,13 @@ def refuse_inputs(out: str, inputs: Iterable[str]) -> None:
             raise RequestError(f"{one} is an input itself{'' if one == other else f' ({other})'}: give another --out")
 
 
-def refuse_journal(out: str) -> None:
-    """Raise RequestError if `out` is a journal or what stands beside one, or would be by its name."""
+def refuse_journal(out: str, to_be: str | None = None) -> None:
+    """Raise RequestError if `out` is a journal or what stands beside one, also one that is `to_be` in that folder."""
     if out == "-":
         return
     folder, name = os.path.split(os.path.realpath(out))
-    if name == JOURNAL or holds_journal(out) or (name == SPENT and is_ours(folder)):
+    place = None if to_be is None else os.path.realpath(to_be)
+    if name == JOURNAL or holds_journal(out) or (name == SPENT and (is_ours(folder) or folder == place)):
         raise RequestError(f"{out} belongs to a journal, which nothing else is written to: give another --out")
 
 

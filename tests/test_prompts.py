@@ -285,6 +285,17 @@ def told_of(folder, rows, recipe=RECIPE):
     return words, found
 
 
+def test_what_batch_rows_have_no_use_for_is_told_once(tmp_path):
+    row = {"method": "POST", "url": "/v1/chat/completions", "body": {"messages": user("a")}}
+    rows = [{"prompt": "x"}, *({"custom_id": str(number), **row} for number in range(3))]
+    recipe = Recipe("m", system="Be brief.", row_params=OWN)
+    words, found = told_of(tmp_path, rows, recipe)
+    flags = "--system and --row-params are not for rows of the Batch format"
+    assert words == [f"rows.jsonl, line 2: {flags}, whose body is sent as it is"]
+    assert {request.data for request in found[1:]} == {msgspec.json.encode({"model": "m", "messages": user("a")})}
+    assert told_of(tmp_path, rows[:1], recipe)[0] == told_of(tmp_path, rows)[0] == []
+
+
 def test_parameters_that_are_not_sent_are_told_once(tmp_path):
     rows = [{"prompt": "x"}, *({"prompt": "a", "temperature": 1, "max_tokens": 5, "note": 1} for _ in range(3000))]
     [words], found = told_of(tmp_path, rows)

@@ -75,6 +75,7 @@ class _Reader:
             raise RequestError(f"{prompts.name} is text, a prompt a line: its rows bring no parameters")
         # With a template, a field may be called as a parameter is and mean the weather.
         self._watched = LIKELY_PARAMS.difference(self._bodies.row_params) if recipe.template is None else frozenset()
+        self._unsent = [name for name in ("system", "template", "row_params") if getattr(recipe, name)]  # of Batch rows
         self._plain = _watched_row
         if recipe.template is not None or self._bodies.row_params:
             self._plain = _no_plain_row
@@ -207,6 +208,12 @@ class _Reader:
         """A request from any row, slowly; `line` is what the fields were read from."""
         name = None
         self._expects_batch = is_request(given)
+        if self._expects_batch and self._unsent:
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in self._unsent)
+            are = "is" if len(self._unsent) == 1 else "are"
+            rows = "rows of the Batch format, whose body is sent as it is"
+            self._tell(f"{self._place(number)}: {flags} {are} not for {rows}")
+            self._unsent = []
         if self._watched and not self._expects_batch:
             self._watch([name for name, value in given.items() if value is not None], self._place(number))
         try:

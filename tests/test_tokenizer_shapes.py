@@ -160,3 +160,18 @@ def test_dropout_is_refused_by_name(tmp_path, type_):
         pack(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", rows(TEXTS)), tokenizer=folder)
     assert not (tmp_path / "out").exists()
     assert load_tokenizer(definition(tmp_path / "tok", dropout=0.0)).vocab_size == 3
+
+
+def test_text_that_no_id_stands_for_is_counted(tmp_path):
+    made = json.loads(trained("bpe", "bytes", "none", alphabet=False).to_str())
+    made["added_tokens"] = [token for token in made["added_tokens"] if token["special"]]
+    (tmp_path / "lacking.json").write_text(json.dumps(made))
+    corpus = write_jsonl(tmp_path / "a.jsonl", rows(["the mill", "Queue \u6c34 mill"]))
+    report = pack(tmp_path / "out", corpus, tokenizer=str(tmp_path / "lacking.json"), seq_len=2)
+    known = set("the mill")
+    assert report.lost == sum(len(c.encode()) for c in "the millQueue \u6c34 mill" if c not in known) > 3
+    assert report.unknown == 0
+    (tmp_path / "unk.json").write_text(trained("unk", "blanks", "none", alphabet=False).to_str())
+    report = pack(tmp_path / "unk", corpus, tokenizer=str(tmp_path / "unk.json"), seq_len=2)
+    assert report.unknown == stream(tmp_path / "unk").count(0) > 0
+    assert pack(tmp_path / "gpt2", corpus, seq_len=2).lost == 0

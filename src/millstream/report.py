@@ -283,6 +283,9 @@ def pack_summary(report: Report) -> str:
         name, why = report.not_compared_such_as
         count = _count(report.not_compared, "document")
         lines.append(f"  compared   {count} not, such as {name!r}, which the fast engine alone encodes: {why}")
+    if report.lost or report.unknown:
+        lost, unknown = f"no id stands for {report.lost:,} bytes of text", f"{report.unknown:,} ids for unknown text"
+        lines.append(f"  lost       {lost}, {unknown}: the vocabulary lacks letters of this corpus")
     lines += [f"  hint       {hint.flags}" for hint in report.hints]
     return "\n".join(lines)
 

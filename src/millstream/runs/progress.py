@@ -33,6 +33,7 @@ class Report:
 
     `compared` bytes were compared with the reference engine; `not_compared` documents were not, as it cannot encode
     them, `not_compared_such_as` has the id of one and what it said. In `unlearned` conversations nothing is learned.
+    For `lost` bytes of text there is no id in the vocabulary, and `unknown` ids stand for any text that is unknown.
 
     `ignored` counts what the folders hold besides what is read, `unreadable` has folders that could not be listed: they
     are no documents, so the ledger knows nothing of them.
@@ -58,6 +59,8 @@ class Report:
     settings: dict[str, Any]
     validation: dict[str, Any] | None = None
     unlearned: int = 0
+    lost: int = 0
+    unknown: int = 0
     not_compared: int = 0
     not_compared_such_as: tuple[str, str] | None = None
     exports: list[dict[str, Any]] = field(default_factory=list)

@@ -32,7 +32,8 @@ class Tokenizer:
     text may be cut between a letter and a blank, `reference` builds the engine that checks `engine` (None: it is the
     reference itself), `definition` is the tokenizer.json to keep with a run so that it can be decoded anywhere.
     `chat` is how it renders conversations, `token_bytes` makes `bytes_of`, and `normalized` is the Unicode form that
-    text is brought into first, if any.
+    text is brought into first, if any; with `leaves_out`, letters may have no id at all, and `unknown` is the id that
+    stands for any unknown text.
     """
 
     name: str
@@ -49,6 +50,8 @@ class Tokenizer:
     chat: Chat = field(default_factory=Chat)
     token_bytes: Callable[[], Ids | None] = lambda: None
     normalized: str | None = None
+    leaves_out: bool = False
+    unknown: int | None = None
 
     @cached_property
     def bytes_of(self) -> Ids | None:
@@ -266,6 +269,8 @@ def from_definition(
         chat=_chat(config, control),
         token_bytes=lambda: byte_level_lengths(content, vocabulary, added),
         normalized=(content.get("normalizer") or {}).get("type"),
+        leaves_out=not knows_all_text(content),
+        unknown=vocabulary.get(content["model"].get("unk_token") or ""),
     )
 
 

@@ -56,6 +56,8 @@ class Encoded:
     taught: int = 0
     unlearned: int = 0
     twice: int = 0
+    lost: int = 0
+    unknown: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -98,6 +100,7 @@ class Encode:
             length = np.fromiter(map(len, batch.ids), np.int64, len(batch.ids))
             dtype = tokenizer.dtype if tokenizer else np.dtype(np.uint32)
             ids = np.concatenate(batch.ids).astype(dtype) if batch.ids else np.zeros(0, dtype)
+        lost, unknown = self._lost(tokenizer, batch, ids) if tokenizer and not self.fields.ids else (0, 0)
         if self.fields.of_row:
             refuse_twice(ids, length, self.bos, self.eos)
         twice = sum(already_there(ids, length, self.bos, self.eos)) if self.fields.ids else 0
@@ -120,8 +123,20 @@ class Encode:
             taught=taught,
             unlearned=unlearned,
             twice=twice,
+            lost=lost,
+            unknown=unknown,
             seconds=seconds,
         )
+
+    def _lost(self, tokenizer: Tokenizer, batch: TextBatch, ids: Ids) -> tuple[int, int]:
+        """(bytes of text that no id stands for, ids that stand for unknown text), where they can be known."""
+        own = ids & np.uint32(LEARNED - 1) if self.masked else ids
+        unknown = 0 if tokenizer.unknown is None else int((own == tokenizer.unknown).sum())
+        sizes = tokenizer.bytes_of if tokenizer.leaves_out and tokenizer.normalized is None else None
+        if sizes is None:
+            return 0, unknown
+        texts = (text.text if self.fields.of_row else text for text in batch.texts)
+        return max(0, sum(len(text.encode()) for text in texts) - int(sizes[own].sum())), unknown
 
     def _encoded(self, unit: tuple[Slice, ...], batch: TextBatch, ids: Ids, length: Ids) -> Encoded:
         return Encoded(

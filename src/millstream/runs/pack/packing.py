@@ -121,7 +121,7 @@ class PackRun:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.started = time.perf_counter()
         self.compared = 0
-        self.taught = self.unlearned = self.twice = self.not_compared = 0
+        self.lost = self.unknown = self.taught = self.unlearned = self.twice = self.not_compared = 0
         self.not_compared_such_as: tuple[str, str] | None = None
 
     @property
@@ -303,6 +303,8 @@ class PackRun:
         self.taught += encoded.taught
         self.unlearned += encoded.unlearned
         self.twice += encoded.twice
+        self.lost += encoded.lost
+        self.unknown += encoded.unknown
         self.not_compared += len(encoded.not_compared)
         self.not_compared_such_as = self.not_compared_such_as or next(iter(encoded.not_compared.items()), None)
 
@@ -457,6 +459,8 @@ class PackRun:
             not_compared_such_as=self.not_compared_such_as,
             hints=hints_of(settings, ledger, repeated, self.unlearned, self.twice, already=already),
             unlearned=self.unlearned,
+            lost=self.lost,
+            unknown=self.unknown,
             tokenizer=self.tokenizer.name if self.tokenizer else None,
             settings=settings,
             validation=validation,

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
 
 import pytest
+from wires import deciding_elsewhere, said
 
 from millstream.errors import RequestError, RunError
 from millstream.llm.simulator import Behaviour, parse_fault, parse_latency, running
@@ -179,6 +181,36 @@ def test_killed_anywhere_every_answered_request_is_there_once(tmp_path, count, k
     assert sorted(row["index"] for row in rows) == list(range(count))
     assert all(f"question {row['index']}" in row["text"] for row in rows)
     assert journalled(out) == count
+
+
+@pytest.mark.parametrize("out", ["out.jsonl", "-"])
+def test_killed_while_replies_wait_for_their_turn_none_is_asked_twice(tmp_path, out):
+    asked, mended = Counter(), []
+
+    def decide(body, number):
+        prompt = body["messages"][-1]["content"]
+        asked[prompt] += 1
+        return (200, said()) if mended or prompt != "question 5" else (503, {"error": {"message": "not yet"}})
+
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"question {number}"}) + "\n" for number in range(100)))
+    journal = tmp_path / "kept"
+    with deciding_elsewhere(decide) as url:
+        words = ["ask", str(prompts), "--out", out, "--ordered", "--journal", str(journal), "--model", "m"]
+        line = [sys.executable, "-m", "millstream", *words, "--base-url", url, "--attempts", "99"]
+        asking = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (path := journal / "journal.jsonl").exists() or path.read_bytes().count(b'{"key":') < 99:
+            assert asking.poll() is None
+            time.sleep(0.005)
+        asking.kill()
+        assert asking.wait() == -9
+        mended.append(True)
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(row) for row in (done.stdout if out == "-" else (tmp_path / out).read_text()).splitlines()]
+    assert [row["index"] for row in rows] == list(range(100))
+    del asked["question 5"]
+    assert set(asked.values()) == {1}
 
 
 def test_interrupted_it_lets_what_runs_end_and_says_how_to_go_on(tmp_path):

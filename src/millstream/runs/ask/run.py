@@ -47,11 +47,15 @@ def advice(journal: AnswerJournal | None) -> str:
 
 
 class _Asked(NamedTuple):
-    """A request that was handed to the flow; `place` is that of its earlier outcome in the journal, or -1."""
+    """A request that was handed to the flow; `place` is that of its earlier outcome in the journal, or -1.
+
+    `kept`: its reply is in the journal, and waits for its turn in an ordered run.
+    """
 
     request: Request
     slot: Slot
     place: int
+    kept: bool = False
 
 
 class AskRun:
@@ -123,7 +127,7 @@ class AskRun:
             canaries=_CANARIES,
             batched=True,
             delay=self.client.holding(self._hold, self._told_to_wait).delay,
-            watch=self.tripwire.seen,
+            watch=self._seen,
         )
 
     def _listen_to_interrupts(self, stack: contextlib.AsyncExitStack) -> None:
@@ -264,6 +268,17 @@ class AskRun:
         if self.held and not self.tripwire.doubts(self.held[0]):
             self._settle_held()
 
+    def _seen(self, outcome: Reply[Answer] | Fault, began: float, now: float) -> None:
+        """An outcome, at once. A reply that has to wait for its turn is kept before it does: it is paid."""
+        self.tripwire.seen(outcome, began, now)
+        if self.in_order and self.journal is not None and isinstance(outcome, Reply):
+            asked = self.under_way[outcome.index]
+            self.journal.append(asked.request.key, _encode(self._row(asked.request, outcome)))
+            self.under_way[outcome.index] = asked._replace(kept=True)
+
+    def _row(self, request: Request, outcome: Reply[Answer] | Fault) -> dict[str, Any]:
+        return row_of(request, outcome, whole=self.settings.batch_format or self.settings.keep_body)
+
     def _hold(self, error: Exception) -> None:
         self.tripwire.held(error, asyncio.get_running_loop().time())
 
@@ -286,13 +301,12 @@ class AskRun:
         asked = self.under_way.pop(outcome.index)
         if isinstance(outcome, Fault) and self._stays(asked, outcome):
             return
-        row = row_of(asked.request, outcome, whole=self.settings.batch_format or self.settings.keep_body)
-        self.lineup.put(asked.slot, self._kept(asked.request, row))
+        self.lineup.put(asked.slot, self._kept(asked.request, self._row(asked.request, outcome), again=asked.kept))
         self.tally.tell(self.flow)
 
     def _stays(self, asked: _Asked, fault: Fault) -> bool:
         """Whether an earlier reply was asked again in vain: then it stays, in the journal too."""
-        request, slot, place = asked
+        request, slot, place = asked.request, asked.slot, asked.place
         if not self.journal or place < 0 or is_fault(place):
             return False
         row = self.journal.row(place, request.id, request.index)
@@ -304,17 +318,19 @@ class AskRun:
 
     def _leave(self, number: int) -> None:
         """The next run asks it; until then an earlier outcome stays."""
-        request, slot, place = self.under_way.pop(number)
+        asked = self.under_way.pop(number)
+        request, slot, place = asked.request, asked.slot, asked.place
         row = self.journal.row(place, request.id, request.index) if self.journal and place >= 0 else None
         if row is None:
             self.lineup.leave(slot)
         else:
             self.lineup.put(slot, self._earlier(request, row, is_fault(place)))
 
-    def _kept(self, request: Request, row: dict[str, Any], known: bool = False) -> bytes:
-        """The row of an outcome as the output wants it, after the journal has it."""
+    def _kept(self, request: Request, row: dict[str, Any], *, known: bool = False, again: bool = False) -> bytes:
+        """The row of an outcome as the output wants it, after the journal has it: `known` from an earlier run, or put
+        there by this one, which comes to it `again`."""
         data = _encode(row)
-        if self.journal is not None and not known:
+        if self.journal is not None and not (known or again):
             self.journal.append(request.key, data)
         self.tally.again += known
         return self._counted(request, data, "fault" in row, row)

@@ -285,6 +285,21 @@ def told_of(folder, rows, recipe=RECIPE):
     return words, found
 
 
+def test_a_rows_own_limit_of_ids_stands_in_place_of_the_commands(tmp_path):
+    rows = [
+        batch_row("a", messages=user("a"), max_completion_tokens=5),
+        {"id": "a", "prompt": "a", "max_completion_tokens": 5},
+    ]
+    keys = set()
+    for cap in {}, {"max_tokens": 40}, {"max_tokens": 50}:
+        recipe = Recipe("m", params=cap, row_params=("max_completion_tokens",))
+        found = requests_of(tmp_path, rows, recipe)
+        for request in found:
+            assert body_of(request) == {"model": "m", "max_completion_tokens": 5, "messages": user("a")}
+        keys.add(tuple(request.key for request in found))
+    assert len(keys) == 1  # an earlier run's are found, whatever the command's limit is
+
+
 def test_what_batch_rows_have_no_use_for_is_told_once(tmp_path):
     row = {"method": "POST", "url": "/v1/chat/completions", "body": {"messages": user("a")}}
     rows = [{"prompt": "x"}, *({"custom_id": str(number), **row} for number in range(3))]

@@ -112,6 +112,15 @@ def caps_of(params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: params[name] for name in CAPS if name in params}
 
 
+def with_own(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of all requests, and over them a request's own; its limit of ids stands in place of theirs.
+
+    >>> with_own({"n": 2, "max_tokens": 5}, {"max_completion_tokens": 7})
+    {'n': 2, 'max_completion_tokens': 7}
+    """
+    return {**(given if own.keys().isdisjoint(CAPS) else without_caps(given)), **own}
+
+
 def with_caps(data: bytes, caps: Mapping[str, Any]) -> bytes:
     """A body with these limits of ids in place of its own.
 
@@ -196,7 +205,7 @@ class Bodies:
         """The frame of a row that may bring parameters of its own."""
         own = {name: given[name] for name in self.row_params if given.get(name) is not None}
         in_order(own)  # raises for what JSON does not have
-        whole = {**self._given, **own}
+        whole = with_own(self._given, own)
         if "model" in self.row_params and not (whole["model"] and isinstance(whole["model"], str)):
             raise ValueError("the row names no model: put one in, or give --model")
         return Frame(whole, self._system) if own else self.frame
@@ -222,7 +231,7 @@ class Bodies:
             return Body(in_order(body), _hash(_encode_sorted(body)), path)
         has_choices = path.endswith("/completions")
         unfit = {*body, *(() if has_choices else ("response_format",))}
-        filled = {**{name: value for name, value in self._given.items() if name not in unfit}, **body}
+        filled = with_own({name: value for name, value in self._given.items() if name not in unfit}, body)
         if filled["model"] is None:
             filled["model"] = self._given["model"]
         if filled["model"] is None and not has_choices:
@@ -257,7 +266,7 @@ def body_from(prompt: Any, given: Mapping[str, Any], system: str | None) -> dict
         text, messages = own.pop("prompt", None), own.pop("messages", None)
         if own.get("model", "") is None:
             del own["model"]
-        body |= own
+        body = with_own(body, own)
         if messages is None and isinstance(text, str):
             messages = [{"role": "user", "content": text}]
     elif isinstance(prompt, str):

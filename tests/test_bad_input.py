@@ -396,7 +396,7 @@ def test_bad_rows_of_parquet(tmp_path):
 
 def test_parquet_without_the_column_names_those_it_has(tmp_path):
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(RequestError, match=r"a\.parquet has no column 'text'; it has body, n: .* --text-field"):
+    with pytest.raises(RequestError, match=r"a\.parquet has no column 'text'; it has body, n: .* text_field"):
         pack(tmp_path / "out", tmp_path / "a.parquet", seq_len=4, on_error="skip")
     assert not (tmp_path / "out").exists()
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "b.parquet")

@@ -334,7 +334,7 @@ def test_the_same_bytes_for_any_number_of_workers(tmp_path, case):
     found = []
     for workers in (1, 2, 5):
         out = tmp_path / f"out-{workers}"
-        done = runs.cli(*args, "--memory", "3GiB", "--workers", workers, "--out", out)
+        done = runs.cli(*args, "--memory", "4GiB", "--workers", workers, "--out", out)
         assert done.returncode == (3 if case.faulty else 0), done.stderr
         found.append(runs.digests(out))
     assert len(found[0]) > 10

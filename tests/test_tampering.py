@@ -1,5 +1,6 @@
 """What a bug in the writer would leave: every SHA-256 is right, and what they are of is not."""
 
+import itertools
 import json
 import shutil
 
@@ -235,19 +236,22 @@ def found_in(folder):
     return "\n".join(millstream.verify(folder).problems)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("kind", KINDS)
+NOTHING_OF_THE_KIND = {
+    *itertools.product(["starts-zero", "splits-swapped"], ["split-left", "best-fit-shuffled"]),
+    ("segment-lengths-moved", "split-left"),
+    ("splits-swapped", "parquet-chats"),
+    # What a template writes at the ends is not known: `--against` tells.
+    *itertools.product(SAMPLES, ["chats", "parquet-chats"]),
+}
+SHOWN = [pair for pair in itertools.product(KINDS, ORDERS) if pair not in NOTHING_OF_THE_KIND]
+
+
+@pytest.mark.parametrize(("kind", "order"), SHOWN)
 def test_what_a_folder_alone_shows(made, tmp_path, kind, order):
     folder = shutil.copytree(made / order, tmp_path / "out")
-    settings = read_manifest(str(folder))["settings"]
     before = runs.digests(folder)
-    try:
-        KINDS[kind](folder)
-    except (AssertionError, IndexError, ValueError):
-        pytest.skip("this run has nothing of the kind")
+    KINDS[kind](folder)
     reseal(folder)
-    if kind in SAMPLES and settings["eos_id"] is None:
-        pytest.skip("what a template writes at the ends is not known: --against tells")
     changed = [name for name, digest in runs.digests(folder).items() if digest != before[name] and "man" not in name]
     assert len(changed) == 1
     assert found_in(folder)

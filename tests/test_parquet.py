@@ -25,14 +25,16 @@ from helpers import (
 
 from millstream.errors import DataError, RequestError
 from millstream.formats.corpus import expand
+from millstream.formats.footer import leaves_by_group
 from millstream.formats.pages import page_sizes
-from millstream.formats.parquet import DECODED, batches_of, decoded_size, leaves_of
+from millstream.formats.parquet import DECODED, batches_of, decoded_sizes
 from millstream.formats.slices import Limits, slices
 from millstream.formats.sources import InputShard
 from millstream.formats.unpacking import unpacking_memory
 from millstream.records import Cursor
 from millstream.runs.ask.prompts import Recipe, batches
 from millstream.runs.pack.plan import make_plan
+from millstream.runs.pack.stretches import row_groups
 
 quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
 
@@ -201,7 +203,7 @@ def test_batches_are_small_when_decoded(tmp_path, monkeypatch, block):
         found = [batch.num_rows for batch in batches_of(shard_of(path), file, 0, ["text"], block)]
         assert found == [1] * 300
         assert max(read) <= 1.1 * DECODED
-        assert 0.9 < decoded_size(shard_of(path), file.metadata, 0, ["text"]) / (300 << 20) < 1.1
+        assert 0.9 < decoded_sizes(shard_of(path), file.metadata, ["text"])[0] / (300 << 20) < 1.1
 
 
 def test_nested_texts_that_are_stored_once_are_bounded_too(tmp_path):
@@ -258,18 +260,20 @@ def test_the_sizes_of_pages_are_told_by_their_headers(tmp_path, version, packing
     pq.write_table(table, path, row_group_size=1500, dictionary_pagesize_limit=5000, write_page_checksum=True, **named)
     footer = pq.read_metadata(path)
     with open(path, "rb") as file:
-        for group in range(footer.num_row_groups):
-            for leaf in leaves_of(footer, group, ["text", "n", "lists"]):
+        for leaves in leaves_by_group(path, footer, ["text", "n", "lists"]):
+            assert len(leaves) == 3
+            for leaf in leaves:
                 sizes = list(page_sizes(file, leaf))
-                assert 0 <= leaf.total_uncompressed_size - sum(sizes) < 9000 * len(sizes)
-                assert len(sizes) > (20 if leaf.path_in_schema == "text" else 0)
+                assert 0 <= leaf.unpacked - sum(sizes) < 9000 * len(sizes)
+                assert len(sizes) > (20 if leaf.path == "text" else 0)
     assert unpacking_memory([shard_of(path)], ["text"], 1 << 30) == 0
 
 
 def test_damaged_headers_of_pages_end_the_search(tmp_path):
     pq.write_table(pa.table({"text": TEXTS * 100}), tmp_path / "a.parquet")
-    leaf = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0)
+    leaf = leaves_by_group(tmp_path / "a.parquet", pq.read_metadata(tmp_path / "a.parquet"), ["text"])[0][0]
     data = (tmp_path / "a.parquet").read_bytes()
+    assert list(page_sizes(io.BytesIO(data[: leaf.data_at] + b"\x1c" * 20_000), leaf._replace(once_at=0))) == []
     rng = np.random.default_rng(1)
     for _ in range(300):
         damaged = bytearray(data)
@@ -307,6 +311,42 @@ def test_memory_of_repeated_texts(tmp_path, command, rows):
     extra = ["--out", tmp_path / "out"] if command == "pack" else ["--sample", "200MiB"]
     with runs.Run(command, path, "--memory", memory, *extra) as run:
         check(run, f"{command} of {rows:,} equal texts of 1 MiB", int(memory[:-3]) << (30 if "G" in memory else 20))
+
+
+def test_a_footer_is_read_as_arrow_reads_it(tmp_path):
+    rows = [{"id": n, "text": f"t{n % 7}", "chat": [{"role": "user", "content": str(n)}]} for n in range(300)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=70, use_dictionary=["text"])
+    footer = pq.read_metadata(path)
+    found = leaves_by_group(path, footer, ["text", "chat"])
+    assert len(found) == footer.num_row_groups == 5
+    for group, leaves in enumerate(found):
+        assert [leaf.path.split(".")[0] for leaf in leaves] == ["text", "chat", "chat"]
+        for number, leaf in enumerate(leaves, 1):
+            told = footer.row_group(group).column(number)
+            assert (leaf.path, leaf.text) == (told.path_in_schema, told.physical_type == "BYTE_ARRAY")
+            assert (leaf.values, leaf.unpacked, leaf.packed, leaf.data_at, leaf.once_at) == (
+                *(told.num_values, told.total_uncompressed_size, told.total_compressed_size, told.data_page_offset),
+                told.dictionary_page_offset or 0,
+            )
+
+
+def test_no_damage_to_a_footer_ends_a_plan(tmp_path):
+    """Arrow ends the process where it is asked about a column whose statistics do not fit, with six of these bytes."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"t{n % 7}" for n in range(30)], "id": range(30)}), path, row_group_size=15)
+    data = path.read_bytes()
+    footer = int.from_bytes(data[-8:-4], "little")
+    told = row_groups(shard_of(path), ("text",))
+    assert told is not None
+    assert len(told) == 2
+    for at in range(len(data) - 8 - footer, len(data) - 8):
+        for change in (1, 0x10):
+            damaged = bytearray(data)
+            damaged[at] ^= change
+            path.write_bytes(damaged)
+            found = row_groups(shard_of(path), ("text",))
+            assert found is None or all(group.size > 0 for group in found)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -4,21 +4,21 @@ A writer that counts rows and not bytes makes pages of GBs, and equal texts pack
 """
 
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
+
+from millstream.formats.footer import Leaf
+from millstream.formats.thrift import Compact
 
 _HEADER = 1 << 14
-_STOP, _TRUE, _FALSE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 0, 1, 2, 7, 8, 9, 10, 11, 12
 
 
-def page_sizes(file: BinaryIO, leaf: Any) -> Iterator[int]:
+def page_sizes(file: BinaryIO, leaf: Leaf) -> Iterator[int]:
     """Bytes of each page of a column in a row group (`leaf`, of the footer), unpacked; those whose headers can be read.
 
     Raises OSError.
     """
-    at = leaf.data_page_offset
-    if leaf.has_dictionary_page and leaf.dictionary_page_offset:
-        at = min(at, leaf.dictionary_page_offset)
-    end = at + leaf.total_compressed_size
+    at = min(leaf.data_at, leaf.once_at) if leaf.once_at else leaf.data_at
+    end = at + leaf.packed
     while at < end:
         file.seek(at)
         try:
@@ -32,62 +32,19 @@ def page_sizes(file: BinaryIO, leaf: Any) -> Iterator[int]:
 
 
 class _Header:
-    """A page's header, in Thrift's compact protocol: its own length and the page's size, packed and unpacked.
+    """A page's header (parquet.thrift, PageHeader): its own length and the page's size, packed and unpacked.
 
-    The form: parquet.thrift, PageHeader; thrift-compact-protocol.md. Raises IndexError where it is cut.
+    Raises IndexError where it is cut.
     """
 
     def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
         self.unpacked = self.packed = -1
-        for field, kind in self._fields():
-            if field in (2, 3):
-                value = self._number()
-                value = (value >> 1) ^ -(value & 1)
-                if field == 2:
-                    self.unpacked = value
-                else:
-                    self.packed = value
+        read = Compact(data)
+        for field, kind in read.fields():
+            if field == 2:
+                self.unpacked = read.number()
+            elif field == 3:
+                self.packed = read.number()
             else:
-                self._pass(kind)
-        self.length = self._at
-
-    def _fields(self) -> Iterator[tuple[int, int]]:
-        """(number, type) of the fields of a struct, each before its value."""
-        field = 0
-        while (byte := self._byte()) != _STOP:
-            if byte >> 4:
-                field += byte >> 4
-            else:
-                number = self._number()
-                field = (number >> 1) ^ -(number & 1)
-            yield field, byte & 15
-
-    def _pass(self, kind: int) -> None:
-        if kind == _STRUCT:
-            for _, inner in self._fields():
-                self._pass(inner)
-        elif kind == _BINARY:
-            length = self._number()
-            self._at += length
-        elif kind == _DOUBLE:
-            self._at += 8
-        elif kind in (_LIST, _SET, _MAP):
-            raise IndexError  # no header has any
-        elif kind == 3:
-            self._at += 1
-        elif kind not in (_TRUE, _FALSE):
-            self._number()
-
-    def _byte(self) -> int:
-        self._at += 1
-        return self._data[self._at - 1]
-
-    def _number(self) -> int:
-        found = shift = 0
-        while True:
-            byte = self._byte()
-            found |= (byte & 127) << shift
-            if byte < 128:
-                return found
-            shift += 7
+                read.skip(kind)
+        self.length = read.at

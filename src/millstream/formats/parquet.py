@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from millstream.errors import RequestError, Unusable
+from millstream.formats.footer import Leaf, leaves_by_group
 from millstream.formats.sources import InputShard
 from millstream.records import Ids
 
@@ -76,31 +77,28 @@ def _text_paths(schema: Any, columns: Iterable[str]) -> list[str]:
     ]
 
 
-def decoded_size(shard: InputShard, footer: Any, group: int, columns: Iterable[str]) -> int:
-    """Bytes that the `columns` of a row group become, roughly, where all texts are stored once."""
-    total = 0
-    for leaf in leaves_of(footer, group, columns):
-        size = int(leaf.total_uncompressed_size)
-        if leaf.physical_type == "BYTE_ARRAY" and _names_alone(leaf):
-            size = max(size, round(leaf.num_values * _stored_once(shard, footer, group, leaf.path_in_schema).mean))
-        total += size
-    return max(1, total)
+def decoded_sizes(shard: InputShard, footer: Any, columns: Iterable[str]) -> list[int]:
+    """Bytes that the `columns` of each row group become, roughly, where all texts are stored once. Raises OSError."""
+    return [
+        max(1, sum(_decoded(shard, footer, group, leaf) for leaf in leaves))
+        if leaves
+        else max(1, footer.row_group(group).total_byte_size)
+        for group, leaves in enumerate(leaves_by_group(shard.uri, footer, columns))
+    ]
 
 
-def _names_alone(leaf: Any) -> bool:
+def _decoded(shard: InputShard, footer: Any, group: int, leaf: Leaf) -> int:
+    if leaf.text and _names_alone(leaf):
+        return max(leaf.unpacked, round(leaf.values * _stored_once(shard, footer, group, leaf.path).mean))
+    return leaf.unpacked
+
+
+def _names_alone(leaf: Leaf) -> bool:
     """Whether behind the texts that are stored once there is hardly more than their numbers."""
-    if not leaf.has_dictionary_page or not leaf.dictionary_page_offset:
+    if not leaf.once_at:
         return False
-    once = max(0, leaf.data_page_offset - leaf.dictionary_page_offset)
-    named = int(leaf.total_compressed_size) - once
-    return bool(named <= 8 * leaf.num_values + _HEADERS)
-
-
-def leaves_of(footer: Any, group: int, columns: Iterable[str]) -> list[Any]:
-    """What a row group stores of these columns: for a nested one, each of its parts."""
-    meta, wanted = footer.row_group(group), set(columns)
-    leaves = [meta.column(number) for number in range(meta.num_columns)]
-    return [leaf for leaf in leaves if leaf.path_in_schema.partition(".")[0] in wanted]
+    once = max(0, leaf.data_at - leaf.once_at)
+    return leaf.packed - once <= 8 * leaf.values + _HEADERS
 
 
 class _Once(NamedTuple):

@@ -2,11 +2,12 @@
 
 import contextlib
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from millstream.errors import RequestError, sized
+from millstream.formats.footer import Leaf, leaves_by_group
 from millstream.formats.pages import page_sizes
-from millstream.formats.parquet import DECODED, leaves_of
+from millstream.formats.parquet import DECODED
 from millstream.formats.sources import InputShard, zstd_window
 
 _COUNTED_WINDOW = 8 << 20  # a smaller one is within what a process was measured to need
@@ -61,21 +62,17 @@ def _pages(shards: list[InputShard], columns: list[str]) -> Iterable[_Held]:
         try:
             footer = pq.read_metadata(shard.uri)
             groups = range(0, footer.num_row_groups, max(1, footer.num_row_groups * len(shards) // _LOOKED_AT))
+            large = [group for group in groups if footer.row_group(group).total_byte_size > DECODED]
+            leaves = leaves_by_group(shard.uri, footer, columns) if large else []
             with open(shard.uri, "rb") as file:
-                largest = max(
-                    (
-                        sum(
-                            max(page_sizes(file, leaf), default=0)
-                            for leaf in leaves_of(footer, group, columns)
-                            if leaf.total_uncompressed_size > DECODED
-                        )
-                        for group in groups
-                        if footer.row_group(group).total_byte_size > DECODED
-                    ),
-                    default=0,
-                )
+                largest = max((_page_of_each(file, leaves[group]) for group in large), default=0)
         except (OSError, pa.ArrowException, UnicodeDecodeError):
             continue  # a fault when it is read
         if largest > DECODED:
             why = f"stores {largest >> 20:,} MiB in one page, which is unpacked as a whole"
             yield _Held(_COPIES * largest, shard, why, "write it again with smaller pages (fewer rows at a time)")
+
+
+def _page_of_each(file: BinaryIO, leaves: list[Leaf]) -> int:
+    """Bytes of the largest page of each large column of a row group, together. Raises OSError."""
+    return sum(max(page_sizes(file, leaf), default=0) for leaf in leaves if leaf.unpacked > DECODED)

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from millstream.errors import Unusable
-from millstream.formats.parquet import as_stream, decoded_size, rows_at_once
+from millstream.formats.parquet import as_stream, decoded_sizes, rows_at_once
 from millstream.formats.slices import safe_cut
 from millstream.formats.sources import READ, InputShard, chunks, gunzip, unzstd
 from millstream.records import Slice
@@ -193,9 +193,10 @@ def row_groups(shard: InputShard, columns: tuple[str, ...]) -> list[RowGroup] | 
                 return None
             footer = file.metadata
             rows = [footer.row_group(number).num_rows for number in range(file.num_row_groups)]
+        sizes = decoded_sizes(shard, footer, columns)
         return [
-            RowGroup(shard, number, count, decoded_size(shard, footer, number, columns), footer)
-            for number, count in enumerate(rows)
+            RowGroup(shard, number, count, size, footer)
+            for number, (count, size) in enumerate(zip(rows, sizes, strict=True))
             if count
         ]
     except (OSError, pa.ArrowException, UnicodeDecodeError):

@@ -229,7 +229,7 @@ class Away:
             writer.close()
 
 
-@pytest.mark.parametrize("in_flight", [16, 512])
+@pytest.mark.parametrize("in_flight", [pytest.param(16, marks=pytest.mark.slow), 512])
 def test_a_real_server_that_is_away_for_a_while_costs_no_row(tmp_path, in_flight):
     prompts, out = prompts_file(tmp_path / "prompts.jsonl", 6000), str(tmp_path / "out.jsonl")
     server, loop, stop = Away(after=1500, seconds=1.5), asyncio.new_event_loop(), asyncio.Event()

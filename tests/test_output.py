@@ -488,7 +488,7 @@ def test_a_split_deletes_no_requests_that_come_from_standard_input(tmp_path, bat
 # --- full disks and kills ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["both", "out", "journal"])
+@pytest.mark.parametrize("which", ["both", *(pytest.param(one, marks=pytest.mark.slow) for one in ("out", "journal"))])
 def test_a_full_disk_is_one_line_and_keeps_whole_rows(tmp_path, small_disk, which):  # noqa: F811
     disk, enlarge = small_disk
     prompts = prompts_file(tmp_path / "prompts.jsonl", 3000)

@@ -87,6 +87,11 @@ SKIP = ("--on-error", "skip")
 LONGER = ("--seq-len", "1500", "--shard-size", "20KiB")
 BEST_FIT = ("--strategy", "best-fit", "--window")
 
+
+def slowly(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 CASES = [
     Case("plain", PLAIN),
     Case("plain-two", PLAIN, ("--eos", "--bos"), workers=2),
@@ -166,7 +171,7 @@ def kill_again_and_again(case, folder, kills, size):
 
 
 @runs.needs_proc
-@pytest.mark.parametrize("case", [CASES[0], CASES[10], CASES[16]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CASES[0], *map(slowly, (CASES[10], CASES[16]))], ids=lambda case: case.name)
 def test_a_few_kills(tmp_path, case):
     kill_again_and_again(case, tmp_path, 2, 5_500_000)
 
@@ -324,8 +329,8 @@ def test_the_same_bytes_for_any_block(tmp_path_factory, seed, kind, options, blo
 @pytest.mark.parametrize(
     "case",
     [
-        *(CASES[number] for number in (13, 17, 20, 25)),
-        *(pytest.param(CASES[number], marks=pytest.mark.slow) for number in (2, 5, 7, 18, 19, 22)),
+        *(CASES[number] for number in (13, 17)),
+        *(slowly(CASES[number]) for number in (2, 5, 7, 18, 19, 20, 22, 25)),
     ],
     ids=lambda case: case.name,
 )
@@ -356,7 +361,7 @@ def test_the_same_bytes_for_small_blocks_and_workers(tmp_path, monkeypatch, bloc
 
 
 @runs.needs_proc
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [slowly(1), 2])
 def test_interrupted_at_the_keyboard(tmp_path, workers):
     args, _ = CASES[0].make(tmp_path / "corpus", 4_500_000)
     assert runs.cli(*args, "--out", tmp_path / "whole", "--workers", 1).returncode == 0

@@ -89,7 +89,7 @@ def test_a_prompt_too_long_is_a_fault_after_one_attempt(url):
         return await client.ask("to be or not to be " * 2000)
 
     fault = asked(url, main)
-    assert (fault.kind, fault.attempts) == ("bad_request", 1)
+    assert (fault.kind, fault.attempts) == ("too_large", 1)
     assert "context size" in fault.message  # the server's own words
 
 

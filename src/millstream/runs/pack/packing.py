@@ -327,7 +327,7 @@ class PackRun:
                 shard = self.shards[fault.shard]
                 place = fault_place(fault._replace(source=shard.called), shard.kind, shard.name)
                 raise DataError(
-                    f"{place}{named}: {fault.message}.\n"
+                    f"{place}{named}: {fault.message}{'' if fault.message.endswith('?') else '.'}\n"
                     "Everything before it is kept. Mend it and run the same command again to go on, or go on without "
                     f"such documents with {setting('on_error', 'skip')}"
                 )

@@ -61,7 +61,16 @@ TYPES = {
 }
 
 
-@pytest.mark.parametrize("kind", TYPES)
+def _writable(kind):
+    """Older versions of pyarrow write no views to Parquet, and read none from it."""
+    try:
+        pq.write_table(pa.table({"text": TYPES[kind](["a"])}), io.BytesIO())
+    except pa.ArrowNotImplementedError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", list(filter(_writable, TYPES)))
 def test_text_is_text_in_columns_of_every_type(tmp_path, kind):
     names = [f"d{number}" for number in range(len(TEXTS))]
     table = pa.table({"id": TYPES[kind](names), "text": TYPES[kind](TEXTS)})

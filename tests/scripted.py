@@ -90,7 +90,7 @@ def asking(monkeypatch, tmp_path, handle, count=200, texts=None, out="out.jsonl"
 
         return virtual.run(timed())
 
-    monkeypatch.setattr("millstream.runs.ask.client._wire", lambda *_, **__: wire)
+    monkeypatch.setattr("millstream.client.client._wire", lambda *_, **__: wire)
     monkeypatch.setattr("millstream.runs.ask.asking.run", run)
     settings = AskSettings(**{"model": "m", "base_urls": [wire.base_url], "in_flight": 64, **settings})
     report = ask_to(str(tmp_path / out), str(tmp_path / "prompts.jsonl"), settings, on_note=on_note)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual import run
 
-from millstream.aio import Fault, Reply, as_completed, gather, ordered, race
+from millstream.aio import Fault, Returned, as_completed, gather, ordered, race
 
 TIMES = st.sampled_from([0.0, 0.1, 0.5, 1.0, 1.0, 30.0])
 CALLS = st.lists(st.tuples(TIMES, st.integers(0, 3)), max_size=40)  # (seconds, how often it fails first)
@@ -71,7 +71,7 @@ def test_exactly_one_outcome_each_and_the_right_one(calls, in_flight, window, in
             assert isinstance(outcome, Fault)
             assert (outcome.kind, outcome.attempts) == ("timeout", 1)
         elif failures < attempts:
-            assert isinstance(outcome, Reply)
+            assert isinstance(outcome, Returned)
             assert (outcome.value, outcome.attempts) == (outcome.index * 10, failures + 1)
         else:
             assert isinstance(outcome, Fault)
@@ -99,7 +99,7 @@ def test_as_completed_hands_out_the_fastest_first():
 def test_a_timeout_is_a_fault_and_the_lectures_word_is_one_line_away():
     async def main():
         outcomes = await gather(Server([(1.0, 0), (60.0, 0)]), range(2), timeout=3.0)
-        return [outcome.value if isinstance(outcome, Reply) else "Timeout" for outcome in outcomes]
+        return [outcome.value if isinstance(outcome, Returned) else "Timeout" for outcome in outcomes]
 
     assert run(main()) == [0, "Timeout"]
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from millstream.errors import RequestError, RunError
 from millstream.runs.ask import answers
-from millstream.runs.ask.answers import AnswerJournal, Header, is_fault, is_ours
+from millstream.runs.ask.answer_lines import Header
+from millstream.runs.ask.answers import AnswerJournal, is_fault, is_ours
 
 KEYS = [bytes(8) + bytes([number]) + bytes(7) for number in range(6)]  # some with the same first half
 KEYS += [bytes([number]) * 16 for number in range(1, 7)]

@@ -11,16 +11,17 @@ import threading
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from runs import PATIENCE
 from test_asking import command, journalled, prompts_file, rows_of, serving, settings_for
 
+from millstream.client.client import Client
+from millstream.client.servers import Servers
 from millstream.errors import RequestError, RunError
-from millstream.formats.batch import read_outcome
+from millstream.llm.batch import read_outcome
 from millstream.llm.simulator import Behaviour, parse_fault, parse_latency
 from millstream.llm.verdicts import CONNECTION
 from millstream.llm.wire import WireError, wait_before_retry
 from millstream.runs.ask.asking import ask_to
-from millstream.runs.ask.client import Client
-from millstream.runs.ask.servers import Servers
 
 
 @pytest.mark.parametrize("fault", ["400:1", "html:1", "500:1", "garbage:1"])
@@ -64,7 +65,7 @@ def test_a_server_that_dies_ends_the_run_and_loses_nothing(tmp_path, monkeypatch
         thread.start()
         while journalled(out) < 200:
             assert thread.is_alive()
-    thread.join(timeout=60)
+    thread.join(timeout=PATIENCE)
     assert failure
     kept = journalled(out)
     assert 200 <= kept < 5000
@@ -94,7 +95,7 @@ def test_it_never_costs_more_than_it_may_and_goes_on_with_more(tmp_path):
         assert (again.stopped, again.again, server.stats.requests) == ("too dear", 100, 100)
         rest = ask_to(out, prompts, settings_for(server, max_cost=1000.0, **per_reply))
         assert (rest.stopped, rest.replies, rest.cost) == (None, 300, pytest.approx(300.0))
-    with pytest.raises(RequestError, match="--price"):
+    with pytest.raises(RequestError, match="price="):
         ask_to(out, prompts, settings_for(server, max_cost=1.0))
 
 

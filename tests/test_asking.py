@@ -14,6 +14,7 @@ from pathlib import Path
 from queue import Queue
 
 import pytest
+from runs import PATIENCE
 from wires import deciding_elsewhere, said
 
 from millstream.errors import RequestError, RunError
@@ -24,21 +25,22 @@ from millstream.runs.ask.asking import AskSettings, ask_to
 @contextmanager
 def serving(behaviour):
     """A simulator in another thread's loop: its `Server`, with live stats."""
-    loop, made, stop = asyncio.new_event_loop(), Queue(), asyncio.Event()
+    made = Queue()
 
     async def main():
+        stop = asyncio.Event()
         async with running(behaviour) as server:
-            made.put(server)
+            made.put((server, asyncio.get_running_loop(), stop))
             await stop.wait()
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
+    thread = threading.Thread(target=asyncio.run, args=(main(),))  # which waits until all connections are closed
     thread.start()
+    server, loop, stop = made.get(timeout=PATIENCE)
     try:
-        yield made.get(timeout=30)
+        yield server
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join()
-        loop.close()
 
 
 def prompts_file(path, count):
@@ -138,9 +140,9 @@ def test_a_wrong_key_stops_at_once_and_is_not_kept(tmp_path, monkeypatch):
 def test_wrong_requests_say_what_to_give(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     prompts = prompts_file(tmp_path / "prompts.jsonl", 1)
-    with pytest.raises(RequestError, match="--base-url"):
+    with pytest.raises(RequestError, match="base_url"):
         ask_to(str(tmp_path / "out"), prompts, AskSettings(model="m"))
-    with pytest.raises(RequestError, match="--model"):
+    with pytest.raises(RequestError, match="one with model"):
         ask_to(str(tmp_path / "out"), prompts, AskSettings(base_urls=["http://127.0.0.1:1"]))
 
 
@@ -221,7 +223,7 @@ def test_interrupted_it_lets_what_runs_end_and_says_how_to_go_on(tmp_path):
             assert asking.poll() is None
             time.sleep(0.005)
         asking.send_signal(signal.SIGINT)
-        _, said = asking.communicate(timeout=60)
+        _, said = asking.communicate(timeout=PATIENCE)
         assert asking.returncode == 130
         assert b"run the same command again" in said
         assert b"Traceback" not in said

@@ -16,8 +16,9 @@ from helpers import cli, jsonl, read_little, run_here, without_fsync, write, wri
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from millstream.corpus.sources import InputShard
 from millstream.errors import DataError, RequestError
-from millstream.formats.batch import (
+from millstream.llm.batch import (
     failure_row,
     is_request,
     output_row,
@@ -27,8 +28,10 @@ from millstream.formats.batch import (
     render_line,
     request_row,
 )
-from millstream.formats.sources import InputShard
-from millstream.runs.ask.batching import CustomIds, merge, retry_failed, split
+from millstream.runs.batch.custom_ids import CustomIds
+from millstream.runs.batch.joining import merge, retry_failed
+from millstream.runs.batch.splitting import split
+from millstream.store import at
 
 quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
 
@@ -468,6 +471,20 @@ def test_an_earlier_split_stays_unless_it_is_to_be_replaced(tmp_path, run):
     assert run("split", tmp_path / "b.jsonl", "--out", out, "--overwrite")[0] == 0
     assert names(out) == ["mine.txt", "requests-00000.jsonl"]
     assert (out / "requests-00000.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_a_split_holds_its_folder_and_clears_what_a_killed_one_left(tmp_path):
+    requests, out = write_jsonl(tmp_path / "a.jsonl", [request("a"), request("b")]), tmp_path / "out"
+    out.mkdir()
+    begun = (
+        "import os, sys; from millstream.store import at; at(sys.argv[1]).write('requests-00000.jsonl'); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", begun, out]).returncode == 9
+    assert len(os.listdir(out)) == 1
+    with at(out).lock("", ""), pytest.raises(RequestError, match="another millstream is writing to"):
+        split([requests], str(out))
+    split([requests], str(out))
+    assert os.listdir(out) == ["requests-00000.jsonl"]
 
 
 def test_split_from_standard_input_with_sizes_and_json(tmp_path):

@@ -6,12 +6,13 @@ import threading
 from queue import Queue
 
 import pytest
+from runs import PATIENCE
 
 from millstream.aio import Fault
+from millstream.client.client import Client, ask
+from millstream.client.requests import Reply
 from millstream.errors import RequestError, RunError
 from millstream.llm.simulator import Behaviour, parse_fault, parse_latency, running
-from millstream.runs.ask.client import Client, ask
-from millstream.runs.ask.requests import Reply
 
 QUESTIONS = [f"What is the capital of {country}?" for country in ("France", "Germany", "Italy")]
 CAPITALS = ["Paris", "Berlin", "Rome"]
@@ -157,7 +158,7 @@ def server_elsewhere():
 
     thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
     thread.start()
-    yield url.get(timeout=30)
+    yield url.get(timeout=PATIENCE)
     loop.call_soon_threadsafe(stop.set)
     thread.join()
     loop.close()

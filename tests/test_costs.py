@@ -9,12 +9,12 @@ import pytest
 from test_asking import command, journalled, prompts_file, rows_of, serving, settings_for
 
 from millstream.aio import Fault
+from millstream.client.client import Client
+from millstream.client.purse import Shape, shape_of
+from millstream.client.requests import Reply, Request
 from millstream.errors import RequestError
 from millstream.llm.simulator import Behaviour, parse_fault, parse_latency
 from millstream.runs.ask.asking import ask_to
-from millstream.runs.ask.client import Client
-from millstream.runs.ask.purse import Shape, shape_of
-from millstream.runs.ask.requests import Reply, Request
 
 PRICE = (1e4, 3e4, 5e3)  # an id of a prompt costs 0.01
 LIMIT = {"max_tokens": 12}

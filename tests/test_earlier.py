@@ -54,10 +54,11 @@ def test_an_earlier_run_is_not_gone_on_with_but_may_be_overwritten(tmp_path, nam
     if overwrite:
         helpers.pack(out, corpus, seq_len=16, overwrite=True)
         assert helpers.whole(out)
-        assert millstream.open(out).manifest["format"] == "millstream/2"
+        assert millstream.open(out).manifest.format == "millstream/2"
         return
-    told = "finish it with that version" if name == "unfinished" else "as it is"
-    with pytest.raises(RequestError, match=rf"millstream/1\), and this one writes other bytes: .*{told}.*overwrite="):
+    finished = r"millstream/1\), and this one writes other bytes: it can be read and verified as it is"
+    unfinished = "begun by an earlier version of millstream: finish it with that version"
+    with pytest.raises(RequestError, match=rf"{unfinished if name == 'unfinished' else finished}.*overwrite="):
         helpers.pack(out, corpus, seq_len=16, eos=True)
     assert runs.digests(out) == before
 

@@ -9,8 +9,8 @@ from wires import http, serving, told
 
 from millstream.llm.wire import Wire, WireError
 from millstream.runs.ask.asking import ask_to
-from millstream.runs.ask.batching import merge
 from millstream.runs.ask.settings import AskSettings
+from millstream.runs.batch.joining import merge
 
 BODIES = {
     "/v1/embeddings": {

@@ -10,7 +10,7 @@ from flows import FOREVER, Server, Source, clock, held, hopeful, kinds, patient,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millstream.aio import Flow, Reply
+from millstream.aio import Flow, Returned
 from millstream.aio.hedging import Hedge
 from millstream.aio.places import Places
 from millstream.aio.rates import All, Bucket, Rate, RetryBudget, per_minute
@@ -65,20 +65,20 @@ def check(flow, server, outcomes, hedged):
     """What holds for the outcomes of a flow that was read to its end, stopped or not."""
     indices = [outcome.index for outcome in outcomes]
     assert sorted(indices) == list(range(len(indices)))
-    assert indices == sorted(indices) or not flow._in_order
+    assert indices == sorted(indices) or not flow._outbox._in_order
     for outcome in outcomes:
         answered, calls = server.answered[outcome.index], server.calls[outcome.index]
-        assert isinstance(outcome, Reply) == bool(answered)
+        assert isinstance(outcome, Returned) == bool(answered)
         assert hedged or outcome.attempts == calls
-        if isinstance(outcome, Reply):
+        if isinstance(outcome, Returned):
             assert outcome.value == outcome.index * 10
         else:
             assert outcome.kind in {"timeout", "cancelled", "error", "own", "stopped"}
-        if flow._deadline is not None:  # or what a stubborn one took to be cancelled
-            assert outcome.seconds <= flow._deadline + (0.3 * calls) + 1e-9
+        if flow._turns._bounds.deadline is not None:  # or what a stubborn one took to be cancelled
+            assert outcome.seconds <= flow._turns._bounds.deadline + (0.3 * calls) + 1e-9
     spent = flow.spent
     assert spent.attempts == sum(outcome.attempts for outcome in outcomes)
-    assert spent.wasted == spent.attempts - sum(isinstance(outcome, Reply) for outcome in outcomes)
+    assert spent.wasted == spent.attempts - sum(isinstance(outcome, Returned) for outcome in outcomes)
     assert min(spent.queue, spent.backoff, spent.budget, spent.slot, spent.server, spent.stall) >= 0.0
     if not hedged:
         assert spent.retries == sum(max(outcome.attempts - 1, 0) for outcome in outcomes)
@@ -655,13 +655,13 @@ def test_nothing_is_kept_of_twenty_thousand_requests():
         nonlocal most
         async with flow:
             async for outcome in flow:
-                assert isinstance(outcome, Reply)
+                assert isinstance(outcome, Returned)
                 most = max(most, sum(held(flow).values()))
             assert held(flow) == {}
             assert not [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]
 
     run(main())
-    assert flow._handed == 20_000
+    assert flow._outbox.handed == 20_000
     assert flow.spent.hedges > 100
     assert most <= 4 * 256  # the window, and places, and bytes
     assert (len(hedge._recent), len(hedge._sorted)) == (1000, 1000)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual import run
 
-from millstream.aio import Fault, Flow, Reply, as_completed
+from millstream.aio import Fault, Flow, Returned, as_completed
 from millstream.aio.hedging import Hedge
 from millstream.aio.places import Places
 from millstream.aio.rates import Rate, RetryBudget, per_minute
@@ -78,7 +78,7 @@ def test_a_gate_that_never_opens_ends_the_flow_instead_of_hanging():
         return item
 
     outcomes = run(all_of(Flow(call, range(100), in_flight=2, gate=Gate())))
-    assert [type(outcome) for outcome in outcomes[:3]] == [Reply] * 3
+    assert [type(outcome) for outcome in outcomes[:3]] == [Returned] * 3
     assert [outcome.kind for outcome in outcomes[3:]] == ["stopped"]
 
 
@@ -159,7 +159,7 @@ def test_retries_that_succeed_give_back_what_they_took():
         return await all_of(flow), flow.spent, now()
 
     outcomes, spent, seconds = run(main())
-    assert [type(outcome) for outcome in outcomes] == [Reply] * 3000
+    assert [type(outcome) for outcome in outcomes] == [Returned] * 3000
     assert 380 <= spent.retries <= 460
     assert seconds < 4.0
 
@@ -175,7 +175,7 @@ def test_retries_in_vain_give_nothing_back(in_flight):
     def in_outage(budget):
         call, calls = flaky(set(), away=(0.0, 3.0))
         outcomes = run(all_of(Flow(call, range(3000), in_flight=in_flight, delay=jittered(9), budget=budget)))
-        assert [type(outcome) for outcome in outcomes] == [Reply] * 3000
+        assert [type(outcome) for outcome in outcomes] == [Returned] * 3000
         return sum(began < 3.0 for began in calls)
 
     assert in_outage(RetryBudget()) == in_outage(Strict())
@@ -365,7 +365,7 @@ def test_both_of_a_hedged_pair_failing_is_one_fault():
             raise ConnectionError
 
     outcomes = run(all_of(Flow(call, range(31), in_flight=2, hedge=Hedge(call, share=1.0))))
-    assert [type(outcome) for outcome in outcomes] == [Reply] * 30 + [Fault]
+    assert [type(outcome) for outcome in outcomes] == [Returned] * 30 + [Fault]
 
 
 def test_canaries_go_first():

@@ -12,9 +12,9 @@ from helpers import jsonl
 from pydantic import BaseModel, Field
 from wires import http, serving
 
+from millstream.client.client import Client, Fault, Reply
 from millstream.errors import RequestError
 from millstream.llm.forms import form_of, model_named
-from millstream.runs.ask.client import Client, Fault, Reply
 
 
 class Place(BaseModel):

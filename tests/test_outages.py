@@ -5,13 +5,14 @@ import threading
 
 import pytest
 import virtual
+from runs import PATIENCE, kept_port
 from scripted import AWAY, Scripted, Seconds, asking, error, rows_of
 from test_asking import journalled, prompts_file
 from wires import answering, http
 
+from millstream.client.client import Client
 from millstream.errors import RunError
 from millstream.runs.ask.asking import AskSettings, ask_to
-from millstream.runs.ask.client import Client
 
 BUSY = {
     "429": (429, b"", {}),
@@ -162,7 +163,7 @@ def test_what_used_up_its_attempts_in_an_outage_is_asked_again_when_it_is_over(m
 def test_in_python_a_call_that_has_nobody_beside_it_is_given_up_after_its_attempts(monkeypatch):
     async def main(handle):
         wire = Scripted(handle)
-        monkeypatch.setattr("millstream.runs.ask.client._wire", lambda *_, **__: wire)
+        monkeypatch.setattr("millstream.client.client._wire", lambda *_, **__: wire)
         async with Client("http://127.0.0.1:1", model="m", attempts=4) as client:
             alone = await client.ask("one")
             return alone, await client.gather(["one", "two"]), set(wire.asked.values())
@@ -193,11 +194,12 @@ class Away:
         self.outage = None
 
     async def serve(self, listening, stop):
-        self.server = await asyncio.start_server(self.handle, "127.0.0.1", 0, backlog=1024)
-        self.port = self.server.sockets[0].getsockname()[1]
+        kept, self.port = kept_port()
+        self.server = await asyncio.start_server(self.handle, "127.0.0.1", self.port, backlog=1024)
         listening.set()
         await stop.wait()
         self.close()
+        kept.close()
         if self.outage:
             await asyncio.gather(self.outage, return_exceptions=True)
 
@@ -237,7 +239,7 @@ def test_a_real_server_that_is_away_for_a_while_costs_no_row(tmp_path, in_flight
     thread = threading.Thread(target=loop.run_until_complete, args=(server.serve(listening, stop),))
     thread.start()
     try:
-        assert listening.wait(30)
+        assert listening.wait(PATIENCE)
         url = f"http://127.0.0.1:{server.port}/v1"
         report = ask_to(out, prompts, AskSettings(model="m", base_urls=[url], in_flight=in_flight))
     finally:

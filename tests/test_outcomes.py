@@ -9,12 +9,13 @@ import threading
 from contextlib import ExitStack
 
 import pytest
+from runs import PATIENCE
 from wires import deciding, deciding_elsewhere, said
 
 from millstream.aio import Fault
+from millstream.client.client import Client, ask
+from millstream.client.requests import Reply
 from millstream.errors import AskStopped, RequestError
-from millstream.runs.ask.client import Client, ask
-from millstream.runs.ask.requests import Reply
 
 BAD = [
     {"nope": 1},
@@ -265,9 +266,9 @@ def test_an_interrupt_carries_what_came_and_ends_the_asking(elsewhere, where):
     asking = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, elsewhere(decide), where], stdout=subprocess.PIPE, env=os.environ, text=True
     )
-    assert answered.wait(timeout=60)
+    assert answered.wait(timeout=PATIENCE)
     asking.send_signal(signal.SIGINT)
-    out, _ = asking.communicate(timeout=60)
+    out, _ = asking.communicate(timeout=PATIENCE)
     count, kinds, threads = out.split()
     assert len(asked) - 4 <= int(count) <= len(asked)  # but those that were under way
     assert (kinds, threads) == ("{'Reply'}", "1")

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import small_disk
+from runs import PATIENCE
 from test_asking import command, journalled, prompts_file, rows_of, serving, settings_for
-from test_bad_input import small_disk  # noqa: F401  a fixture
 
 from millstream.errors import RequestError, RunError
 from millstream.llm.simulator import Behaviour, parse_fault, parse_latency
@@ -27,7 +28,7 @@ def ask(*arguments, **more):
     call = [sys.executable, "-m", "millstream", "ask", *map(str, arguments)]
     call += ["--model", "simulated", "--base-url", NOWHERE]
     more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
-    return subprocess.run(call, text=True, timeout=60, **more)
+    return subprocess.run(call, text=True, timeout=PATIENCE, **more)
 
 
 def other_name(kind, path, other):
@@ -89,7 +90,9 @@ def test_standard_streams_that_are_the_same_file_are_refused(tmp_path):
                 "--base-url",
                 NOWHERE,
             ]
-            done = subprocess.run(call, stdin=source, stdout=target, stderr=subprocess.PIPE, text=True, timeout=60)
+            done = subprocess.run(
+                call, stdin=source, stdout=target, stderr=subprocess.PIPE, text=True, timeout=PATIENCE
+            )
         assert done.returncode == 2
         assert "standard output is an input itself" in done.stderr
     assert Path(prompts).read_bytes() == before
@@ -142,7 +145,7 @@ def test_a_file_that_no_journal_of_ours_wrote_is_kept(tmp_path, content):
     out.write_text(content)
     with serving(Behaviour()) as server:
         for journal in None, str(tmp_path / "J"):
-            with pytest.raises(RequestError, match=r"exists already.*--overwrite"):
+            with pytest.raises(RequestError, match=r"exists already.*overwrite=True"):
                 ask_to(str(out), prompts, settings_for(server), journal=journal)
         assert (server.stats.requests, out.read_text()) == (0, content)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
@@ -269,7 +272,7 @@ def test_stopped_by_a_signal_all_that_was_known_is_there(tmp_path, number):
             assert asking.poll() is None
             time.sleep(0.005)
         asking.send_signal(number)
-        _, said = asking.communicate(timeout=60)
+        _, said = asking.communicate(timeout=PATIENCE)
     assert asking.returncode == 130
     assert b"run the same command again" in said
     assert b"Traceback" not in said
@@ -291,7 +294,7 @@ def test_nohup_is_left_alone(tmp_path):
             assert asking.poll() is None
             time.sleep(0.005)
         asking.send_signal(signal.SIGHUP)
-        assert asking.wait(60) == 0
+        assert asking.wait(PATIENCE) == 0
     assert len(rows_of(out)) == 60
 
 
@@ -308,7 +311,7 @@ def test_a_second_interrupt_ends_at_once_with_one_line(tmp_path):
         time.sleep(0.2)
         assert asking.poll() is None
         asking.send_signal(signal.SIGTERM)
-        told, said = asking.communicate(timeout=20)
+        told, said = asking.communicate(timeout=PATIENCE)
     assert (asking.returncode, told) == (130, b"")
     assert said == b"millstream: stopped at once. Nothing is lost: run the same command again to go on.\n"
     assert indexes(out) == list(range(30))
@@ -321,28 +324,30 @@ def test_without_a_journal_nobody_is_told_that_nothing_is_lost(tmp_path):
         with open(tmp_path / "out", "wb") as target:
             asking = subprocess.Popen(command(server, prompts, "-"), stderr=subprocess.PIPE, stdout=target)
         while not (tmp_path / "out").stat().st_size:
+            assert asking.poll() is None
             time.sleep(0.005)
         asking.send_signal(signal.SIGINT)
-        _, said = asking.communicate(timeout=60)
+        _, said = asking.communicate(timeout=PATIENCE)
     assert asking.returncode == 130
     assert b"without --journal the same command asks everything again" in said
     assert b"Nothing is lost" not in said
 
 
 def test_what_a_reader_of_standard_output_has_is_a_prefix_of_the_next_run(tmp_path):
-    prompts, journal = prompts_file(tmp_path / "prompts.jsonl", 400), str(tmp_path / "J")
+    prompts, journal = prompts_file(tmp_path / "prompts.jsonl", 1200), str(tmp_path / "J")
     with serving(Behaviour(latency=parse_latency("lognormal 0.02 1.0"))) as server:
         call = command(server, prompts, "-", "--journal", journal, "--in-flight", "32")
         with open(tmp_path / "first", "wb") as target:
             asking = subprocess.Popen(call, stderr=subprocess.DEVNULL, stdout=target)
         while (first := (tmp_path / "first").read_bytes()).count(b"\n") < 20:
+            assert asking.poll() is None
             time.sleep(0.005)
         asking.send_signal(signal.SIGINT)
-        assert asking.wait(60) == 130
+        assert asking.wait(PATIENCE) == 130
         first = (tmp_path / "first").read_bytes()
         whole = subprocess.run(call, capture_output=True, check=True).stdout
     assert whole.startswith(first)
-    assert whole.count(b"\n") == 400
+    assert whole.count(b"\n") == 1200
 
 
 def test_nothing_of_the_former_output_is_lost_before_there_is_something_in_its_place(tmp_path):
@@ -384,8 +389,14 @@ def test_a_symlink_keeps_its_target_and_a_file_its_rights(tmp_path):
     assert os.listdir(tmp_path / "far") == ["away.jsonl"]
 
 
-def test_an_output_on_another_disk(tmp_path, small_disk):  # noqa: F811
-    disk, _ = small_disk
+@pytest.fixture
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+        yield disk
+
+
+def test_an_output_on_another_disk(tmp_path, disk):
+    disk, _ = disk
     prompts = prompts_file(tmp_path / "prompts.jsonl", 5)
     os.symlink(disk / "far.jsonl", tmp_path / "out.jsonl")
     with serving(Behaviour()) as server:
@@ -402,11 +413,11 @@ def test_devices_and_pipes_are_written_through(tmp_path):
     reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
     reader.start()
     with serving(Behaviour()) as server:
-        with pytest.raises(RequestError, match="--journal"):
+        with pytest.raises(RequestError, match="journal"):
             ask_to("/dev/null", prompts, settings_for(server))
         ask_to(str(tmp_path / "pipe"), prompts, settings_for(server), journal=str(tmp_path / "J"))
         ask_to("/dev/null", prompts, settings_for(server), journal=str(tmp_path / "J"))
-    reader.join(20)
+    reader.join(PATIENCE)
     assert read[0].count(b"\n") == 5
     assert Path("/dev/null").is_char_device()
 
@@ -434,7 +445,7 @@ def test_two_runs_with_one_output_and_two_journals_are_refused(tmp_path):
 def batch(*arguments, **more):
     call = [sys.executable, "-m", "millstream", "batch", *map(str, arguments)]
     more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
-    return subprocess.run(call, text=True, timeout=60, **more)
+    return subprocess.run(call, text=True, timeout=PATIENCE, **more)
 
 
 @pytest.fixture
@@ -489,15 +500,15 @@ def test_a_split_deletes_no_requests_that_come_from_standard_input(tmp_path, bat
 
 
 @pytest.mark.parametrize("which", ["both", *(pytest.param(one, marks=pytest.mark.slow) for one in ("out", "journal"))])
-def test_a_full_disk_is_one_line_and_keeps_whole_rows(tmp_path, small_disk, which):  # noqa: F811
-    disk, enlarge = small_disk
+def test_a_full_disk_is_one_line_and_keeps_whole_rows(tmp_path, disk, which):
+    disk, enlarge = disk
     prompts = prompts_file(tmp_path / "prompts.jsonl", 3000)
     out = str((disk if which != "journal" else tmp_path) / "out.jsonl")
     journal = str((disk if which != "out" else tmp_path) / "J")
     with serving(Behaviour()) as server:
         for _ in range(2):
             call = command(server, prompts, out, "--journal", journal)
-            done = subprocess.run(call, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(call, capture_output=True, text=True, timeout=PATIENCE)
             assert done.returncode == 1, done.stderr
             [line] = done.stderr.rpartition("\r")[-1].strip().splitlines()
             assert "No space left on device" in line
@@ -506,7 +517,7 @@ def test_a_full_disk_is_one_line_and_keeps_whole_rows(tmp_path, small_disk, whic
             if os.path.exists(out):
                 assert len(rows_of(out)) == Path(out).read_bytes().count(b"\n")
         enlarge()
-        assert subprocess.run(call, capture_output=True, timeout=60).returncode == 0
+        assert subprocess.run(call, capture_output=True, timeout=PATIENCE).returncode == 0
     assert indexes(out) == list(range(3000))
 
 
@@ -514,16 +525,16 @@ def test_a_full_standard_output_is_one_line(tmp_path):
     prompts = prompts_file(tmp_path / "prompts.jsonl", 30)
     with serving(Behaviour()) as server, open("/dev/full", "wb") as full:
         call = command(server, prompts, "-", "--journal", str(tmp_path / "J"))
-        done = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
     assert done.returncode == 1
     [line] = done.stderr.rpartition("\r")[-1].strip().splitlines()
-    assert "cannot write -: No space left on device" in line
+    assert "cannot write to standard output: No space left on device" in line
 
 
 KILLED = """
 import fcntl, os, signal, sys
 from millstream.runs.ask.asking import AskSettings, ask_to
-import millstream.runs.ask.client, aiohttp
+import millstream.client.client, aiohttp
 
 def counted(function):
     def wrapper(*arguments, **more):
@@ -554,7 +565,7 @@ def test_killed_at_any_step_the_output_has_no_fewer_rows_than_before(tmp_path):
             shutil.copytree(tmp_path / "out.jsonl.run", folder / "out.jsonl.run")
             shutil.copy(out, folder / "out.jsonl")
             call = [sys.executable, "-c", KILLED, folder / "out.jsonl", prompts, server.url, str(steps)]
-            code = subprocess.run(call, timeout=60).returncode
+            code = subprocess.run(call, timeout=PATIENCE).returncode
             there = [row["index"] for row in rows_of(folder / "out.jsonl")]
             assert len(there) == len(set(there)) >= 12 - faults
             if code == 0:

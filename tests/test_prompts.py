@@ -23,13 +23,14 @@ import pytest
 from helpers import jsonl, read_little, write, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import PATIENCE
 
+from millstream.client.bodies import Recipe
+from millstream.corpus import sources
+from millstream.corpus.find import expand
+from millstream.corpus.sources import InputShard
 from millstream.errors import RequestError, RunError
-from millstream.formats import sources
-from millstream.formats.corpus import expand
-from millstream.formats.sources import InputShard
 from millstream.runs.ask import lines, prompts
-from millstream.runs.ask.bodies import Recipe
 from millstream.runs.ask.prompts import batches
 
 RECIPE = Recipe("m")
@@ -681,14 +682,14 @@ def test_settings_that_fit_no_row_are_refused_at_once(tmp_path, recipe, message)
 @pytest.mark.parametrize("row", [{"prompt": "a"}, {"messages": user("a")}])
 def test_without_a_model_only_batch_rows_can_be_asked(tmp_path, row):
     for recipe in Recipe(), Recipe(""):
-        with pytest.raises(RequestError, match="--model"):
+        with pytest.raises(RequestError, match="one with model"):
             requests_of(tmp_path, [row], recipe)
     named, without = requests_of(
         tmp_path, [batch_row("a", messages=user("a"), model="o"), batch_row("b", messages=user("a"))], Recipe()
     )
     assert body_of(named)["model"] == "o"
     assert "--model" in without.fault[1]
-    with pytest.raises(RequestError, match="--model"):
+    with pytest.raises(RequestError, match="one with model"):
         read(write(tmp_path / "rows.txt", b"a\n"), Recipe())
 
 
@@ -792,8 +793,8 @@ def test_a_line_without_an_end_takes_no_memory(tmp_path):
     """200 MB in one line; what is over 32 MiB is not kept."""
     script = (
         "import resource, sys\n"
-        "from millstream.formats.corpus import expand\n"
-        "from millstream.runs.ask.bodies import Recipe\n"
+        "from millstream.corpus.find import expand\n"
+        "from millstream.client.bodies import Recipe\n"
         "from millstream.runs.ask.prompts import batches\n"
         "[shard] = expand(['-'])\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -919,13 +920,13 @@ def piped(monkeypatch):
 def test_a_pipe_that_waits_is_answered_with_what_has_come(monkeypatch):
     with piped(monkeypatch) as (writer, made):
         writer.write(b'{"prompt": "one"}\n')
-        [first] = made.get(timeout=60)
+        [first] = made.get(timeout=PATIENCE)
         writer.write(b'{"prompt": "two"}\n{"prompt": "three"}\n{"pro')
-        second, third = made.get(timeout=60)
+        second, third = made.get(timeout=PATIENCE)
         writer.write(b'mpt": "four"}')
         writer.close()
-        [fourth] = made.get(timeout=60)
-        assert made.get(timeout=60) is None
+        [fourth] = made.get(timeout=PATIENCE)
+        assert made.get(timeout=PATIENCE) is None
     assert [body_of(request)["messages"] for request in (first, second, third, fourth)] == [
         *(user("one"), user("two"), user("three"), user("four"))
     ]

@@ -10,11 +10,11 @@ import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from wires import FINE, SENT, STREAMED, answering, body, faulty, http, told
 
+from millstream.client.pieces import Pieces
+from millstream.client.requests import Reply
 from millstream.llm.sdk import SdkWire
 from millstream.llm.simulator import Behaviour, parse_latency, running
 from millstream.llm.wire import Wire, WireError
-from millstream.runs.ask.pieces import Pieces
-from millstream.runs.ask.requests import Reply
 
 ASKED = body("What is the capital of France?")
 

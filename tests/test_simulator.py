@@ -11,7 +11,7 @@ import pytest
 
 from millstream.errors import RequestError
 from millstream.llm import simulator
-from millstream.llm.simulator import Behaviour, Fault, Latency, parse_fault, parse_latency, running
+from millstream.llm.simulator import Behaviour, FaultRate, Latency, parse_fault, parse_latency, running
 from millstream.llm.simulator.behaviour import treatment_of
 
 CITY = {
@@ -715,7 +715,7 @@ def test_a_behaviour_that_is_none_is_refused(settings):
 
 
 def test_settings_are_read():
-    assert parse_fault("slow-bytes:0.5") == Fault("slow-bytes", 0.5, 0.05)
-    assert parse_fault("503:0.5:2:times=3") == Fault("503", 0.5, 2.0, 3)
+    assert parse_fault("slow-bytes:0.5") == FaultRate("slow-bytes", 0.5, 0.05)
+    assert parse_fault("503:0.5:2:times=3") == FaultRate("503", 0.5, 2.0, 3)
     assert parse_latency(" bimodal  0.05 1.0 0.02 ") == Latency("bimodal", (0.05, 1.0, 0.02))
     assert str(parse_latency("bimodal 0.05 1.0 0.02")) == "bimodal 0.05 1 0.02"

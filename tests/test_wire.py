@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wires import FINE, SENT, answering, body, faulty, http, told
 
-from millstream.aio import Fault, Reply, gather
+from millstream.aio import Fault, Returned, gather
 from millstream.errors import RequestError
 from millstream.llm.peers import Peer
 from millstream.llm.replies import answer_in
@@ -365,7 +365,7 @@ def test_everything_is_answered_in_the_end_by_a_server_that_mostly_fails():
             return outcomes, server.stats.most_in_flight
 
     outcomes, most = asyncio.run(main())
-    assert all(isinstance(outcome, Reply) for outcome in outcomes)
+    assert all(isinstance(outcome, Returned) for outcome in outcomes)
     assert [f"question {outcome.index}" in outcome.value.text for outcome in outcomes] == [True] * 200
     assert any(outcome.attempts > 1 for outcome in outcomes)
     assert most <= 16

@@ -8,7 +8,7 @@ from virtual import VirtualLoop, _Jumping
 
 T = TypeVar("T")
 
-_GRACE = 0.002  # real seconds that the system may need to carry bytes from one socket of this process to another
+_GRACE = 0.05  # real seconds that a busy system may need to carry bytes from one socket of this process to another
 _LONG_GRACE = 10.0  # the same where there is no timer to jump to
 
 

@@ -10,6 +10,7 @@ from queue import Queue
 
 import msgspec
 from aiohttp import web
+from runs import PATIENCE
 
 from millstream.llm.simulator import Behaviour, parse_fault
 
@@ -130,7 +131,7 @@ def deciding_elsewhere(decide):
     thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
     thread.start()
     try:
-        yield url.get(timeout=30)
+        yield url.get(timeout=PATIENCE)
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join()

@@ -2,6 +2,6 @@
 
 from millstream.aio.calls import as_completed, gather, ordered, race
 from millstream.aio.flow import Flow
-from millstream.aio.outcomes import Fault, Outcome, Reply
+from millstream.aio.outcomes import Fault, Outcome, Returned
 
-__all__ = ["Fault", "Flow", "Outcome", "Reply", "as_completed", "gather", "ordered", "race"]
+__all__ = ["Fault", "Flow", "Outcome", "Returned", "as_completed", "gather", "ordered", "race"]

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from millstream.aio.flow import Flow, Function, Items
-from millstream.aio.outcomes import Fault, Outcome, Reply
+from millstream.aio.flow import Flow, Function
+from millstream.aio.outcomes import Fault, Outcome, Returned
+from millstream.aio.supply import Items
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -47,9 +48,9 @@ async def race(function: Function[T, R], items: Iterable[T], **options: Any) -> 
     faults: list[Fault] = []
     async with as_completed(function, contenders, **{"in_flight": len(contenders), **options}) as outcomes:
         async for outcome in outcomes:
-            if isinstance(outcome, Reply):
+            if isinstance(outcome, Returned):
                 return outcome
             faults.append(outcome)
     last = faults[-1]
     message = f"all {len(faults)} failed, the last with {last.message}"
-    return Fault(last.index, "race", message, last.seconds, last.attempts, last.error, tuple(faults))
+    return Fault(last.index, "race", message, last.seconds, last.attempts, error=last.error, faults=tuple(faults))

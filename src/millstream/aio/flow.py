@@ -11,30 +11,23 @@ There is no task that schedules: whatever changes something (an attempt that end
 import asyncio
 import math
 from collections import deque
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Generator,
-    Iterable,
-    Iterator,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
 from millstream.aio.hedging import Hedge
-from millstream.aio.jobs import Attempt, Delay, Ended, Job, Spent, fault_of, never
+from millstream.aio.jobs import Attempt, Delay, Job, Spent, fault_of, never
 from millstream.aio.limits import Limit
-from millstream.aio.outcomes import Fault, Outcome, Reply
-from millstream.aio.places import Places, default_window
+from millstream.aio.outbox import Outbox
+from millstream.aio.outcomes import Fault, Outcome, Returned
+from millstream.aio.places import Places
 from millstream.aio.rates import Gate, RetryBudget
 from millstream.aio.retries import Retries
+from millstream.aio.supply import Items, Supply
+from millstream.aio.turns import Bounds, Turns
 
 T = TypeVar("T")
 R = TypeVar("R")
 Function = Callable[[T], Awaitable[R]]
-Items = Iterable[T] | AsyncIterable[T]
 
 _NO_PLACE = 0.5  # seconds until an attempt for which there was no place, with nobody else running, is made again
 _LONG = 0.05  # seconds that starting attempts may keep the loop busy
@@ -43,7 +36,7 @@ _LONG = 0.05  # seconds that starting attempts may keep the loop busy
 class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
     """The outcomes of `function` over `items`, as an async iterator inside ``async with``.
 
-    Source items are pulled one at a time, each when there is room for it. `timeout` bounds one attempt, `deadline` a
+    Supply items are pulled one at a time, each when there is room for it. `timeout` bounds one attempt, `deadline` a
     request over all attempts and waits, in seconds (None: no bound); running out of either is a `Fault`, never an
     exception. After the block no task of this flow is alive, however it was left, and the source is closed.
 
@@ -88,42 +81,27 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
     ) -> None:
         self._places = in_flight if isinstance(in_flight, Places) else Places(in_flight)
         self._limit = self._places.limit
-        self._function, self._items, self._in_order = function, items, in_order
-        self._fixed_window, self._window_bytes, self._weigh = window, window_bytes, weigh
-        self._timeout, self._deadline, self._delay = timeout, deadline, delay
+        self._function, self._timeout, self._delay = function, timeout, delay
         self._gate, self._budget, self._hedge = gate, budget, hedge
-        self._canaries, self._head_start = canaries, head_start
         self.watch = watch
-        self._batched = batched
-        self._stock: deque[T] = deque()  # pulled, and not yet admitted
         self.spent = Spent()
-        self.waits_for = "nothing"  # what keeps it from starting more, in a few words
-        self._source: Iterator[T] | AsyncIterator[T] | None = None
-        self._pulling: asyncio.Task[T] | None = None
-        self._running: dict[asyncio.Task[R], Attempt[T]] = {}
-        self._head: Job[T] | None = None  # it is its turn, but the gate is not open yet
+        self._outbox = Outbox(in_order=in_order, weigh=weigh)
+        self._source: Supply[T] = Supply(items, batched=batched, pulled=self._pump, ended=self._outbox.ready.set)
         self._retries: Retries[T] = Retries(budget, longest_wait)
-        self._again: deque[Job[T]] = deque()  # whose attempt could not begin
+        bounds = Bounds(window, window_bytes, deadline, canaries, head_start)
+        self._turns = Turns(self._source, self._outbox, self._places, self._retries, bounds)
+        self._running: dict[asyncio.Task[R], Attempt[T]] = {}
         self._slow: deque[tuple[Job[T], int]] = deque()  # to be hedged, and the attempts they had then
-        self._done: deque[Ended] = deque()  # to be handed out
-        self._early: dict[int, Ended] = {}  # of an ordered flow: not yet their turn
-        self._bytes = 0  # of both
-        self._next = 0  # index of the next item to admit
-        self._turn = 0  # of an ordered flow: index of the next outcome to hand out
-        self._handed = 0
-        self._exhausted = self._stopped = self._closed = False
-        self._failure: BaseException | None = None  # of the source
+        self._stopped = self._closed = False
         self._broken: BaseException | None = None  # nobody's fault: to be raised at once
-        self._ready = asyncio.Event()  # something for the reader
         self._alarm: asyncio.TimerHandle | None = None
 
     # The reader's side ----------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> "Flow[T, R]":
         self._loop = asyncio.get_running_loop()
-        items = self._items
-        self._source = aiter(items) if isinstance(items, AsyncIterable) else iter(items)
-        self._others_from = self._loop.time() + self._head_start  # when the canaries' head start ends
+        self._source.begin()
+        self._turns.begin(self._loop.time)
         self._pump()
         return self
 
@@ -131,8 +109,8 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._closed = True
         self._set_alarm(None)
         self._places.forget(self._pump)
-        pending: list[asyncio.Task[Any]] = [*self._running, *([self._pulling] if self._pulling else [])]
-        for job in [*(attempt.job for attempt in self._running.values()), *self._waiting]:
+        pending: list[asyncio.Task[Any]] = [*self._running, *filter(None, [self._source.pulling])]
+        for job in [*(attempt.job for attempt in self._running.values()), *self._turns.waiting]:
             job.forget_alarm()
         for task in pending:
             task.cancel()
@@ -144,10 +122,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
                 cancelled = error  # whoever is cancelled while closing still leaves nothing behind
             # One that is done may still be among the running: then its place is not given back yet.
             pending = [task for task in pending if task in self._running or not task.done()]
-        if isinstance(self._source, AsyncGenerator):
-            await self._source.aclose()
-        elif isinstance(self._source, Generator):
-            self._source.close()
+        await self._source.close()
         if cancelled is not None:
             raise cancelled
 
@@ -155,22 +130,22 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         return self
 
     async def __anext__(self) -> Outcome[R]:
-        if self._source is None or self._closed:
+        if not self._source.begun or self._closed:
             raise RuntimeError("outcomes are read inside their block: async with ... as outcomes")
-        while not self._done:
+        box, source = self._outbox, self._source
+        while not box.done:
             if self._broken is not None:
                 raise self._broken
-            if self._exhausted and self._handed == self._next:
-                if self._failure is not None:
-                    failure, self._failure = self._failure, None
+            if source.over and self._turns.all_handed:
+                if source.failure is not None:
+                    failure, source.failure = source.failure, None
                     raise failure
                 raise StopAsyncIteration
-            self._ready.clear()
-            await self._ready.wait()
-        ended = self._done.popleft()
-        self._handed += 1
-        self._bytes -= ended.bytes
-        self.spent.stall += self._loop.time() - ended.at
+            box.ready.clear()
+            await box.ready.wait()
+        now = self._loop.time()
+        ended = box.take()
+        self.spent.stall += now - ended.at
         self._pump()  # there is room in the window
         outcome: Outcome[R] = ended.outcome
         return outcome
@@ -180,24 +155,17 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         """Attempts that run now."""
         return len(self._running)
 
+    @property
+    def waits_for(self) -> str:
+        """What keeps it from starting more, in a few words."""
+        return self._turns.waits_for
+
     def stop(self) -> None:
         """Start no more: attempts in flight still end and are handed out, all else is a Fault of kind ``stopped``."""
-        self._exhausted = self._stopped = True
-        self._stock.clear()
-        if self._pulling:
-            self._pulling.cancel()
-        waiting, self._head = self._waiting, None
-        self._retries.clear()
-        self._again.clear()
-        for job in waiting:
+        self._stopped = True
+        for job in self._turns.clear():
             self._turn_away(job, self._loop.time())
-        self._ready.set()
-
-    @property
-    def _waiting(self) -> "list[Job[T]]":
-        """Admitted, but neither in flight nor settled."""
-        found = dict.fromkeys([*([self._head] if self._head else []), *self._again, *self._retries])
-        return [job for job in found if not job.settled]
+        self._outbox.ready.set()
 
     # Starting -------------------------------------------------------------------------------------------------------
 
@@ -217,26 +185,26 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
     def _break(self, error: BaseException) -> None:
         """What no request is to blame for is told to the reader, who would wait forever if a callback kept it."""
         self._broken = error
-        self._ready.set()
+        self._outbox.ready.set()
 
     def _start_what_may(self) -> float | None:
         """Returns when to look again, if nothing changes before."""
-        wake: float | None = None
+        turns, wake = self._turns, None
         began = now = self._loop.time()
         while not self._places.full(self._pump):
             if self._slow:
                 self._hedge_it(*self._slow.popleft())
                 continue
-            job, wake = self._next_job()
+            job, wake = turns.next(went_well=not self.spent.wasted)
             now = self._loop.time()  # pulling an item took its time
             if job is None:
                 if self._retries.any_held and not self._running:
-                    self.waits_for = "the servers"
-                if not self._retries.any_held or not self._is_all_held():
+                    turns.waits_for = "the servers"
+                if not self._retries.any_held or self._running or not turns.all_held:
                     return wake
                 self._give_up_held(now)
                 continue
-            self._head = None
+            turns.head = None
             if job.until is not None and now >= job.until:
                 self._give_up(job, now)
                 continue
@@ -244,7 +212,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
             if wait <= 0.0:
                 self._start(job, now)
                 if now - began > _LONG:
-                    self.waits_for = "the source"
+                    turns.waits_for = "the source"
                     return now  # the source is slow, and nothing of what it gave has begun yet
             elif wait == math.inf and not self._running:
                 assert self._gate
@@ -252,13 +220,13 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
                 self.stop()
             else:
                 assert self._gate
-                self._head, self.waits_for = job, self._gate.name
+                turns.head, turns.waits_for = job, self._gate.name
                 self._mind_deadline(job)
                 return now + wait if wait != math.inf else None
         self._retries.no_place(now)
-        self.waits_for = "places in flight" if self._places.taken >= self._limit.now else "open files (ulimit -n)"
-        if self._handed == self._next and not self._stock and not self._exhausted:
-            self._pull_in()  # if nothing is left, the reader must not wait for a place to learn it
+        turns.waits_for = "places in flight" if self._places.taken >= self._limit.now else "open files (ulimit -n)"
+        if turns.all_handed and not self._source.stock and not self._source.over:
+            turns.pull()  # if nothing is left, the reader must not wait for a place to learn it
         return None
 
     def _set_alarm(self, when: float | None) -> None:
@@ -272,92 +240,16 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._alarm = None
         self._pump()
 
-    def _next_job(self) -> "tuple[Job[T] | None, float | None]":
-        """Whose turn it is: what already waits at the gate, retries that are due, then new ones; or when to look."""
-        now = self._loop.time()
-        if self._head is not None:
-            return self._head, None
-        while self._again:
-            if not (again := self._again.popleft()).settled:
-                return again, None
-        job, wake, scarce = self._retries.next(now)
-        if job is not None:
-            return job, None
-        if now >= self._others_from and not self.spent.wasted:
-            self._canaries = 0  # slow is not wrong
-        if self._canaries and now < self._others_from:
-            wake = self._others_from if wake is None else min(wake, self._others_from)
-        new = self._admit()
-        if new is None and scarce:
-            self.waits_for = "the retry budget"
-        return new, wake
-
     def _mind_deadline(self, job: "Job[T]") -> None:
         """It waits; its deadline comes even if nothing else happens."""
         if job.until is not None and job.alarm is None:
             job.alarm = self._loop.call_at(job.until, self._late, job)
 
     def _late(self, job: "Job[T]") -> None:
-        if self._head is job:
-            self._head = None
+        if self._turns.head is job:
+            self._turns.head = None
         self._give_up(job, self._loop.time())
         self._pump()
-
-    def _admit(self) -> "Job[T] | None":
-        """The next item as a job; None if there is no room, or none yet."""
-        if self._exhausted:
-            self.waits_for = "the last ones"
-            return None
-        under_way = self._next - self._handed
-        window = default_window(self._limit.now) if self._fixed_window is None else self._fixed_window
-        full = under_way >= max(window, self._limit.now)
-        if full or (self._window_bytes is not None and self._bytes >= self._window_bytes):
-            self.waits_for = "the reader" if self._done else "the first in order" if self._early else "retries"
-            return None
-        if self._canaries and under_way >= self._canaries:  # whoever reads may want to stop
-            self.waits_for = "the first reply"
-            return None
-        if not self._stock:
-            self._pull_in()
-        if not self._stock:
-            return None
-        self._next += 1
-        now = self._loop.time()
-        until = None if self._deadline is None else now + self._deadline
-        return Job(self._next - 1, self._stock.popleft(), now, until)
-
-    def _pull_in(self) -> None:
-        """The next item of the source, or its next batch, goes into the stock; if there is one, and at once."""
-        try:
-            if not isinstance(self._source, AsyncIterator):
-                assert self._source is not None
-                item = next(self._source)
-                if not self._stopped:  # by the source itself
-                    self._stock.append(item)
-                return
-            if self._pulling is None:
-                self._pulling = self._loop.create_task(_pull(self._source))
-                self._pulling.add_done_callback(self._pulled)
-            if not self._pulling.done():
-                self.waits_for = "the source"
-                return
-            pulled, self._pulling = self._pulling, None
-            self._stock.extend(pulled.result() if self._batched else [pulled.result()])  # type: ignore[arg-type]
-            if not self._stock:
-                self._pull_in()  # after an empty batch
-        except (StopIteration, _End):
-            self._end(None)
-        except (Exception, asyncio.CancelledError) as error:
-            self._end(error)
-
-    def _pulled(self, task: "asyncio.Task[T]") -> None:
-        if not task.cancelled():
-            task.exception()  # seen: it may be that nobody asks for it any more
-        self._pump()
-
-    def _end(self, failure: BaseException | None) -> None:
-        self._exhausted, self._failure = True, failure
-        self._ready.set()
 
     def _start(self, job: "Job[T]", now: float) -> None:
         self._waited(job, now)
@@ -401,7 +293,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         still_runs = job.attempts == attempts and job.tasks and not job.tasks[0].done()
         if not still_runs or self._stopped or not hedge.allowed or self._limit.cut:
             return
-        if self._gate and (self._head is not None or self._gate.wait(job.item, now) > 0.0):
+        if self._gate and (self._turns.head is not None or self._gate.wait(job.item, now) > 0.0):
             return
         hedge.made += 1
         self.spent.hedges += 1
@@ -460,7 +352,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
     def _succeeded(self, attempt: "Attempt[T]", value: R, now: float) -> None:
         job = attempt.job
         job.settled = True
-        self._canaries = 0
+        self._turns.canaries = 0
         job.forget_alarm()
         for loser in job.tasks:
             loser.cancel()
@@ -469,7 +361,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
             # A hedge that won says of the first attempt only that it would have taken longer.
             self._hedge.learn(now - job.since)
         self._retries.succeeded(job, attempt.began, now)
-        self._deliver(Reply(job.index, value, now - job.began, job.attempts), now, attempt.began)
+        self._deliver(Returned(job.index, value, now - job.began, job.attempts), now, attempt.began)
 
     def _begin_again(self, attempt: "Attempt[T]", now: float) -> None:
         """An attempt was none: there was no place for it after all, though nobody could know."""
@@ -486,7 +378,7 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         elif alone:  # somebody else has them, and nothing of ours will tell when they are free
             self._wait(job, _NO_PLACE, now)
         else:
-            self._again.append(job)
+            self._turns.again.append(job)
             self._mind_deadline(job)
 
     def _failed(self, job: "Job[T]", error: Exception | None, now: float) -> None:
@@ -516,14 +408,6 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._retries.put(job, wait, now)
         self._mind_deadline(job)
 
-    def _is_all_held(self) -> bool:
-        """Nothing runs, and nothing else is due or can be admitted, whatever time brings."""
-        if self._running or self._head is not None or self._again or self._done:
-            return False
-        if self._pulling is not None and not self._pulling.done():  # what is pulled may be kept out by a full window
-            return False
-        return self._retries.all_held
-
     def _give_up_held(self, now: float) -> None:
         """All that is left is held: it is given up, or tried once more if anything has succeeded meanwhile."""
         for job in self._retries.given_up(now):
@@ -546,31 +430,9 @@ class Flow(AsyncIterator[Outcome[R]], Generic[T, R]):
         self._deliver(Fault(job.index, "stopped", message, now - job.began, job.attempts), now)
 
     def _deliver(self, outcome: Outcome[R], now: float, began: float | None = None) -> None:
-        size = self._weigh(outcome.value) if self._weigh and isinstance(outcome, Reply) else 0
-        self._bytes += size
         if self.watch is not None:
             self.watch(outcome, now if began is None else began, now)
-        ended = Ended(outcome, now, size)
-        if not self._in_order:
-            self._done.append(ended)
-        else:
-            self._early[outcome.index] = ended
-            while (ready := self._early.pop(self._turn, None)) is not None:
-                self._done.append(ready)
-                self._turn += 1
-        if self._done:
-            self._ready.set()
-
-
-class _End(Exception):
-    """StopAsyncIteration cannot be the result of a task."""
-
-
-async def _pull(source: AsyncIterator[T]) -> T:
-    try:
-        return await anext(source)
-    except StopAsyncIteration:
-        raise _End from None
+        self._outbox.put(outcome, now)
 
 
 async def _within(until: float | None, function: Function[T, R], item: T) -> R:

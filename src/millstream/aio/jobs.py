@@ -128,12 +128,6 @@ class Attempt(NamedTuple, Generic[T]):
     is_hedge: bool
 
 
-class Ended(NamedTuple):
-    outcome: Any
-    at: float
-    bytes: int
-
-
 def fault_of(job: Job[Any], error: Exception, seconds: float, *, late: bool, held: bool = False) -> Fault:
     """What a request has come to that failed; `late`: its deadline came."""
     kind = getattr(error, "kind", None)
@@ -144,7 +138,8 @@ def fault_of(job: Job[Any], error: Exception, seconds: float, *, late: bool, hel
 
 
 def _no_answer(job: Job[Any], seconds: float) -> str:
-    message = f"no answer within {seconds:.3g} s in {job.attempts} attempt{'' if job.attempts == 1 else 's'}"
+    took = f"{seconds:.2g}" if seconds < 10 else f"{seconds:.0f}"
+    message = f"no answer within {took} s in {job.attempts} attempt{'' if job.attempts == 1 else 's'}"
     if job.last is not None and not isinstance(job.last, TimeoutError):
         message += f"; last: {getattr(job.last, 'brief', None) or _words(job.last)}"
     if job.held_back >= 0.05:

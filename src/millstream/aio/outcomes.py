@@ -7,7 +7,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
-class Reply(Generic[R]):
+class Returned(Generic[R]):
     """The value that request number `index` (in source order) ended with, after `seconds` and `attempts`."""
 
     index: int
@@ -35,4 +35,4 @@ class Fault:
     held: bool = False
 
 
-Outcome: TypeAlias = Reply[R] | Fault
+Outcome: TypeAlias = Returned[R] | Fault

@@ -1,14 +1,14 @@
 """`ask`: prompts in, one row for each out."""
 
 import json
-import os
 import sys
 from typing import Any, NoReturn
 
 import click
 
-from millstream.cli.types import INTERRUPTED, SIZE, WITH_FAULTS, Ended, needs_ask_extra, numbers
+from millstream.cli.types import INTERRUPTED, SIZE, WITH_FAULTS, Exit, needs_ask_extra, numbers
 from millstream.errors import RequestError, RunError
+from millstream.store import file_at, kind_at
 
 
 @click.command(short_help="Ask an LLM server every prompt of a file.")
@@ -153,7 +153,7 @@ def ask(
         on = "goes on from here" if report.kept else "asks everything again: only --journal keeps what is answered"
         counts = "an attempt counts with an id a byte and --max-tokens, until its reply tells"
         message = f"stopped before it could cost more than --max-cost ({counts}). A higher one {on}"
-        raise Ended(message, RunError.exit_code, reported=as_json)
+        raise Exit(message, RunError.exit_code, reported=as_json)
     if report.stopped:
         _end_interrupted("stopped", kept=report.kept, reported=as_json)
     if report.faults or report.left_out or report.in_vain:
@@ -172,7 +172,7 @@ def _names(text: str) -> list[str]:
 def _end_interrupted(how: str, *, kept: bool, reported: bool = False) -> NoReturn:
     on = "Nothing is lost: run the same command again to go on"
     none = "What came out is all there is: without --journal the same command asks everything again"
-    raise Ended(f"{how}. {on if kept else none}.", INTERRUPTED, reported=reported)
+    raise Exit(f"{how}. {on if kept else none}.", INTERRUPTED, reported=reported)
 
 
 def _in_flight(text: str) -> Any:
@@ -184,13 +184,12 @@ def _in_flight(text: str) -> Any:
 def _schema(path: str | None) -> Any:
     if path is None:
         return None
-    if ":" in path and not os.path.exists(path):
+    if ":" in path and kind_at(path) is None:
         from millstream.llm.forms import model_named
 
         return model_named(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            schema = json.load(file)
+        schema = json.loads(file_at(path).text())
     except OSError as error:
         raise RequestError(f"cannot read the schema {path}: {error.strerror}") from error
     except ValueError as error:

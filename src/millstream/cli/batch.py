@@ -47,7 +47,7 @@ def batch_split(requests: tuple[str, ...], out: str, as_json: bool, **options: A
     A line that is no request, or a custom_id that comes twice, is an error that names its line; then nothing is
     written.
     """
-    from millstream.runs.ask.batching import split
+    from millstream.runs.batch.splitting import split
 
     report = split(requests, out, **options)
     click.echo(json.dumps(report.as_json(), indent=1) if as_json else report.in_words())
@@ -76,7 +76,7 @@ def batch_merge(requests: tuple[str, ...], outputs: tuple[str, ...], out: str, a
     Outcomes are found by custom_id. Of several the last success counts, else the last failure; a request without any
     gets an error of code "missing". Exit code 3: some failed or are missing.
     """
-    from millstream.runs.ask.batching import merge
+    from millstream.runs.batch.joining import merge
 
     report = merge(requests, outputs, out, **options)
     click.echo(json.dumps(report.as_json(), indent=1) if as_json else report.in_words(), err=out == "-")
@@ -90,7 +90,7 @@ def batch_retry_failed(
     requests: tuple[str, ...], outputs: tuple[str, ...], out: str, as_json: bool, **options: Any
 ) -> None:
     """Write those of REQUESTS, unchanged, that failed in every OUTPUT or are in none."""
-    from millstream.runs.ask.batching import retry_failed
+    from millstream.runs.batch.joining import retry_failed
 
     report = retry_failed(requests, outputs, out, **options)
     click.echo(json.dumps(report.as_json(), indent=1) if as_json else report.in_words(), err=out == "-")

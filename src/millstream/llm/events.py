@@ -27,7 +27,7 @@ _EVENTS = (b"data", b"event", b"id", b"retry", b":")  # how server-sent events b
 _FIRST_HALVES = ("\ud800", "\udbff")  # of surrogate pairs: from, to
 
 
-class Stream(AsyncIterator[str]):
+class ReplyPieces(AsyncIterator[str]):
     """A reply in pieces of text, none of them empty: ``async with wire.pieces(body) as pieces: async for piece ...``.
 
     After the last piece, `answer` is all of it. Raises WireError: of kind "cut" if the stream ends before the server
@@ -43,7 +43,7 @@ class Stream(AsyncIterator[str]):
         self._said: list[str] = []
         self.answer: Answer | None = None
 
-    async def __aenter__(self) -> "Stream":
+    async def __aenter__(self) -> "ReplyPieces":
         incoming = self._incoming = await self._begin()
         try:
             if incoming.status != 200:

@@ -1,7 +1,6 @@
 """A server as messages speak of it: in one line that says what to do, and never holds a key."""
 
 import errno
-import os
 import re
 import socket
 import ssl
@@ -15,6 +14,7 @@ import msgspec
 from millstream.llm.addresses import CHAT
 from millstream.llm.said import Said, asked_in, said_by, said_in
 from millstream.llm.verdicts import CONNECTION, NO_PLACE, TLS, UNSENT, Verdict, WireError, verdict
+from millstream.store.pipe import refused
 
 _LONGEST_WORDS = 300  # characters of what a server says that a message quotes
 _LONG = 60.0  # seconds to be left alone for that a message tells
@@ -131,11 +131,7 @@ def _time(seconds: float) -> str:
 
 def _is_out_of_files() -> bool:
     """Whether it was for want of a file descriptor that a name could not be looked up, which tells no reason."""
-    try:
-        os.close(os.open(os.devnull, os.O_RDONLY))
-    except OSError as error:
-        return error.errno in _OUT_OF_FILES
-    return False
+    return refused() in _OUT_OF_FILES
 
 
 def _pattern(secret: str) -> re.Pattern[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from millstream.llm.addresses import CHAT, address_of, checked_headers, secrets_in
-from millstream.llm.events import Stream, streamed
+from millstream.llm.events import ReplyPieces, streamed
 from millstream.llm.peers import Peer
 from millstream.llm.replies import MOST, Answer, answer_in, whole
 
@@ -56,9 +56,9 @@ class SdkWire:
             raise self._peer().refused(response.status, content, response.headers)
         return answer_in(self._peer(), content, path)
 
-    def pieces(self, body: Mapping[str, Any] | bytes, path: str = CHAT) -> Stream:
+    def pieces(self, body: Mapping[str, Any] | bytes, path: str = CHAT) -> ReplyPieces:
         """One attempt whose text comes piece by piece; see `Wire.pieces`."""
-        return Stream(self._peer(), lambda: self._begin(streamed(body), path), self._most)
+        return ReplyPieces(self._peer(), lambda: self._begin(streamed(body), path), self._most)
 
     async def _begin(self, body: Mapping[str, Any] | bytes, path: str) -> "_Response":
         peer = self._peer()
@@ -85,7 +85,7 @@ class SdkWire:
 
 
 class _Response:
-    """httpx's response, as `Stream` reads it."""
+    """httpx's response, as `ReplyPieces` reads it."""
 
     def __init__(self, response: Any, peer: Peer) -> None:
         self._response, self._peer = response, peer

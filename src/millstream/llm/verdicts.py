@@ -191,7 +191,7 @@ HTTP = (
             r"\bdo(es)? not support (image|vision|audio|video|file|tool)",
             *(r"\bat most \d+ image", r"\bmessages?[.\[]+\d+"),
         ),
-        re.compile(r"(messages|prompt|input|contents?|query|documents|texts)\b"),
+        params=re.compile(r"(messages|prompt|input|contents?|query|documents|texts)\b"),
         first=_PROMPT,
     ),
     Verdict(

@@ -26,7 +26,7 @@ from yarl import URL
 
 from millstream.errors import RequestError
 from millstream.llm.addresses import CHAT, address_of, basic, checked_headers, secrets_in, secrets_of
-from millstream.llm.events import Stream, streamed
+from millstream.llm.events import ReplyPieces, streamed
 from millstream.llm.peers import Peer
 from millstream.llm.proxies import Proxy, proxy_for
 from millstream.llm.replies import MOST, Answer, answer_in, unusable, whole
@@ -34,7 +34,7 @@ from millstream.llm.said import seconds_of
 from millstream.llm.unpacking import BadPacking, Unpacker
 from millstream.llm.verdicts import CONNECTION, PROXY, WireError
 
-__all__ = ["CHAT", "Answer", "Stream", "Wire", "WireError", "seconds_of", "wait_before_retry"]
+__all__ = ["CHAT", "Answer", "ReplyPieces", "Wire", "WireError", "seconds_of", "wait_before_retry"]
 
 FIRST_WAIT = 0.5
 LONGEST_WAIT = 60.0
@@ -139,7 +139,7 @@ class Wire:
         finally:
             await incoming.close()
 
-    def pieces(self, body: Mapping[str, Any] | bytes, path: str = CHAT) -> Stream:
+    def pieces(self, body: Mapping[str, Any] | bytes, path: str = CHAT) -> ReplyPieces:
         """One attempt whose text comes piece by piece: ``async with wire.pieces(body) as pieces: async for piece ...``.
 
         Leaving the block early closes the connection. Raises WireError, on entering the block and later.
@@ -151,7 +151,7 @@ class Wire:
             except (ClientError, OSError) as error:
                 raise self._lost(error) from None
 
-        return Stream(self._peer, begin, self._most)
+        return ReplyPieces(self._peer, begin, self._most)
 
     def _lost(self, error: ClientError | OSError) -> WireError:
         """What to say of an attempt that got no answer: it may not have come further than the proxy."""
@@ -181,7 +181,7 @@ class Wire:
 
 
 class _Response:
-    """aiohttp's response, as `Stream` reads it."""
+    """aiohttp's response, as `ReplyPieces` reads it."""
 
     def __init__(self, response: ClientResponse, peer: Peer) -> None:
         self._response, self._peer = response, peer

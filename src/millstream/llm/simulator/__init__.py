@@ -9,14 +9,14 @@ All time is the event loop's, so that it runs under a virtual clock as well.
 """
 
 from millstream.llm.simulator.behaviour import Behaviour, Latency, parse_latency
-from millstream.llm.simulator.faults import KINDS, Fault, parse_fault
+from millstream.llm.simulator.faults import KINDS, FaultRate, parse_fault
 from millstream.llm.simulator.server import Server, application, running, serve
 from millstream.llm.simulator.stats import Stats
 
 __all__ = [
     "KINDS",
     "Behaviour",
-    "Fault",
+    "FaultRate",
     "Latency",
     "Server",
     "Stats",

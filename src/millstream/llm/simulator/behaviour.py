@@ -9,7 +9,7 @@ from struct import unpack
 from typing import Literal, NamedTuple
 
 from millstream.errors import RequestError
-from millstream.llm.simulator.faults import Fault
+from millstream.llm.simulator.faults import FaultRate
 
 _NORMAL = NormalDist()
 
@@ -92,7 +92,7 @@ class Behaviour:
 
     latency: Latency = Latency()
     piece_latency: Latency = Latency()
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[FaultRate, ...] = ()
     seed: int = 0
     reply_ids: int | None = None
     capacity: int | None = None
@@ -120,7 +120,7 @@ class Behaviour:
 
 class Treatment(NamedTuple):
     seconds: float
-    fault: Fault | None
+    fault: FaultRate | None
     draws: Iterator[float]
 
     @property

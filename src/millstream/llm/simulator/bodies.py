@@ -63,7 +63,7 @@ class Chat(msgspec.Struct):
                 last = text
         return last, letters
 
-    def reply(self, behaviour: Behaviour, key: bytes) -> "Reply":
+    def reply(self, behaviour: Behaviour, key: bytes) -> "Content":
         return _reply_to(self, behaviour, "chatcmpl-", key)
 
 
@@ -83,7 +83,7 @@ class Completion(msgspec.Struct):
             return self.prompt, letters_in(self.prompt)
         return f"{len(self.prompt)} ids", len(self.prompt) * LETTERS_PER_ID
 
-    def reply(self, behaviour: Behaviour, key: bytes) -> "Reply":
+    def reply(self, behaviour: Behaviour, key: bytes) -> "Content":
         return _reply_to(self, behaviour, "cmpl-", key)
 
 
@@ -104,11 +104,11 @@ class Embedding(msgspec.Struct):
     def texts(self) -> list[Any]:
         return [self.input] if isinstance(self.input, str) or _are_ids(self.input) else self.input
 
-    def reply(self, behaviour: Behaviour, key: bytes) -> "Reply":
+    def reply(self, behaviour: Behaviour, key: bytes) -> "Content":
         texts = self.texts
         letters = [letters_in(text) if isinstance(text, str) else len(text) * LETTERS_PER_ID for text in texts]
         vectors = [_vector(text, self.dimensions or _DIMENSIONS, self.encoding_format) for text in texts]
-        return Reply("embd-" + key.hex(), self.model, (), sum(map(count_ids, letters)), 0, vectors=vectors)
+        return Content("embd-" + key.hex(), self.model, (), sum(map(count_ids, letters)), 0, vectors=vectors)
 
 
 def _are_ids(given: Any) -> bool:
@@ -137,7 +137,7 @@ class Choice(NamedTuple):
         return Choice(text[: len(text) // 2], finish)
 
 
-class Reply(NamedTuple):
+class Content(NamedTuple):
     """What to answer, apart from how; `thought` are ids of it that `completion_tokens` does not count, `cached` ids of
     the prompt that were read from a cache. `naming` None: no usage is told."""
 
@@ -211,14 +211,14 @@ class Reply(NamedTuple):
         return [*(({"delta": delta}, None) for delta in deltas), ({"delta": {"content": ending}}, choice.finish)]
 
 
-def altered(reply: Reply, kind: str) -> Reply:
+def altered(reply: Content, kind: str) -> Content:
     """A reply as the fault `kind` has it, if that changes what it says rather than how it is sent."""
     change = _CHANGES.get(kind)
     return reply if change is None or reply.vectors is not None else change(reply)
 
 
 _CALL = {"id": "call_1", "type": "function", "function": {"name": "grind", "arguments": '{"grain": "wheat"}'}}
-_CHANGES: dict[str, Callable[[Reply], Reply]] = {
+_CHANGES: dict[str, Callable[[Content], Content]] = {
     "null-content": lambda reply: _with(reply, lambda choice: Choice(None, choice.finish)),
     "bad-schema": lambda reply: _with(reply, lambda choice: Choice('["not", "what", "was", "asked"]', choice.finish)),
     "length": lambda reply: _with(reply, lambda choice: choice.half("length")),
@@ -237,11 +237,11 @@ _CHANGES: dict[str, Callable[[Reply], Reply]] = {
 }
 
 
-def _with(reply: Reply, change: Callable[[Choice], Choice]) -> Reply:
+def _with(reply: Content, change: Callable[[Choice], Choice]) -> Content:
     return reply._replace(choices=tuple(map(change, reply.choices)))
 
 
-def _reply_to(asked: Chat | Completion, behaviour: Behaviour, prefix: str, key: bytes) -> Reply:
+def _reply_to(asked: Chat | Completion, behaviour: Behaviour, prefix: str, key: bytes) -> Content:
     message, letters = asked.said()
     limit = asked.max_completion_tokens or asked.max_tokens
     choices, ids_out = [], 0
@@ -251,7 +251,7 @@ def _reply_to(asked: Chat | Completion, behaviour: Behaviour, prefix: str, key: 
             text, finish = begin_of(text, limit * LETTERS_PER_ID), "length"
         choices.append(Choice(text, finish))
         ids_out += count_ids(letters_in(text))
-    return Reply(prefix + key.hex(), asked.model, tuple(choices), count_ids(letters), ids_out)
+    return Content(prefix + key.hex(), asked.model, tuple(choices), count_ids(letters), ids_out)
 
 
 def _formed(text: str, form: _Format | None) -> str:

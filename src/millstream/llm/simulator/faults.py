@@ -106,7 +106,7 @@ KINDS = (*ERRORS, *BROKEN, *ENDED, *COUNTED)
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class FaultRate:
     """One kind of fault and how often it comes; see `parse_fault`.
 
     `number` is Retry-After in seconds for 429, 503 and 529 (None: no such header), the pause between two pieces for
@@ -132,13 +132,13 @@ class Fault:
             raise RequestError(f"fault {self.kind}: times must be 1 or more")
 
 
-def parse_fault(text: str) -> Fault:
+def parse_fault(text: str) -> FaultRate:
     """A fault from ``KIND:PROBABILITY[:NUMBER][:times=N]``.
 
     >>> parse_fault("429:0.05:2")
-    Fault(kind='429', probability=0.05, number=2.0, times=None)
+    FaultRate(kind='429', probability=0.05, number=2.0, times=None)
     >>> parse_fault("503:1.0:times=2")  # the first two requests of each body fail, then it works
-    Fault(kind='503', probability=1.0, number=None, times=2)
+    FaultRate(kind='503', probability=1.0, number=None, times=2)
     >>> parse_fault("429:0.05").number, parse_fault("429:0.05:none").number  # without a Retry-After
     (1.0, None)
     """
@@ -151,4 +151,4 @@ def parse_fault(text: str) -> Fault:
             raise ValueError
     except (ValueError, IndexError):
         raise RequestError(f"a fault is KIND:PROBABILITY[:NUMBER][:times=N], not {text!r}") from None
-    return Fault(kind, probability, number, times)
+    return FaultRate(kind, probability, number, times)

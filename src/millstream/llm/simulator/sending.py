@@ -6,7 +6,7 @@ from hashlib import blake2b
 from aiohttp import web
 
 from millstream.llm.simulator.behaviour import Latency, Treatment
-from millstream.llm.simulator.bodies import Asked, Reply, error_body
+from millstream.llm.simulator.bodies import Asked, Content, error_body
 from millstream.llm.simulator.faults import ERRORS
 
 JSON = {"Content-Type": "application/json"}
@@ -18,7 +18,7 @@ _AT_ONCE = 1 << 20  # bytes of a huge reply that are in memory
 
 
 async def answered(
-    request: web.Request, asked: Asked, reply: Reply, treatment: Treatment, piece_latency: Latency
+    request: web.Request, asked: Asked, reply: Content, treatment: Treatment, piece_latency: Latency
 ) -> web.StreamResponse:
     """Send a reply with status 200, as whole as the treatment leaves it."""
     kind = treatment.kind
@@ -68,7 +68,7 @@ async def _huge(request: web.Request, body: bytes, treatment: Treatment) -> web.
 
 
 async def _streamed(
-    request: web.Request, asked: Asked, reply: Reply, treatment: Treatment, piece_latency: Latency
+    request: web.Request, asked: Asked, reply: Content, treatment: Treatment, piece_latency: Latency
 ) -> web.StreamResponse:
     kind = treatment.kind
     include_usage = asked.stream_options is not None and asked.stream_options.include_usage

@@ -13,7 +13,7 @@ from yarl import URL
 
 from millstream.errors import RequestError
 from millstream.llm.simulator.behaviour import Behaviour, Treatment, key_of, treatment_of
-from millstream.llm.simulator.bodies import CREATED, Asked, Chat, Completion, Embedding, Reply, altered, error_body
+from millstream.llm.simulator.bodies import CREATED, Asked, Chat, Completion, Content, Embedding, altered, error_body
 from millstream.llm.simulator.faults import ERRORS
 from millstream.llm.simulator.sending import JSON, PAGE, answered, closed, page
 from millstream.llm.simulator.stats import Quota, Stats
@@ -175,7 +175,7 @@ class _Simulator:
                 self.places.release()
 
     async def _answered(
-        self, request: web.Request, asked: Asked, reply: Reply, treatment: Treatment
+        self, request: web.Request, asked: Asked, reply: Content, treatment: Treatment
     ) -> web.StreamResponse:
         kind = treatment.kind
         if kind in ERRORS:

@@ -7,22 +7,24 @@ from dataclasses import replace
 from itertools import chain
 
 from millstream.bridge import run
-from millstream.errors import RequestError
-from millstream.formats.corpus import expand
-from millstream.formats.sources import InputShard
-from millstream.runs.ask.answers import JOURNAL, AnswerJournal, Header, is_ours
-from millstream.runs.ask.bodies import Recipe
-from millstream.runs.ask.client import Client
+from millstream.client.bodies import Recipe
+from millstream.client.client import Client
+from millstream.client.requests import Request
+from millstream.corpus.find import expand
+from millstream.corpus.sources import InputShard
+from millstream.errors import RequestError, setting
+from millstream.runs.ask.answer_lines import Header
+from millstream.runs.ask.answers import JOURNAL, AnswerJournal, is_ours
 from millstream.runs.ask.earlier import Again, refuse_other_order
 from millstream.runs.ask.endings import checked_endings
 from millstream.runs.ask.output import Output, identity, opened, refuse_existing, refuse_inputs, refuse_journal
 from millstream.runs.ask.prompts import batches
-from millstream.runs.ask.requests import Request
 from millstream.runs.ask.run import AskRun, advice
 from millstream.runs.ask.settings import AskSettings
-from millstream.runs.ask.spendings import Spendings
+from millstream.runs.ask.spendings import kept_spendings
 from millstream.runs.ask.typos import unless_all_fail
 from millstream.runs.progress import AskProgress, AskReport
+from millstream.store import kind_at, target_of
 
 
 def ask_to(
@@ -45,7 +47,7 @@ def ask_to(
     KeyboardInterrupt when it is interrupted a second time, before what ran has ended.
     """
     if settings.all_replies and out != "-":
-        raise RequestError("--all-replies is for --out -: a file gets all rows")
+        raise RequestError(f"{setting('all_replies')} is for {setting('out', '-', '-')}: a file gets all rows")
     if out == "-" and journal is None:
         _refuse_without_journal(settings)
     shards = expand([prompts])
@@ -71,7 +73,7 @@ def ask_to(
         again = _again(kept, header, settings, first)
         output = stack.enter_context(_opened(out, kept, header, overwrite=settings.overwrite))
         if kept is not None:
-            stack.enter_context(_kept_spendings(kept, client, known=settings.max_cost is not None))
+            stack.enter_context(kept_spendings(kept.path, client.purse))
         course = AskRun(
             out,
             shards[0],
@@ -96,9 +98,9 @@ def _refuse_without_journal(settings: AskSettings) -> None:
     """Raise RequestError for what goes on from an earlier run, of which nothing is known without a journal."""
     for name in ("retry_faults", "retry_finish", "reuse"):
         if getattr(settings, name):
-            flag = f"--{name.replace('_', '-')}"
             raise RequestError(
-                f"{flag} goes on from an earlier run: with --out -, say with --journal where it was kept"
+                f"{setting(name)} goes on from an earlier run: with {setting('out', '-', '-')}, say with "
+                f"{setting('journal')} where it was kept"
             )
 
 
@@ -160,24 +162,14 @@ def _again(journal: AnswerJournal | None, header: Header, settings: AskSettings,
     return again
 
 
-@contextlib.contextmanager
-def _kept_spendings(journal: AnswerJournal, client: Client, *, known: bool) -> Iterator[None]:
-    """What attempts in vain cost is written beside the journal; `known`: what earlier runs spent is counted."""
-    with contextlib.closing(Spendings(journal.path)) as spendings:
-        client.purse.keep = spendings.append
-        if known:
-            client.purse.pay_earlier(spendings.all())
-        yield
-
-
 # Where things are written ---------------------------------------------------------------------------------------------
 
 
 def _journal_folder(out: str, journal: str | None) -> str | None:
     if journal is not None or out == "-":
         return journal
-    if os.path.exists(out) and not os.path.isfile(out) and not os.path.isdir(out):
-        raise RequestError(f"{out} is a device or a pipe: say with --journal where to keep what is answered")
+    if kind_at(out) in ("pipe", "device"):
+        raise RequestError(f"{out} is a device or a pipe: say with {setting('journal')} where to keep what is answered")
     return f"{out}.run"
 
 
@@ -189,15 +181,17 @@ def _refuse_places(out: str, prompts: str, folder: str | None, *, overwrite: boo
         return
     journal = identity(os.path.join(folder, JOURNAL))
     if journal is not None and identity(0 if prompts == "-" else prompts) == journal:
-        raise RequestError(f"the prompts are the journal in {folder}, which this run writes to: give another --journal")
+        raise RequestError(
+            f"the prompts are the journal in {folder}, which this run writes to: give another {setting('journal')}"
+        )
     if out == "-":
         return
-    parent = os.path.dirname(os.path.realpath(out))
-    if os.path.isdir(out) or not (os.path.isdir(parent) or os.path.dirname(os.path.realpath(folder)) == parent):
-        why = "it is a folder" if os.path.isdir(out) else "there is no such folder"
+    parent = os.path.dirname(target_of(out))
+    if kind_at(out) == "folder" or not (kind_at(parent) == "folder" or os.path.dirname(target_of(folder)) == parent):
+        why = "it is a folder" if kind_at(out) == "folder" else "there is no such folder"
         raise RequestError(f"cannot write {out}: {why}")
-    if os.path.realpath(out) == os.path.realpath(folder):
-        raise RequestError(f"{out} cannot be both --out and --journal")
+    if target_of(out) == target_of(folder):
+        raise RequestError(f"{out} cannot be both {setting('out')} and {setting('journal')}")
     if not is_ours(folder):
         refuse_existing(out, overwrite=overwrite, because=f" and {folder} has no journal of ours")
 
@@ -206,7 +200,7 @@ def _refuse_places(out: str, prompts: str, folder: str | None, *, overwrite: boo
 def _opened(out: str, journal: AnswerJournal | None, header: Header, *, overwrite: bool) -> Iterator[Output]:
     """The output, after the journal says that this is where it went."""
     if journal is not None and journal.headers and all(earlier.out != header.out for earlier in journal.headers):
-        beside = os.path.realpath(journal.folder) == os.path.realpath(f"{out}.run")
+        beside = target_of(journal.folder) == target_of(f"{out}.run")
         refuse_existing(out, overwrite=overwrite or beside, because=f", and was not written with {journal.folder}")
     with opened(out, advice=advice(journal)) as output:
         if journal is not None:
@@ -218,4 +212,4 @@ def _seen_from(journal: AnswerJournal | None, out: str) -> str | None:
     """The path of the output from the journal's folder, so that both may move together."""
     if out == "-" or journal is None:
         return None
-    return os.path.relpath(os.path.realpath(out), os.path.realpath(journal.folder))
+    return os.path.relpath(target_of(out), target_of(journal.folder))

@@ -6,9 +6,7 @@ from typing import Any
 
 import msgspec
 
-from millstream.errors import RequestError
-from millstream.runs.ask.answers import AnswerJournal, Header
-from millstream.runs.ask.bodies import (
+from millstream.client.bodies import (
     CAPS,
     Body,
     canonical,
@@ -18,8 +16,11 @@ from millstream.runs.ask.bodies import (
     key_with_caps,
     with_caps,
 )
+from millstream.client.requests import Request
+from millstream.errors import RequestError
+from millstream.runs.ask.answer_lines import Header
+from millstream.runs.ask.answers import AnswerJournal
 from millstream.runs.ask.endings import checked_endings, ending_of
-from millstream.runs.ask.requests import Request
 
 
 def refuse_other_order(journal: AnswerJournal, now: Header) -> None:

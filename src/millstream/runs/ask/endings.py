@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from millstream.errors import RequestError
+from millstream.errors import RequestError, setting
 
 WHOLE, UNKNOWN = "whole", "unknown"
 CUT, FILTERED, REFUSED = "length", "content_filter", "refusal"
@@ -71,9 +71,9 @@ def checked_endings(names: Iterable[str]) -> frozenset[str]:
     >>> checked_endings(["short"])
     Traceback (most recent call last):
         ...
-    millstream.errors.RequestError: no reply ends with 'short': --retry-finish takes length, content_filter, refusal
+    millstream.errors.RequestError: no reply ends with 'short': retry_finish takes length, content_filter, refusal
     """
     for name in names:
         if name not in NOT_WHOLE:
-            raise RequestError(f"no reply ends with {name!r}: --retry-finish takes {', '.join(NOT_WHOLE)}")
+            raise RequestError(f"no reply ends with {name!r}: {setting('retry_finish')} takes {', '.join(NOT_WHOLE)}")
     return frozenset(names)

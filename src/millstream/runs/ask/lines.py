@@ -1,13 +1,13 @@
 """The file that prompts come from: its lines, or its rows in columns, some for a batch each."""
 
 from collections.abc import Callable, Iterator, Sequence
-from hashlib import blake2b
 from typing import Any
 
+from millstream.client.bodies import Bodies
+from millstream.corpus.blocks import LongLine, digest_of, whole_lines
+from millstream.corpus.parquet import batches_of, names_of, opened, values_of
+from millstream.corpus.sources import InputShard
 from millstream.errors import RequestError, RunError, Unusable
-from millstream.formats.parquet import batches_of, names_of, values_of
-from millstream.formats.sources import InputShard, chunks
-from millstream.runs.ask.bodies import Bodies
 
 LONGEST_LINE = 32 << 20
 _ROWS = 4096
@@ -45,51 +45,21 @@ def lines_of(prompts: InputShard) -> Iterator[tuple[int, list[Any] | TooLong]]:
 def _blocks(prompts: InputShard) -> Iterator[bytes | TooLong]:
     """The bytes of a file in whole lines, as soon as these have come."""
     size, first = _FIRST_BLOCK, True
-    for data in _whole_lines(prompts):
-        if isinstance(data, TooLong):
-            yield data
-            first = False
-            continue
-        at = len(_BYTE_ORDER_MARK) if first and data.startswith(_BYTE_ORDER_MARK) else 0
-        first = False
-        while at < len(data):
-            stop = (data.rfind(b"\n", at, at + size) + 1) or (data.find(b"\n", at) + 1) or len(data)
-            yield data[at:stop] if stop - at <= LONGEST_LINE else TooLong(_digest(data[at:stop].rstrip(b"\n")))
-            at, size = stop, min(2 * size, _BLOCK)
-
-
-def _whole_lines(prompts: InputShard) -> Iterator[bytes | TooLong]:
-    """The same in as large pieces as they come; only the last may lack its line end."""
-    held, length = [b""], 0  # the line that goes on
-    skipped: Any = None  # the hash of one that goes on and is too long
     try:
-        for chunk in chunks(prompts):
-            if skipped is not None:
-                line, ended, chunk = chunk.partition(b"\n")
-                skipped.update(line)
-                if not ended:
-                    continue
-                yield TooLong(skipped.digest())
-                skipped = None
-            end = chunk.rfind(b"\n") + 1
-            held.append(chunk[:end] or chunk)
-            length += len(held[-1])
-            if end:
-                yield b"".join(held)
-                held, length = [chunk[end:]], len(chunk) - end
-            if length > LONGEST_LINE:
-                skipped = blake2b(b"".join(held), digest_size=16)
-                held, length = [b""], 0
+        for data in whole_lines(prompts, LONGEST_LINE):
+            if isinstance(data, LongLine):
+                yield TooLong(data.digest)
+                first = False
+                continue
+            at = len(_BYTE_ORDER_MARK) if first and data.startswith(_BYTE_ORDER_MARK) else 0
+            first = False
+            while at < len(data):
+                stop = (data.rfind(b"\n", at, at + size) + 1) or (data.find(b"\n", at) + 1) or len(data)
+                short = stop - at <= LONGEST_LINE
+                yield data[at:stop] if short else TooLong(digest_of(data[at:stop].rstrip(b"\n")))
+                at, size = stop, min(2 * size, _BLOCK)
     except (Unusable, OSError) as error:
         raise _unreadable(prompts, getattr(error, "strerror", None) or error) from error
-    if skipped is not None:
-        yield TooLong(skipped.digest())
-    elif length:
-        yield b"".join(held)
-
-
-def _digest(line: bytes) -> bytes:
-    return blake2b(line, digest_size=16).digest()
 
 
 def row_groups(
@@ -97,13 +67,10 @@ def row_groups(
 ) -> Iterator[tuple[int, list[Any] | TooLong]]:
     """Rows of a Parquet file as mappings, in lists for a batch each, with the number of the first, from 1."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     number = 1
     try:
-        with open(prompts.uri, "rb"):
-            pass  # raises what opening any file raises; Arrow's message has the whole path in it
-        with pq.ParquetFile(prompts.uri, pre_buffer=False, buffer_size=_BLOCK) as file:
+        with opened(prompts, buffer_size=_BLOCK) as file:
             columns = _columns(prompts, file.schema_arrow.names, bodies)
             watch(file.schema_arrow.names, prompts.name)
             for group in range(file.num_row_groups):

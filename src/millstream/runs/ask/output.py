@@ -1,17 +1,16 @@
 """Where rows go, so that no input is written over and no output is lost before there is something in its place."""
 
 import contextlib
-import fcntl
 import os
-import stat
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Protocol
 
-from millstream.errors import RequestError, RunError
-from millstream.formats.manifest import TEMPORARY
+from millstream.errors import RequestError, RunError, setting
 from millstream.runs.ask.answers import JOURNAL, SPENT, holds_journal, is_ours
+from millstream.store import file_at, kind_at, target_of
+from millstream.store.beside import Beside, temporary_of
+from millstream.store.pipe import Pipe, standard_output, state
 
 _BLOCK = 128 << 10
 _COUNTED = 1 << 20
@@ -63,44 +62,25 @@ class Through:
         """It has its name."""
 
 
-class Beside:
-    """A file that is written beside its place until `publish`; another run that writes it is refused.
-
-    What is written is whole lines at all times, on a full disk, too. Not published, it leaves the former file as it is.
-    """
+class Replacing:
+    """A file that is written beside its place until `publish`; another run that writes it is refused."""
 
     def __init__(self, out: str, failed: Callable[[OSError], RunError]) -> None:
         self.lines = 0
-        self._out, self._path, self._failed = out, os.path.realpath(out), failed  # a link keeps its target
-        self._temporary: str | None = temporary_of(self._path)
+        self._failed = failed
         self._pending: list[bytes] = []
         self._size = 0
-        with contextlib.ExitStack() as stack:
-            try:
-                self._file = _locked(out, self._temporary, os.O_RDWR | os.O_CREAT)
-                stack.callback(os.close, self._file)
-                self._former = self._hold_former()
-                os.ftruncate(self._file, 0)  # a run that was killed has left it
-            except OSError as error:
-                raise RequestError(f"cannot write {out}: {error.strerror}") from error
-            stack.pop_all()
-
-    def _hold_former(self) -> int | None:
-        """The file that is to be replaced, held so that nobody else replaces it; the new one gets its rights."""
         try:
-            former = _locked(self._out, self._path, os.O_RDWR)
-        except FileNotFoundError:
-            return None
-        with contextlib.suppress(OSError):
-            os.fchmod(self._file, stat.S_IMODE(os.fstat(former).st_mode))
-        return former
+            self._file = Beside(out, out)
+        except OSError as error:
+            raise RequestError(f"cannot write {out}: {error.strerror}") from error
 
     @cached_property
     def former(self) -> int | None:
-        if self._former is None:
+        size = self._file.former_size()
+        if size is None:
             return None
-        starts = range(0, os.fstat(self._former).st_size, _COUNTED)
-        return sum(os.pread(self._former, _COUNTED, at).count(b"\n") for at in starts)
+        return sum(self._file.read_former(at, at + _COUNTED).count(b"\n") for at in range(0, size, _COUNTED))
 
     def write(self, lines: bytes, count: int) -> None:
         self.lines += count
@@ -111,40 +91,22 @@ class Beside:
 
     def flush(self) -> None:
         data, self._pending, self._size = b"".join(self._pending), [], 0
-        if not data:
-            return
-        start = os.lseek(self._file, 0, os.SEEK_CUR)
-        try:
-            _write_all(self._file, data)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                there = os.fstat(self._file).st_size - start
-                os.ftruncate(self._file, start + data.rfind(b"\n", 0, max(0, there)) + 1)
-            raise self._failed(error) from error
+        if data:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                raise self._failed(error) from error
 
     def publish(self, *, durable: bool = False) -> None:
         self.flush()
-        if self._temporary is None:
-            return
         try:
-            if durable:
-                os.fsync(self._file)
-            os.replace(self._temporary, self._path)
+            self._file.publish(durable=durable)
         except OSError as error:
             raise self._failed(error) from error
-        self._temporary = None
-        if self._former is not None:
-            os.close(self._former)
-            self._former = None
 
     def close(self) -> None:
         """Leave nothing beside the file. Raises OSError if the system tells only now that something was not written."""
-        with contextlib.ExitStack() as stack:
-            stack.callback(os.close, self._file)
-            if self._former is not None:
-                stack.callback(os.close, self._former)
-            if self._temporary is not None:
-                os.unlink(self._temporary)
+        self._file.close()
 
 
 @contextlib.contextmanager
@@ -155,79 +117,38 @@ def opened(out: str, *, advice: str = "") -> Iterator[Output]:
     """
 
     def failed(error: OSError) -> RunError:
-        return RunError(f"cannot write {out}: {error.strerror}{advice}")
+        place = "to standard output" if out == "-" else out
+        return RunError(f"cannot write {place}: {error.strerror}{advice}")
 
     if out == "-":
-        yield Through(_standard_output(), failed)
+        yield Through(standard_output(), failed)
     elif _is_file(out):
-        beside = Beside(out, failed)
+        file = Replacing(out, failed)
         try:
-            yield beside
+            yield file
         except BaseException:
             with contextlib.suppress(OSError):  # what happened first is what is told
-                beside.close()
+                file.close()
             raise
         try:
-            beside.close()
+            file.close()
         except OSError as error:
             raise failed(error) from error
     else:
-        file = _opened_through(out)
-        try:
-            yield Through(partial(_write_all, file), failed)
-        finally:
-            with contextlib.suppress(OSError):
-                os.close(file)
+        with _opened_through(out) as pipe:
+            yield Through(pipe.write, failed)
 
 
-def _standard_output() -> Callable[[bytes], object]:
-    """Writes to the descriptor itself: nothing is left in a buffer that fails once more when the process ends."""
-    sys.stdout.flush()
+def _opened_through(out: str) -> Pipe:
     try:
-        return partial(_write_all, sys.stdout.fileno())
-    except (OSError, ValueError):  # a stream that a program has put in its place
-        return sys.stdout.buffer.write
-
-
-def _opened_through(out: str) -> int:
-    try:
-        return os.open(out, os.O_WRONLY)
+        return Pipe(out)
     except OSError as error:
         raise RequestError(f"cannot write {out}: {error.strerror}") from error
 
 
 def _is_file(path: str) -> bool:
     """Whether a path leads to a file or to nothing yet, and not to a device or a pipe."""
-    return os.path.isfile(path) or not os.path.exists(path)
-
-
-def _locked(out: str, path: str, flags: int) -> int:
-    """A file, held against other runs, and still at its path when it is."""
-    while True:
-        file = os.open(path, flags, 0o666)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if identity(path) == identity(file):
-                return file
-        except BlockingIOError:
-            os.close(file)
-            raise RequestError(f"another millstream is writing {out}; wait for it, or give another --out") from None
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)  # the other run gave it its name in the meantime
-
-
-def _write_all(file: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(file, view) :]
-
-
-def temporary_of(path: str) -> str:
-    """Where a file is written before it gets its name; no file of anybody else's is called so."""
-    folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name}.millstream{TEMPORARY}")
+    return kind_at(path) in ("file", None)
 
 
 # What must not be written over ---------------------------------------------------------------------------------------
@@ -238,35 +159,40 @@ def refuse_inputs(out: str, inputs: Iterable[str]) -> None:
 
     "-" is standard input among the inputs, and standard output as `out`. A terminal may be both.
     """
-    places = [1] if out == "-" else [out, temporary_of(os.path.realpath(out))]
+    places = [1] if out == "-" else [out, temporary_of(out)]
     written = {identity(place) for place in places} - {None}
     for path in inputs:
         if identity(0 if path == "-" else path) in written:
             one, other = ("standard output" if out == "-" else out), ("standard input" if path == "-" else path)
-            raise RequestError(f"{one} is an input itself{'' if one == other else f' ({other})'}: give another --out")
+            raise RequestError(
+                f"{one} is an input itself{'' if one == other else f' ({other})'}: give another {setting('out')}"
+            )
 
 
 def refuse_journal(out: str, to_be: str | None = None) -> None:
     """Raise RequestError if `out` is a journal or what stands beside one, also one that is `to_be` in that folder."""
     if out == "-":
         return
-    folder, name = os.path.split(os.path.realpath(out))
-    place = None if to_be is None else os.path.realpath(to_be)
+    folder, name = os.path.split(target_of(out))
+    place = None if to_be is None else target_of(to_be)
     if name == JOURNAL or holds_journal(out) or (name == SPENT and (is_ours(folder) or folder == place)):
-        raise RequestError(f"{out} belongs to a journal, which nothing else is written to: give another --out")
+        raise RequestError(
+            f"{out} belongs to a journal, which nothing else is written to: give another {setting('out')}"
+        )
 
 
 def refuse_existing(out: str, *, overwrite: bool, because: str = "") -> None:
     """Raise RequestError if `out` is a file already, and is not to be overwritten."""
-    if out != "-" and os.path.isfile(out) and not overwrite:
-        raise RequestError(f"{out} exists already{because}: give another --out, or --overwrite")
+    if out != "-" and kind_at(out) == "file" and not overwrite:
+        raise RequestError(
+            f"{out} exists already{because}: give another {setting('out')}, or {setting('overwrite', True)}"
+        )
 
 
 def identity(place: str | int) -> tuple[int, int] | None:
     """Which file a path or a descriptor leads to; None if to none, or to one that reads and writes apart."""
     try:
-        found = os.stat(place)
+        found = state(place) if isinstance(place, int) else file_at(place).state()
     except (OSError, ValueError):
         return None
-    apart = stat.S_ISCHR(found.st_mode) or stat.S_ISSOCK(found.st_mode)
-    return None if apart else (found.st_dev, found.st_ino)
+    return None if found is None or found.kind == "device" else found.identity

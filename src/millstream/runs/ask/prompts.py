@@ -10,11 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-from millstream.errors import RequestError
-from millstream.formats.batch import is_request, parse_line
-from millstream.formats.sources import InputShard
-from millstream.records import Ids
-from millstream.runs.ask.bodies import (
+from millstream.client.bodies import (
     LIKELY_PARAMS,
     Bodies,
     Recipe,
@@ -26,8 +22,12 @@ from millstream.runs.ask.bodies import (
     text_of,
     words,
 )
+from millstream.client.requests import Request
+from millstream.corpus.sources import InputShard
+from millstream.errors import RequestError
+from millstream.llm.batch import is_request, parse_line
+from millstream.records import Ids
 from millstream.runs.ask.lines import TooLong, lines_of, row_groups
-from millstream.runs.ask.requests import Request
 
 _PERHAPS = 22  # bits of a hash
 
@@ -217,7 +217,7 @@ class _Reader:
         if self._watched and not self._expects_batch:
             self._watch([name for name, value in given.items() if value is not None], self._place(number))
         try:
-            name = _name_of(given)
+            name = name_of(given)
             body = self._bodies.of_row(given)
             request = Request(index, name, body.key(name), body.data, body.path, twin=body.twin)
         except (ValueError, RecursionError) as error:
@@ -339,7 +339,7 @@ def _no_plain_row(line: bytes) -> _PlainRow:
     raise ValueError
 
 
-def _name_of(given: Mapping[str, Any]) -> str | None:
+def name_of(given: Mapping[str, Any]) -> str | None:
     name = given.get("custom_id")
     if name is None:
         name = given.get("id")

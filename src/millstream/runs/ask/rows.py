@@ -5,21 +5,21 @@ from typing import Any
 
 import msgspec
 
-from millstream.aio import Fault, Reply
-from millstream.formats.batch import output_row
+from millstream.aio import Fault, Returned
+from millstream.client.requests import Reply, Request, named
+from millstream.llm.batch import output_row
 from millstream.llm.wire import Answer, WireError
-from millstream.runs.ask.requests import Request, named
 
 _encode = msgspec.json.encode
 
 
-def row_of(request: Request, outcome: Reply[Answer] | Fault, *, whole: bool = False) -> dict[str, Any]:
+def row_of(request: Request, outcome: Returned[Answer] | Fault, *, whole: bool = False) -> dict[str, Any]:
     """The row of an outcome as the journal keeps it; `whole` keeps the body that the server sent, too.
 
     `endings.ending_of` relies on the order of the first fields.
     """
     tail = {"latency_s": round(outcome.seconds, 4), "attempts": outcome.attempts}
-    if isinstance(outcome, Reply):
+    if isinstance(outcome, Returned):
         answer = outcome.value
         body = {"body": answer.body} if whole or answer.opaque else {}
         return {**_head(request), **_told(answer), "usage": answer.usage, "model": answer.model, **tail, **body}
@@ -48,6 +48,59 @@ def row_of_none(request: Request) -> dict[str, Any]:
     """The row of a row of the prompts that makes no request: its fault."""
     assert request.fault
     return {**_head(request), "fault": dict(zip(("kind", "message"), request.fault, strict=True))}
+
+
+class _KeptFault(msgspec.Struct, gc=False):
+    kind: str
+    message: str
+
+
+class _Kept(msgspec.Struct, gc=False):
+    """A row as `row_of` makes it."""
+
+    text: str | None = None
+    fault: _KeptFault | None = None
+    finish_reason: str | None = None
+    usage: Any = None
+    model: str | None = None
+    latency_s: float = 0.0
+    attempts: int = 0
+    refusal: str | None = None
+    texts: tuple[str | None, ...] = ()
+    finish_reasons: tuple[str | None, ...] = ()
+    reasoning: str | None = None
+    tool_calls: list[Any] | None = None
+    body: msgspec.Raw = msgspec.Raw(b"")
+
+
+_kept = msgspec.json.Decoder(_Kept).decode
+
+
+def outcome_in(row: bytes, index: int) -> Reply | Fault:
+    """What a row tells of the outcome of request number `index`: of a reply, all but which server gave it.
+
+    >>> outcome_in(b'{"id":"a","index":7,"fault":{"kind":"filtered","message":"no"},"latency_s":0.5,"attempts":1}', 0)
+    Fault(index=0, kind='filtered', message='no', seconds=0.5, attempts=1, error=None, faults=(), held=False)
+    """
+    kept = _kept(row)
+    if kept.fault is not None:
+        return Fault(index, kept.fault.kind, kept.fault.message, kept.latency_s, kept.attempts)
+    return Reply(
+        index=index,
+        text=kept.text or "",
+        latency=kept.latency_s,
+        attempts=kept.attempts,
+        model=kept.model,
+        usage=kept.usage if isinstance(kept.usage, dict) else {},
+        finish_reason=kept.finish_reason,
+        server="",
+        raw=bytes(kept.body),
+        refusal=kept.refusal,
+        tool_calls=kept.tool_calls,
+        reasoning=kept.reasoning,
+        texts=kept.texts,
+        finish_reasons=kept.finish_reasons,
+    )
 
 
 def with_input(row: bytes, given: bytes) -> bytes:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import groupby
@@ -10,22 +9,23 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from millstream.aio import Fault, Reply
+from millstream.aio import Fault, Returned
 from millstream.bridge import in_thread
+from millstream.client.client import Client
+from millstream.client.requests import Request, named
+from millstream.client.tripwire import Tripwire
+from millstream.corpus.parquet import footer_of
+from millstream.corpus.sources import InputShard, chunks
 from millstream.errors import RunError
-from millstream.formats.sources import InputShard, chunks
 from millstream.llm.wire import Answer
 from millstream.runs.ask.answers import AnswerJournal, is_fault
-from millstream.runs.ask.client import Client
 from millstream.runs.ask.earlier import Again
 from millstream.runs.ask.endings import NOT_WHOLE, ending_of, endings_of
 from millstream.runs.ask.lineup import Lineup, Slot
 from millstream.runs.ask.output import Output
-from millstream.runs.ask.requests import Request, named
 from millstream.runs.ask.rows import batch_line, row_of, row_of_none, with_input
 from millstream.runs.ask.settings import AskSettings
 from millstream.runs.ask.tally import Tally
-from millstream.runs.ask.tripwire import Tripwire
 from millstream.runs.progress import AskProgress, AskReport
 
 INTERRUPTED = "interrupted"
@@ -255,7 +255,7 @@ class AskRun:
 
     # Outcomes -------------------------------------------------------------------------------------------------------
 
-    def _take(self, outcome: Reply[Answer] | Fault) -> None:
+    def _take(self, outcome: Returned[Answer] | Fault) -> None:
         """An outcome; faults that may turn out to be everybody's are held until that is known."""
         if isinstance(outcome, Fault) and outcome.kind in _NOT_ASKED:
             self._leave(outcome.index)
@@ -268,15 +268,15 @@ class AskRun:
         if self.held and not self.tripwire.doubts(self.held[0]):
             self._settle_held()
 
-    def _seen(self, outcome: Reply[Answer] | Fault, began: float, now: float) -> None:
+    def _seen(self, outcome: Returned[Answer] | Fault, began: float, now: float) -> None:
         """An outcome, at once. A reply that has to wait for its turn is kept before it does: it is paid."""
         self.tripwire.seen(outcome, began, now)
-        if self.in_order and self.journal is not None and isinstance(outcome, Reply):
+        if self.in_order and self.journal is not None and isinstance(outcome, Returned):
             asked = self.under_way[outcome.index]
             self.journal.append(asked.request.key, _encode(self._row(asked.request, outcome)))
             self.under_way[outcome.index] = asked._replace(kept=True)
 
-    def _row(self, request: Request, outcome: Reply[Answer] | Fault) -> dict[str, Any]:
+    def _row(self, request: Request, outcome: Returned[Answer] | Fault) -> dict[str, Any]:
         return row_of(request, outcome, whole=self.settings.batch_format or self.settings.keep_body)
 
     def _hold(self, error: Exception) -> None:
@@ -297,7 +297,7 @@ class AskRun:
             else:
                 self.held.append(fault)
 
-    def _settle(self, outcome: Reply[Answer] | Fault) -> None:
+    def _settle(self, outcome: Returned[Answer] | Fault) -> None:
         asked = self.under_way.pop(outcome.index)
         if isinstance(outcome, Fault) and self._stays(asked, outcome):
             return
@@ -375,10 +375,8 @@ def _stretches(places: list[int]) -> Iterator[tuple[bool, int, int]]:
 def _rows_in(prompts: InputShard, limit: int | None) -> int | None:
     """How many rows there are, where that is cheap to know: for the time that is left, and nothing else."""
     if prompts.kind == "parquet":
-        from pyarrow.parquet import read_metadata
-
-        found: int = read_metadata(prompts.uri).num_rows
-    elif prompts.seekable and os.path.getsize(prompts.uri) <= _COUNTED:
+        found: int = footer_of(prompts).num_rows
+    elif prompts.seekable and prompts.size() <= _COUNTED:
         found = sum(chunk.count(b"\n") for chunk in chunks(prompts))
     else:
         return limit

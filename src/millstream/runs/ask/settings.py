@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from millstream.runs.ask.checks import check_options
+from millstream.client.checks import check_options
 
 
 @dataclass(frozen=True)

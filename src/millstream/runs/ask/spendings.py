@@ -7,9 +7,11 @@ from typing import Any
 
 import msgspec
 
+from millstream.client.purse import Purse
 from millstream.errors import RunError
 from millstream.llm.usage import Usage, paid_ids
 from millstream.runs.ask.answers import SPENT
+from millstream.store import at, file_at
 
 
 class _Row(msgspec.Struct, gc=False):
@@ -62,9 +64,9 @@ class Spendings:
 
     def _write(self) -> None:
         if self._unwritten:
-            with open(self.path, "ab", buffering=0) as file:
-                written = file.write(self._unwritten)
-            self._unwritten = self._unwritten[written:]
+            with at(os.path.dirname(self.path)).append(SPENT) as file:
+                file.write(self._unwritten)
+            self._unwritten = b""
 
     def all(self) -> Iterator[Usage]:
         """Of all lines of both files, whatever prompts they are of; damaged ones count as nothing."""
@@ -77,9 +79,20 @@ class Spendings:
                 yield paid_ids(_parsed(msgspec.json.decode, line))
 
 
+@contextlib.contextmanager
+def kept_spendings(journal: str, purse: Purse) -> Iterator[None]:
+    """What attempts in vain cost is written beside the journal; where there is a bound, what earlier runs spent counts,
+    once."""
+    with contextlib.closing(Spendings(journal)) as spendings:
+        purse.keep = spendings.append
+        if purse.most is not None and not purse.cost:
+            purse.pay_earlier(spendings.all())
+        yield
+
+
 def _lines(path: str) -> Iterator[bytes]:
     try:
-        with open(path, "rb", buffering=1 << 20) as file:
+        with file_at(path).open(1 << 20) as file:
             yield from file
     except FileNotFoundError:
         return

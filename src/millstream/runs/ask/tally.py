@@ -8,8 +8,8 @@ from typing import Any
 
 from millstream.aio.flow import Flow
 from millstream.aio.limits import Adaptive
+from millstream.client.client import Client
 from millstream.runs.ask.answers import AnswerJournal
-from millstream.runs.ask.client import Client
 from millstream.runs.ask.endings import NOT_WHOLE, UNKNOWN
 from millstream.runs.progress import IN_VAIN, AskProgress, AskReport
 
@@ -61,15 +61,15 @@ class Tally:
             self._told = now
             self._on_progress(
                 AskProgress(
-                    self.requests,
-                    self._faults.total(),
-                    self.requests - self.again,
-                    flow.in_flight,
-                    now - self._started,
-                    self._client.used["completion_tokens"],
-                    self.total,
-                    self._client.cost,
-                    flow.waits_for,
+                    done=self.requests,
+                    faults=self._faults.total(),
+                    asked=self.requests - self.again,
+                    in_flight=flow.in_flight,
+                    seconds=now - self._started,
+                    ids_out=self._client.used["completion_tokens"],
+                    total=self.total,
+                    cost=self._client.cost,
+                    waits_for=flow.waits_for,
                 )
             )
 

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterator
 
+from millstream.client.requests import Request
 from millstream.errors import RequestError
-from millstream.runs.ask.requests import Request
 
 _FIRST = 32  # rows; as many as of prompts that a server refuses
 

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from millstream.errors import RequestError
+from millstream.client.requests import Request
+from millstream.errors import RequestError, either, setting
 from millstream.llm.usage import NOT_TOLD, Usage
-from millstream.runs.ask.requests import Request
+from millstream.options import is_count
 
 _CHARACTERS_PER_ID = 4.0
 _FIRST_GUESS = 256.0  # ids of a reply, before any has come
@@ -37,7 +38,7 @@ class Price(NamedTuple):
         if len(prices) not in (2, 3) or not all(
             isinstance(price, int | float) and 0 <= price < math.inf for price in prices
         ):
-            raise RequestError(f"a price (--price) is IN,OUT or IN,OUT,CACHED, each a number from 0, not {prices}")
+            raise RequestError(f"{setting('price')} is IN,OUT or IN,OUT,CACHED, each a number from 0, not {prices}")
         given, told, cached = prices if len(prices) == 3 else (*prices, prices[0])
         return cls(given, told, cached)
 
@@ -93,13 +94,9 @@ def shape_of(request: Request) -> Shape:
         asked = _asked(data)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return Shape(letters, media, 1, None)
-    limits = filter(_is_count, (asked.max_tokens, asked.max_completion_tokens, asked.max_output_tokens))
-    choices = max([1, *filter(_is_count, (asked.n, asked.best_of))])
+    limits = filter(is_count, (asked.max_tokens, asked.max_completion_tokens, asked.max_output_tokens))
+    choices = max([1, *filter(is_count, (asked.n, asked.best_of))])
     return Shape(letters, media, choices * _prompts_in(asked.prompt), max(limits, default=None))
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
 
 
 def _prompts_in(prompt: msgspec.Raw) -> int:
@@ -186,7 +183,9 @@ class Purse:
 
     def __init__(self, price: Price | None, most: float | None, guess: Guess) -> None:
         if most is not None and price is None:
-            raise RequestError("the most it may cost needs prices: give --price IN,OUT (price= in Python)")
+            raise RequestError(
+                f"{setting('max_cost')} needs prices: give {either('price=(IN, OUT)', '--price IN,OUT')}"
+            )
         self.most = most
         self.spent = 0.0
         self.earlier = 0.0  # what earlier runs spent

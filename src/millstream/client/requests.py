@@ -5,8 +5,7 @@ from typing import Any
 
 import msgspec
 
-from millstream.aio import Fault
-from millstream.aio import Reply as Done
+from millstream.aio import Fault, Returned
 from millstream.llm.tolerant import mapping
 from millstream.llm.verdicts import BAD_ROW
 from millstream.llm.wire import CHAT, Answer, WireError
@@ -91,7 +90,7 @@ def reply_of(answer: Answer, *, index: int, latency: float, attempts: int) -> Re
     )
 
 
-def outcome_of(done: Done[Answer] | Fault) -> Reply | Fault:
+def outcome_of(done: Returned[Answer] | Fault) -> Reply | Fault:
     """What a flow of answers ends a request with, as users see it."""
     if isinstance(done, Fault):
         return named(done)

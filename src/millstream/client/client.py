@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import random
 from collections import Counter
@@ -12,6 +13,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from functools import partial
 from typing import Any, Literal
 
 from msgspec.structs import replace
@@ -22,22 +24,23 @@ from millstream.aio.limits import Adaptive, Fixed
 from millstream.aio.places import Places
 from millstream.aio.rates import All, Gate, Rate, RetryBudget, per_minute
 from millstream.bridge import run
+from millstream.client import descriptors
+from millstream.client.bodies import Recipe
+from millstream.client.checks import check_options
+from millstream.client.embedding import Embedder, Embedding, Texts
+from millstream.client.given import Given, Prompt, is_one, several
+from millstream.client.outcomes import Outcomes, collected, leave_with
+from millstream.client.pieces import Pieces
+from millstream.client.purse import Guess, Price, Purse
+from millstream.client.requests import Reply, Request, outcome_of
+from millstream.client.retrying import LONGEST_ASKED, Retrying
+from millstream.client.servers import Servers
 from millstream.errors import RequestError
 from millstream.llm.forms import form_of
 from millstream.llm.replies import MOST
 from millstream.llm.usage import NOT_TOLD, Usage, added, paid_ids
 from millstream.llm.verdicts import ENDED_EARLY, SCHEMA, of_row
 from millstream.llm.wire import LONGEST_WAIT, Answer, Wire, WireError
-from millstream.runs.ask import descriptors
-from millstream.runs.ask.checks import check_options
-from millstream.runs.ask.embedding import Embedder, Embedding, Texts
-from millstream.runs.ask.given import Given, Prompt, is_one, several
-from millstream.runs.ask.outcomes import Outcomes, collected, leave_with
-from millstream.runs.ask.pieces import Pieces
-from millstream.runs.ask.purse import Guess, Price, Purse
-from millstream.runs.ask.requests import Reply, Request, outcome_of
-from millstream.runs.ask.retrying import LONGEST_ASKED, Retrying
-from millstream.runs.ask.servers import Servers
 
 _DEFAULT: Any = object()
 _WINDOW_BYTES = 64 << 20  # of replies that wait to be handed out
@@ -94,7 +97,8 @@ class Client:
         max_reply: int = MOST,
         seed: int | None = None,
     ) -> None:
-        check_options({name: value for name, value in locals().items() if name != "self"})
+        self._options = {name: value for name, value in locals().items() if name != "self"}
+        check_options(self._options)
         found = base_url or os.environ.get("OPENAI_BASE_URL") or []
         places = [found] if isinstance(found, str) or not isinstance(found, Sequence) else found
         key = api_key or os.environ.get("OPENAI_API_KEY")
@@ -102,9 +106,9 @@ class Client:
         self.params = dict(params or {})  # of every request's body
         self._given = Given(model, self.params, system)
         self._attempts, self._draw = attempts, random.Random(seed)
-        self._form = None if schema is None else form_of(schema)
-        if self._form:
-            self.params["response_format"] = self._form.response_format
+        self.form = None if schema is None else form_of(schema)
+        if self.form:
+            self.params["response_format"] = self.form.response_format
         if in_flight == "auto":
             self.limit: Fixed | Adaptive = Adaptive(overloaded=_overloaded, work=_work)
         else:
@@ -134,7 +138,13 @@ class Client:
         self._stack = contextlib.AsyncExitStack()
         self._state = "was not entered"  # why nothing can be asked; empty: it can
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it is made again, of the same options."""
+        return partial(Client, **self._options), ()
+
     async def __aenter__(self) -> "Client":
+        if not self._state:
+            raise RequestError("the client is entered already: whoever asks at the same time needs one of its own")
         self._clock = asyncio.get_running_loop().time
         for wire in self.servers.wires:
             await self._stack.enter_async_context(wire)
@@ -243,6 +253,18 @@ class Client:
         )
 
     @property
+    def recipe(self) -> Recipe:
+        """What its requests have in common."""
+        return Recipe(self._given.model, self._given.system, params=self.params)
+
+    def with_value(self, reply: Reply) -> Reply:
+        """A reply that was kept as text, with the value in it if there is a schema that it fits."""
+        form = self.form
+        if form is None or reply.refusal or form.misfit(reply.text) is not None:
+            return reply
+        return dataclasses.replace(reply, parsed=form.parse(reply.text))
+
+    @property
     def cost(self) -> float | None:
         """What was spent so far, in the money of `price`; None: there is none."""
         return self.purse.cost
@@ -297,7 +319,7 @@ class Client:
     def _formed(self, answer: Answer) -> Answer:
         """An answer with the value in its text, if there is a schema. Raises WireError if it does not fit that; one
         that was cut would be cut again, and is final."""
-        form = self._form
+        form = self.form
         if form is None or answer.opaque or answer.refusal or (answer.tool_calls and not answer.text):
             return answer
         reason = form.misfit(answer.text)

@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 
 from millstream.aio import Fault
-from millstream.llm.events import Stream
+from millstream.client.purse import Guess, Purse, Running
+from millstream.client.requests import Reply, Request, reply_of
+from millstream.client.retrying import LONGEST_ASKED
+from millstream.llm.events import ReplyPieces
 from millstream.llm.usage import NOT_TOLD, paid_ids
 from millstream.llm.wire import WireError, wait_before_retry
-from millstream.runs.ask.purse import Guess, Purse, Running
-from millstream.runs.ask.requests import Reply, Request, reply_of
-from millstream.runs.ask.retrying import LONGEST_ASKED
 
 
 class Pieces(AsyncIterator[str]):
@@ -46,7 +46,7 @@ class Pieces(AsyncIterator[str]):
         self._said: list[str] = []
         self._began = 0.0
         self._until: float | None = None
-        self._stream: Stream | None = None
+        self._stream: ReplyPieces | None = None
         self._purse = purse or Purse(None, None, Guess())
         self._request = Request(0, None, b"", body if isinstance(body, bytes) else msgspec.json.encode(body))
         self._running: Running | None = None

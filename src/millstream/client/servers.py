@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from millstream.errors import RequestError
+from millstream.client.requests import Request
+from millstream.errors import RequestError, setting
 from millstream.llm.wire import Answer, Wire, WireError
-from millstream.runs.ask.requests import Request
 
 _AWAY = 3  # connections in a row that fail until a server is left alone
 _REST = 5.0  # seconds for which it is, at first; twice as long each time, up to a minute
@@ -34,7 +34,7 @@ class Servers:
 
     def __init__(self, wires: list[Any]) -> None:
         if not wires:
-            raise RequestError("no server given: name it with --base-url (base_url= in Python), or set OPENAI_BASE_URL")
+            raise RequestError(f"no server given: name it with {setting('base_url')}, or set OPENAI_BASE_URL")
         self.wires: list[Wire] = wires
         self.answered = False  # any of them, ever
         self._turn = -1

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from millstream.aio import Fault
-from millstream.aio import Reply as Done
+from millstream.aio import Fault, Returned
+from millstream.client.requests import named, sentence
+from millstream.client.retrying import verdict_on
 from millstream.llm.verdicts import PATIENCE, Verdict
-from millstream.runs.ask.requests import named, sentence
-from millstream.runs.ask.retrying import verdict_on
 
 _ANY = "any server"
 _SERVERS = "the servers' doing", _ANY
@@ -41,9 +40,9 @@ class Tripwire:
         self._stop, self._shared = stop, shared
         self._rows: dict[tuple[str, str], _Row] = {}
 
-    def seen(self, outcome: Done[Any] | Fault, began: float, now: float) -> None:
+    def seen(self, outcome: Returned[Any] | Fault, began: float, now: float) -> None:
         """An outcome, whose last attempt was made from `began` to `now` (s)."""
-        if isinstance(outcome, Done):
+        if isinstance(outcome, Returned):
             if self._rows and self.reason is None:
                 self._clear(began, outcome.value.server)
             self.answered = True

@@ -6,10 +6,10 @@ import random
 from collections.abc import Callable
 
 from millstream.aio.jobs import Job
+from millstream.client.requests import Request
+from millstream.client.servers import Servers
 from millstream.llm.verdicts import TIMEOUT, UNKNOWN, Verdict, WireError
 from millstream.llm.wire import LONGEST_WAIT, backoff
-from millstream.runs.ask.requests import Request
-from millstream.runs.ask.servers import Servers
 
 LONGEST_ASKED = 600.0
 """Seconds that a server may ask to be left alone for, and is, although nothing else is left to ask."""

@@ -14,9 +14,9 @@ from collections.abc import (
 from itertools import count
 from typing import Any, TypeAlias
 
+from millstream.client.bodies import body_from, check_params, in_order, words
+from millstream.client.requests import Request
 from millstream.errors import RequestError
-from millstream.runs.ask.bodies import body_from, check_params, in_order, words
-from millstream.runs.ask.requests import Request
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A text (what the user says), a list of messages, or a mapping with "prompt" or "messages" and other parameters."""
@@ -36,7 +36,7 @@ class Given:
 
     def __init__(self, model: str | None, params: Mapping[str, Any], system: str | None) -> None:
         check_params(params, model, system)
-        self.model, self._params, self._system = model, params, system
+        self.model, self._params, self.system = model, params, system
 
     def requests(self, prompts: Any) -> Any:
         """The requests of many prompts, of either kind of iterable; what is no prompt is a fault in its place."""
@@ -59,7 +59,7 @@ class Given:
     def data(self, prompt: Any, *, may_stream: bool = True, **more: Any) -> bytes:
         """The request's body, as it is sent. Raises as `request` does."""
         try:
-            body = {**body_from(prompt, {"model": self.model, **self._params}, self._system), **more}
+            body = {**body_from(prompt, {"model": self.model, **self._params}, self.system), **more}
         except ValueError as error:
             raise NotAPrompt(str(error)) from None
         if not body["model"]:

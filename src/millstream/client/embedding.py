@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from millstream.aio import Fault
+from millstream.client.bodies import in_order, words
+from millstream.client.outcomes import Outcomes, leave_with
+from millstream.client.requests import Reply, Request
 from millstream.errors import RequestError
 from millstream.llm.verdicts import BAD_ROW, UNUSABLE
 from millstream.llm.wire import WireError
-from millstream.runs.ask.bodies import in_order, words
-from millstream.runs.ask.outcomes import Outcomes, leave_with
-from millstream.runs.ask.requests import Reply, Request
 
 PATH = "/embeddings"
 

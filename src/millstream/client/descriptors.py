@@ -1,8 +1,9 @@
 """File descriptors, of which each connection takes one: as many as this process may have, and how many are left."""
 
 import contextlib
-import os
 import sys
+
+from millstream.store.pipe import count_open
 
 _MOST_OF_MACOS = 10_240  # what it takes where it says that there is no limit
 _RESERVE = 16  # for files, looking up names, and what a host with two addresses takes while it is tried;
@@ -37,9 +38,5 @@ def limit() -> int | None:
 
 def for_connections() -> int | None:
     """How many connections may be open, beside what is open now and a reserve: at least one. None: any number."""
-    most = limit()
-    try:
-        there = len(os.listdir("/dev/fd"))
-    except OSError:
-        return None
-    return None if most is None else max(1, most - there - min(_RESERVE, max(_LEAST, most // _SHARE)))
+    most, there = limit(), count_open()
+    return None if most is None or there is None else max(1, most - there - min(_RESERVE, max(_LEAST, most // _SHARE)))

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
-from millstream.errors import RequestError
-from millstream.formats.batch import is_request, parse_request
+from millstream.errors import RequestError, setting
+from millstream.llm.batch import is_request, parse_request
 from millstream.llm.wire import CHAT
 
 _GAP = msgspec.Raw(b"\0")  # a byte that nothing else puts into JSON
@@ -201,6 +201,15 @@ class Bodies:
             raise ValueError(f"'prompt' is not text but {type(prompt).__name__}")
         return frame.of_text(prompt)
 
+    def of_prompt(self, prompt: Any) -> Body:
+        """The body of a prompt as Python gives it. Raises ValueError as `body_from` does, and for what is no JSON."""
+        body = body_from(prompt, self._given, self._system)
+        if not body["model"]:
+            no_model()
+        if body.get("stream"):
+            raise ValueError("the prompt asks for a stream, and replies come whole: leave it out")
+        return Body(in_order(body), _hash(canonical(body)))
+
     def _frame_of(self, given: Mapping[str, Any]) -> Frame:
         """The frame of a row that may bring parameters of its own."""
         own = {name: given[name] for name in self.row_params if given.get(name) is not None}
@@ -283,7 +292,7 @@ def body_from(prompt: Any, given: Mapping[str, Any], system: str | None) -> dict
 
 
 def no_model() -> NoReturn:
-    raise RequestError("no model given: name one with --model")
+    raise RequestError(f"no model given: name one with {setting('model')}")
 
 
 def checked_messages(messages: Any) -> None:

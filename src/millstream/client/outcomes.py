@@ -4,12 +4,11 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from millstream.aio import Fault, Flow
-from millstream.aio import Reply as Done
+from millstream.aio import Fault, Flow, Returned
+from millstream.client.requests import Reply, outcome_of
+from millstream.client.tripwire import Tripwire
 from millstream.errors import AskStopped
 from millstream.llm.wire import Answer
-from millstream.runs.ask.requests import Reply, outcome_of
-from millstream.runs.ask.tripwire import Tripwire
 
 
 class Outcomes(AsyncIterator[Reply | Fault]):
@@ -44,7 +43,7 @@ class Outcomes(AsyncIterator[Reply | Fault]):
             raise AskStopped(self._tripwire.reason, self.rest)
         return outcome_of(outcome)
 
-    def _keep(self, outcome: Done[Answer] | Fault) -> None:
+    def _keep(self, outcome: Returned[Answer] | Fault) -> None:
         if not (isinstance(outcome, Fault) and outcome.kind == "stopped"):
             self.rest.append(outcome_of(outcome))
 

@@ -4,8 +4,10 @@
 a failure names. Each is packed as it is, and again with its files damaged:
 
 * as it is, every document, fault, sample and account is what the obvious way gives, verify finds the same in the
-  sources, and the bytes are the same for other blocks and workers, and after a stop at a bad document;
-* damaged, nothing but one of our own errors comes out, or a run that is whole and accounts for what it could read.
+  sources, and the bytes are the same for other blocks and workers, after a stop at a bad document, and after interrupts
+  of two workers and three, in turn;
+* damaged, nothing but one of our own errors comes out, or a run that is whole and accounts for what it could read, and
+  several workers say the same.
 """
 
 import argparse
@@ -21,15 +23,17 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import runs
 import zstandard
+from here import pooled
 
 import millstream
 from millstream.errors import DataError, MillstreamError
-from millstream.formats.dataset import open as open_run
+from millstream.folder.dataset import open as open_run
 from millstream.stream.tokenizers import load_tokenizer
 
 EOS = 50256
@@ -314,6 +318,8 @@ def one(seed, encode):
         if seed % 40 == 0:
             pack(folder, case, "workers", workers=2, memory=3 << 30, block=500)
             assert hashes(folder / "workers") == wanted
+        several(folder, case, chance, "several", times=chance.choice([0, 0, 1, 3]))
+        assert hashes(folder / "several") == wanted
         if found.faults:
             with contextlib.suppress(DataError):
                 pack(folder, case, "stopped", on_error="stop", block=200)
@@ -321,6 +327,19 @@ def one(seed, encode):
             pack(folder, case, "stopped")
             assert hashes(folder / "stopped") == wanted
         damaged(folder, case, chance)
+
+
+def several(folder, case, chance, out, times=0):
+    """Several workers, in this process, who are interrupted and gone on with so many `times` by other ones."""
+    for left in range(times, -1, -1):
+        sizes = {"part": chance.choice([60, 500, 1 << 20]), "piece": chance.choice([1, 500, 1 << 20])}
+        spilling = {"bound": chance.choice([0, 5000, 1 << 30]), "large": chance.choice([10, 1 << 30])}
+        answers = chance.choice([0, 2, 10, 50]) if left else -1
+        with (
+            pooled(chance.randrange(1 << 30), **sizes, **spilling, answers=answers),
+            contextlib.suppress(KeyboardInterrupt) if left else contextlib.nullcontext(),
+        ):
+            pack(folder, case, out, workers=chance.choice([2, 3]), memory=3 << 30)
 
 
 def damaged(folder, case, chance):
@@ -331,11 +350,17 @@ def damaged(folder, case, chance):
         at = chance.randint(0, len(data))
         chance.choice([_cut, _flipped, _put, _zeroed])(data, at, chance)
     path.write_bytes(data)
-    began = time.perf_counter()
-    with contextlib.suppress(MillstreamError):
-        pack(folder, case, "damaged")
-        assert millstream.verify(folder / "damaged").ok
-    assert time.perf_counter() - began < 60, "it hangs"
+    began = time.process_time()
+    said = []
+    for out, way in (("damaged", pack), ("by-several", partial(several, chance=chance))):
+        try:
+            way(folder, case, out=out)
+            assert millstream.verify(folder / out).ok
+            said.append(hashes(folder / out))
+        except MillstreamError as error:
+            said.append(str(error).replace(out, ""))
+    assert said[0] == said[1]
+    assert time.process_time() - began < 60, "it hangs"
 
 
 def _cut(data, at, chance):

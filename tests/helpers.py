@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -15,10 +16,14 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
+from runs import PATIENCE
 
 import millstream
+from millstream.folder.manifest import MANIFEST, sealed
 
 NOBODY = 65534
 
@@ -41,6 +46,14 @@ def rows(texts):
 def jsonl(items):
     """The bytes of JSON lines; an item that is bytes already is a line as it stands."""
     return b"".join((item if isinstance(item, bytes) else json.dumps(item).encode()) + b"\n" for item in items)
+
+
+def parquet(texts, group=3):
+    """A Parquet file of texts, with a column that nobody reads."""
+    file = io.BytesIO()
+    table = pa.table({"id": [f"p{n}" for n in range(len(texts))], "other": range(len(texts)), "text": texts})
+    pq.write_table(table, file, row_group_size=group)
+    return file.getvalue()
 
 
 def write_jsonl(path, items):
@@ -66,7 +79,7 @@ def cli(*arguments, cwd=None, stdin=b"", **environment):
         capture_output=True,
         cwd=cwd,
         env={**os.environ, **environment},
-        timeout=120,
+        timeout=PATIENCE,
     )
     done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
     assert "Traceback" not in done.stderr, done.stderr
@@ -134,7 +147,8 @@ def document_ids(folder, subset="train"):
 
 def run_bytes(folder):
     """name -> bytes of everything that has to be the same in every run of the same corpus and settings."""
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != "journal.jsonl"}
+    files = (path for path in Path(folder).rglob("*") if path.is_file() and path.name != "journal.jsonl")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def faults(folder):
@@ -157,7 +171,22 @@ def without_fsync():
 
 def read_little(monkeypatch, size):
     """Read files in pieces of `size` bytes, so that small corpora meet what happens between two reads."""
-    monkeypatch.setattr("millstream.formats.sources.READ", size)
+    monkeypatch.setattr("millstream.corpus.sources.READ", size)
+
+
+@contextlib.contextmanager
+def small_disk(folder):
+    """A folder on a disk of 300 kB, and a function that makes it larger; the test is left out where none can be had."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k,mode=777", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no disk can be mounted here")
+    try:
+        yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill_tiktoken_cache(folder):
@@ -189,10 +218,10 @@ def forbidding(tmp_path):
         return
     # Loaded before: a nobody may not read Python's own library.
     for module in pkgutil.walk_packages(millstream.__path__, "millstream."):
-        if not module.name.endswith("__main__"):
+        if module.name not in ("millstream.__main__", "millstream.torch"):  # the second needs what is not installed
             importlib.import_module(module.name)
     from millstream import planview, report
-    from millstream.runs.pack.plan import make_plan
+    from millstream.runs.plan.plan import make_plan
 
     corpus = write_jsonl(tmp_path / "a.jsonl", rows(TEXTS))
     report.pack_summary(pack(tmp_path / "loads all that is imported late", corpus, seq_len=4))
@@ -205,3 +234,15 @@ def forbidding(tmp_path):
     finally:
         os.seteuid(0)
         shutil.rmtree(folder)
+
+
+def read_manifest(folder):
+    """The manifest as JSON has it, to be changed; without its own SHA-256."""
+    manifest = json.loads(Path(folder, MANIFEST).read_bytes())
+    del manifest["sha256"]
+    return manifest
+
+
+def write_manifest(folder, manifest):
+    """Write it back, with a SHA-256 that fits."""
+    Path(folder, MANIFEST).write_bytes(sealed(manifest))

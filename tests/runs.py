@@ -10,7 +10,9 @@ import importlib
 import json
 import os
 import random
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from millstream.formats.manifest import JOURNAL, MANIFEST, TEMPORARY
+from millstream.folder.manifest import JOURNAL, MANIFEST, TEMPORARY
 
-PATIENCE = 120.0  # seconds until waiting for something counts as a failure
+PATIENCE = 300  # seconds until waiting for something counts as a failure; a busy machine may take its time
 TAG = "MILLSTREAM_TEST_RUN"
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks at processes through /proc")
@@ -178,33 +180,69 @@ def cli(*args, piped=None):
         return subprocess.run(command(*args), stdin=stdin, capture_output=True, text=True, timeout=PATIENCE)
 
 
-def wait_until(condition, patience=PATIENCE):
+_HELD = """
+import os, runpy, sys
+name, told, go = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+
+def hold(event, args):
+    global name
+    if name and event == "open" and isinstance(args[0], str) and args[2] & os.O_CREAT:
+        if os.path.basename(args[0]).startswith(name):
+            name = ""
+            os.write(told, b".")
+            os.read(go, 1)
+
+sys.addaudithook(hold)
+sys.argv[1:] = sys.argv[4:]
+runpy.run_module("millstream", run_name="__main__", alter_sys=True)
+"""
+
+
+def kept_port():
+    """(a socket, its port on 127.0.0.1) for a server that has to be told a port: nobody else is given it meanwhile.
+
+    The server may listen there, as servers say SO_REUSEADDR too.
+    """
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("127.0.0.1", 0))
+    return kept, kept.getsockname()[1]
+
+
+def wait_until(condition):
     """Poll until `condition()` is true; its value."""
-    end = time.monotonic() + patience
+    end = time.monotonic() + PATIENCE
     while not (found := condition()):
-        assert time.monotonic() < end, f"waited {patience} s in vain"
+        assert time.monotonic() < end, f"waited {PATIENCE} s in vain"
         time.sleep(0.001)
     return found
 
 
 class Run:
-    """A run of the command line in a process group of its own, whose processes can be found wherever they are."""
+    """A run of the command line in a process group of its own, whose processes can be found wherever they are.
 
-    def __init__(self, *args, piped=None):
+    With `held` it waits before it makes the first file whose name begins like that, until it is let go: what is done to
+    it meanwhile meets a run that is not over, however quick the machine is and however late we look.
+    """
+
+    def __init__(self, *args, piped=None, held=None):
         self.tag = uuid.uuid4().hex
+        (self._told, told), (go, self._go) = os.pipe(), os.pipe()
         env = {**os.environ, TAG: self.tag}
         # A pipe, as from another program; or whatever is readable already.
         named = isinstance(piped, str | Path)
         self.source = subprocess.Popen(["cat", str(piped)], stdout=subprocess.PIPE) if named else None
         self.process = subprocess.Popen(
-            command(*args),
+            [sys.executable, "-c", _HELD, held, str(told), str(go), *map(str, args)] if held else command(*args),
             stdin=self.source.stdout if self.source else piped or subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=env,
             start_new_session=True,
-            preexec_fn=_answer_interrupts,
+            pass_fds=(told, go),
         )
+        for file in (told, go):
+            os.close(file)
         if self.source:
             self.source.stdout.close()
 
@@ -220,6 +258,15 @@ class Run:
         if self.source:
             self.source.kill()
             self.source.wait()
+        for file in (self._told, self._go):
+            os.close(file)
+
+    def goes_on(self):
+        """Whether it is not over, and not held."""
+        return not select.select([self._told], [], [], 0)[0]
+
+    def let_go(self):
+        os.write(self._go, b".")
 
     def alive(self):
         """The processes of this run that are still there."""
@@ -228,7 +275,7 @@ class Run:
         for name in os.listdir("/proc"):
             if name.isdigit():
                 with contextlib.suppress(OSError):  # it ended meanwhile, or is none of ours
-                    if wanted in Path("/proc", name, "environ").read_bytes().split(b"\0") and not _is_zombie(name):
+                    if wanted in Path("/proc", name, "environ").read_bytes().split(b"\0") and is_alive(name):
                         found.append(int(name))
         return found
 
@@ -244,52 +291,56 @@ class Run:
         return self.process.returncode, stderr.decode()
 
 
-def _answer_interrupts():
-    # Whoever starts the tests in the background may have SIGINT ignored, and that is inherited.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _state(pid):
+    """(what a process does, its parent). Raises OSError where there is none."""
+    state, parent = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[:2]
+    return state, int(parent)
 
 
-def _is_zombie(pid):
-    return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+def is_alive(pid):
+    try:
+        return _state(pid)[0] != "Z"
+    except OSError:
+        return False
 
 
-def children():
-    """Processes that this one started and that have not ended."""
+def children(pid=None):
+    """Processes that this one, or another, started and that have not ended."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit():
             with contextlib.suppress(OSError):
-                state, parent = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[:2]
-                if int(parent) == os.getpid() and state != "Z":
+                state, parent = _state(name)
+                if parent == (pid or os.getpid()) and state != "Z":
                     found.append(int(name))
     return found
 
 
 def kill_in_the_middle(args, out, reached, *, piped=None, group=True):
-    """Start a run and kill it once `reached(out)`; whether that hit it before it was done.
+    """Start a run and kill it once `reached(out)`, or before it writes its manifest.
 
     The parent process alone is killed without `group`; its workers have to notice by themselves.
     """
     begun = len(events(out))
-    with Run(*args, piped=piped) as run:
-        wait_until(lambda: run.process.poll() is not None or (len(events(out)) > begun and reached(out)))
+    with Run(*args, piped=piped, held=MANIFEST) as run:
+        wait_until(lambda: not run.goes_on() or (len(events(out)) > begun and reached(out)))
         with contextlib.suppress(ProcessLookupError):
             run.signal(signal.SIGKILL, group)
         code, stderr = run.end()
-        wait_until(lambda: not run.alive(), 30)
-        assert code in (-signal.SIGKILL, 0, 3), stderr
-    return code == -signal.SIGKILL and not is_complete(out)
+        wait_until(lambda: not run.alive())
+    assert code == -signal.SIGKILL, stderr
+    assert not is_complete(out)
 
 
 @contextlib.contextmanager
-def within(seconds):
-    """Fail if the block has not ended after `seconds`, so that a deadlock is a failure and no endless wait."""
+def in_time():
+    """Fail if the block has not ended after PATIENCE, so that a deadlock is a failure and no endless wait."""
 
     def late(number, frame):
-        raise AssertionError(f"not done after {seconds} s")
+        raise AssertionError(f"not done after {PATIENCE} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    signal.alarm(PATIENCE)
     try:
         yield
     finally:
@@ -298,6 +349,26 @@ def within(seconds):
 
 
 # --- what worker processes are given in tests ------------------------------
+
+
+def answers_of(pool):
+    """All that becomes of the units of an engine: (number, result) of each answer, and None behind the last."""
+    found = []
+    while some := list(pool.done()):
+        for done in some:
+            if done.error:
+                raise done.error
+            found.append((done.number, done.result))
+            pool.more(done.number)
+    return found
+
+
+def next_of(pool, count):
+    """So many answers of an engine, which may come together and need not be followed by more."""
+    found = []
+    while len(found) < count:
+        found += pool.done()
+    return found
 
 
 def spin(unit):
@@ -356,6 +427,22 @@ def kills_twice(task):
             Path(path).write_text(before + "x")
             os.kill(os.getpid(), signal.SIGKILL)
     return number
+
+
+def counts_up(unit):
+    """The numbers below the first of (stop, path, at), one after the other; once, at `at`, its process ends instead."""
+    stop, path, at = unit
+    for number in range(stop):
+        if number == at and not Path(path).exists():
+            Path(path).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield number
+    return "end"
+
+
+def dies_behind_the_first(unit):
+    yield 0
+    os._exit(7)
 
 
 def exits(unit):
@@ -431,7 +518,9 @@ def _crash_at(number, out):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(event, args):
-        if event in ("open", "os.rename", "os.remove", "os.truncate", "os.mkdir") and str(args[0]).startswith(out):
+        if event in ("open", "os.rename", "os.link", "os.remove", "os.truncate", "os.mkdir") and str(
+            args[0]
+        ).startswith(out):
             tick()
 
     os.fsync = lambda fd: tick()

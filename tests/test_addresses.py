@@ -14,11 +14,11 @@ from helpers import cli, jsonl
 from test_wire import tls
 from wires import answering, body, http, told
 
+from millstream.client.client import Client, Reply
 from millstream.errors import RequestError
 from millstream.llm.addresses import address_of, checked_headers
 from millstream.llm.proxies import proxy_for
 from millstream.llm.wire import Wire, WireError
-from millstream.runs.ask.client import Client, Reply
 from millstream.runs.ask.settings import AskSettings
 
 SAID = http(msgspec.json.encode({"choices": [{"message": {"content": "Paris"}, "finish_reason": "stop"}]}))

@@ -90,7 +90,7 @@ def test_ids_that_exist_already(tmp_path):
 
 
 def reseal_one(folder):
-    from millstream.formats.manifest import read_manifest, write_manifest
+    from helpers import read_manifest, write_manifest
 
     manifest = read_manifest(str(folder))
     for shard in manifest["subsets"]["train"]["shards"]:

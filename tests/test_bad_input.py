@@ -22,6 +22,7 @@ from helpers import (
     read_little,
     rows,
     run_bytes,
+    small_disk,
     stream,
     whole,
     without_fsync,
@@ -30,11 +31,12 @@ from helpers import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from runs import PATIENCE
 
 import millstream
+from millstream.corpus.documents import Fields, decode
 from millstream.errors import DataError, RequestError, RunError
-from millstream.formats.documents import Fields, decode
-from millstream.formats.manifest import Journal
+from millstream.folder.journal import Journal
 from millstream.records import Slice
 
 quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
@@ -324,7 +326,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
 @pytest.mark.parametrize("long", [False, True])
 def test_plain_text_that_is_not_utf8(tmp_path, monkeypatch, data, long):
     if long:
-        monkeypatch.setattr("millstream.formats.slices.LONG_TEXT", 500)
+        monkeypatch.setattr("millstream.corpus.texts.LONG_TEXT", 500)
         read_little(monkeypatch, 200)
         data = b"words and words " * 100 + data
     (tmp_path / "a.txt").write_bytes(data)
@@ -542,10 +544,13 @@ def test_settings_that_do_not_work(tmp_path, given, message):
     assert not (tmp_path / "out").exists()
 
 
+OF_OTHERS = [(name, b'{"name": "my app"}') for name in ("manifest.json", "run.json", "journal.jsonl")]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, overwrite):
     corpus = write_jsonl(tmp_path / "a.jsonl", rows(TEXTS))
-    for name, content in (("notes.txt", b"mine"), ("manifest.json", b'{"name": "my app"}'), ("journal.jsonl", b"{}")):
+    for name, content in (("notes.txt", b"mine"), *OF_OTHERS):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_bytes(content)
@@ -586,7 +591,7 @@ def test_a_second_run_on_the_same_folder_at_the_same_time(tmp_path):
     def meanwhile(_):
         if not seen:
             for extra in ([], ["--overwrite"]):
-                seen.append(subprocess.run([*command, *extra], capture_output=True, text=True, timeout=60))
+                seen.append(subprocess.run([*command, *extra], capture_output=True, text=True, timeout=PATIENCE))
 
     report = pack(tmp_path / "out", corpus, seq_len=8, on_progress=meanwhile)
     assert len(seen) == 2
@@ -612,55 +617,45 @@ def test_the_lock_ends_with_the_run(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a disk of 300 kB, and a function that makes it larger."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k,mode=777", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no disk can be mounted here")
-    try:
-        yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("given", [{}, {"format": "parquet"}, {"strategy": "split"}], ids=["npy", "parquet", "split"])
 @pytest.mark.parametrize("shard", ["20kB", "64MB"])
-def test_a_full_disk(tmp_path, small_disk, given, shard):
-    disk, enlarge = small_disk
+def test_a_full_disk(tmp_path, disk, given, shard):
+    folder, enlarge = disk
     numbers = [[(n * 7919 + i * i * 31) % 4_000_000 for i in range(200)] for n in range(600)]
     corpus = write_jsonl(tmp_path / "a.jsonl", [{"ids": ids} for ids in numbers])
     flags = ["--ids-field", "ids", "--seq-len", 64, "--shard-size", shard, "--pad-id", 0]
     flags += [part for key, value in given.items() for part in (f"--{key}", value)]
-    done = cli("pack", corpus, "--out", disk / "out", *flags)
+    done = cli("pack", corpus, "--out", folder / "out", *flags)
     assert done.returncode == 1
     assert "no space left" in done.stderr
     assert "run the same command again" in done.stderr
-    again = cli("pack", corpus, "--out", disk / "out", *flags)
+    again = cli("pack", corpus, "--out", folder / "out", *flags)
     assert again.returncode == 1
     assert "no space left" in again.stderr
     enlarge()
-    done = cli("pack", corpus, "--out", disk / "out", *flags)
+    done = cli("pack", corpus, "--out", folder / "out", *flags)
     assert done.returncode == 0, done.stderr
-    assert whole(disk / "out")
+    assert whole(folder / "out")
     assert cli("pack", corpus, "--out", tmp_path / "at once", *flags).returncode == 0
-    assert run_bytes(disk / "out") == run_bytes(tmp_path / "at once")
+    assert run_bytes(folder / "out") == run_bytes(tmp_path / "at once")
 
 
-def test_a_disk_that_is_full_from_the_start(tmp_path, small_disk):
-    disk, enlarge = small_disk
+def test_a_disk_that_is_full_from_the_start(tmp_path, disk):
+    folder, enlarge = disk
     corpus = write_jsonl(tmp_path / "a.jsonl", rows(TEXTS))
-    with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+    with open(folder / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(b"x" * 4096)
     with pytest.raises(RunError, match="no space left"):
-        pack(disk / "out", corpus, seq_len=8)
+        pack(folder / "out", corpus, seq_len=8)
     enlarge()
-    pack(disk / "out", corpus, seq_len=8)
-    assert whole(disk / "out")
+    pack(folder / "out", corpus, seq_len=8)
+    assert whole(folder / "out")
 
 
 # --- all lines at once equals line by line ---------------------------------
@@ -764,7 +759,7 @@ def test_all_lines_at_once_equals_line_by_line(fields, lines, ended, good):
 
 
 def test_the_comparison_above_meets_both_paths(monkeypatch):
-    from millstream.formats import documents
+    from millstream.corpus import documents
 
     slow = []
     one = documents._one_line

@@ -9,17 +9,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import runs
+from helpers import read_manifest, write_manifest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_lecture import in_hops
 
 import millstream
-from millstream.errors import RequestError
-from millstream.formats.manifest import read_manifest, write_manifest
+from millstream.errors import DataError, RequestError
 from millstream.records import TokenBatch
 from millstream.runs.pack.memory import Need, choose_workers, window_memory
 from millstream.runs.pack.settings import MIB, Settings
-from millstream.stream.bestfit import assign, plan
+from millstream.stream.bins import assign, plan
 from millstream.stream.line import STRATEGIES, Line, Strategy
 from millstream.stream.shuffle import permutation
 
@@ -152,7 +152,7 @@ def read_back(dataset):
     return found
 
 
-@settings(QUICK, max_examples=50)
+@settings(QUICK, max_examples=30)
 @given(
     corpora(),
     st.sampled_from(ORDERS),
@@ -422,17 +422,47 @@ def test_what_makes_no_sense_is_refused(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "best"}, "give 'concat' or"),
+        ({"strategy": "best"}, "give concat or"),
         ({"strategy": "best-fit"}, "strategy='best-fit' needs a pad_id"),
         ({"strategy": "best-fit", "pad_id": 0, "window": 0}, "window 0"),
         ({"strategy": "best-fit", "pad_id": 0, "max_segments": 0}, "max_segments 0"),
         ({"shuffle": -1}, "shuffle -1"),
+        ({"shuffle": 1.5}, "shuffle 1.5"),
+        ({"seq_len": "16"}, "seq_len '16' does not work"),
+        ({"seq_len": 2.5}, "seq_len 2.5 does not work"),
+        ({"strategy": "best-fit", "pad_id": 0, "window": 1.5}, "window 1.5"),
+        ({"remainder": "pad", "pad_id": -1}, "pad_id -1 does not work: give an id"),
+        ({"remainder": "pad", "pad_id": "x"}, "pad_id 'x' does not work: give an id"),
+        (
+            {"remainder": "pad", "pad_id": 0, "pad_side": "middle"},
+            "pad_side 'middle' does not work: give right or left",
+        ),
     ],
     ids=str,
 )
 def test_what_makes_no_sense_is_refused_in_python(options, message):
     with pytest.raises(RequestError, match=message):
-        millstream.pack([[1]], 4, **options)
+        millstream.pack([[1]], **{"seq_len": 4, **options})
+
+
+def test_padding_that_is_no_id_of_the_tokenizer_is_refused_at_the_first_document():
+    stream = millstream.pack(millstream.tokenize(["Hello world"] * 9), 4, remainder="pad", pad_id=70_000)
+    with pytest.raises(RequestError, match="pad_id 70000 does not work: these ids are at most 65,535"):
+        next(stream)
+
+
+def test_numbers_of_numpy_are_numbers_in_a_state_too():
+    stream = millstream.pack([[1, 2, 3], [4]], np.int64(2))
+    next(stream)
+    state = json.loads(json.dumps(stream.state()))
+    assert [sample.token_ids.tolist() for sample in millstream.pack([[1, 2, 3], [4]], 2, state=state)] == [[3, 4]]
+
+
+@pytest.mark.parametrize("wrong", [5, None, "text", [[1], [2, 3]], [[1]], [1.5], [-1]], ids=str)
+def test_what_are_no_ids_is_told(wrong):
+    stream = millstream.pack([[1, 2], wrong], 2)
+    with pytest.raises(DataError, match="ids must be"):
+        list(stream)
 
 
 def test_all_strategies_are_on_the_command_line(tmp_path):

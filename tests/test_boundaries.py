@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runs
-from helpers import without_fsync
+from helpers import read_manifest, without_fsync, write_manifest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import millstream
 from millstream.errors import RequestError
-from millstream.formats.manifest import read_manifest, write_manifest
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 PAD = 999

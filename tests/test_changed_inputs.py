@@ -13,8 +13,10 @@ import runs
 import zstandard
 from helpers import cli, pack, stream, without_fsync
 
-from millstream.errors import DataError, ResumeRefused
-from millstream.formats import sources
+from millstream import Settings, distributed, pack_to
+from millstream.corpus import sources
+from millstream.errors import DataError, ResumeRefused, RunError
+from millstream.folder import journal
 from millstream.runs.pack import inputs
 
 quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
@@ -125,7 +127,7 @@ def test_a_corpus_that_moved_is_read_once_more_and_goes_on(tmp_path, monkeypatch
     read = []
     hashed = inputs.content_hash
     monkeypatch.setattr(inputs, "content_hash", lambda *args: read.append(args[0].name) or hashed(*args))
-    monkeypatch.setattr(inputs, "_SETTLED", -(10**12))  # every file counts as long unchanged
+    monkeypatch.setattr(journal, "_SETTLED", -(10**12))  # every file counts as long unchanged
     folder = tmp_path / "here"
     folder.mkdir()
     sources_ = [write(folder / "a.jsonl", lines()), write(folder / "b.jsonl", lines(bad=None if finished else 1200))]
@@ -199,3 +201,122 @@ def test_small_inputs_are_known_by_their_ends(tmp_path):
     write(path, lines(5, changed=2))
     with pytest.raises(ResumeRefused, match="has changed"):
         pack(tmp_path / "out", path, **BASE)
+
+
+# --- while it is read ------------------------------------------------------
+
+
+def write_all(job, tasks):
+    for task in tasks:
+        job.wrote(task, job.write_shard(task))
+
+
+def once(change):
+    """As `behind`, after the first documents."""
+    return behind(0, change)
+
+
+def behind(count, change):
+    """What a run is to tell its progress: once so many documents are packed, the inputs change."""
+    waiting = [change]
+
+    def on_progress(progress):
+        if progress.documents >= count and waiting:
+            waiting.pop()()
+
+    return on_progress
+
+
+def write_anew(path, rows):
+    """Another file in the place of the first, of which whoever has it open still reads the first."""
+    made = write(path.parent / "new" / path.name, rows)
+    os.utime(made, ns=(1, 1))  # within one tick of the clock it could be the same
+    os.replace(made, path)
+
+
+@pytest.mark.parametrize("name", NAMES[:-1])  # this text is read at once
+def test_a_file_that_changes_where_it_has_been_read_stops_the_run(tmp_path, name):
+    (tmp_path / "new").mkdir()
+    path = write(tmp_path / name, lines())
+    progress = once(lambda: write_anew(path, lines(changed=0)))
+    with pytest.raises(RunError, match=f"{name} has changed while it was read"):
+        pack_to(tmp_path / "out", path, Settings(**BASE), on_progress=progress)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("change", ["truncated", "gone"])
+def test_a_file_that_ends_early_or_is_gone_stops_the_run(tmp_path, name, change):
+    path = write(tmp_path / name, lines())
+    write(tmp_path / "z.jsonl", lines(10))
+
+    def drive(job):
+        for part in job.parts():
+            counts = job.tokenize_part(part)
+            if change == "truncated" and path.exists():
+                os.truncate(path, 3000)
+            else:
+                path.unlink(missing_ok=True)
+            write_all(job, job.count(counts))
+        write_all(job, job.finish())
+
+    with pytest.raises(RunError, match=f"{name} has changed while it was read"):
+        distributed.pack_with(drive, tmp_path / "out", [path, tmp_path / "z.jsonl"], Settings(**BASE))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_file_that_is_gone_before_its_place_is_known(tmp_path):
+    path = write(tmp_path / "a.jsonl", lines())
+    told = r"^\S*a.jsonl: No such file or directory. Run the same command again to go on$"
+    with pytest.raises(RunError, match=told):
+        pack_to(tmp_path / "out", path, Settings(**BASE), on_progress=once(path.unlink))
+
+
+def test_a_small_file_that_changes_while_it_is_read_stops_the_run(tmp_path):
+    (tmp_path / "new").mkdir()
+    small, large = write(tmp_path / "a.jsonl", lines(3)), write(tmp_path / "b.jsonl", lines())
+    progress = once(lambda: write_anew(small, lines(3, changed=0)))
+    with pytest.raises(RunError, match=r"a.jsonl has changed while it was read"):
+        pack_to(tmp_path / "out", [small, large], Settings(**BASE), on_progress=progress)
+
+
+@pytest.mark.parametrize("change", ["grown", "touched"])
+@pytest.mark.parametrize("count", [3, 1500])
+def test_a_file_that_grows_behind_what_was_read_stops_no_run(tmp_path, count, change):
+    path, rest = write(tmp_path / "a.jsonl", lines(count)), write(tmp_path / "b.jsonl", lines())
+
+    def later():
+        os.utime(path, ns=(1, 1))
+        if change == "grown":
+            with open(path, "ab") as file:
+                file.write(lines(1)[0])
+
+    settings = Settings(**BASE, limit=count + 700)
+    report = pack_to(tmp_path / "out", [path, rest], settings, on_progress=behind(count, later))
+    assert report.ledger["documents"]["in"] == count + 700
+
+
+def test_a_file_that_nothing_was_read_of_may_change(tmp_path):
+    (tmp_path / "new").mkdir()
+    path, rest = write(tmp_path / "a.jsonl", lines()), write(tmp_path / "b.jsonl", lines(3))
+    progress = behind(1500, lambda: write_anew(rest, lines(3, changed=0)))
+    pack_to(tmp_path / "out", [path, rest], Settings(**BASE, limit=1500), on_progress=progress)
+    pack(tmp_path / "whole", [path, rest], **BASE, limit=1500)
+    assert runs.digests(tmp_path / "out") == runs.digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("name", "change"), [*((name, "touched") for name in NAMES), ("a.jsonl", "behind")])
+def test_what_changes_where_nothing_was_read_stops_no_run(tmp_path, name, change):
+    (tmp_path / "new").mkdir()
+    path = write(tmp_path / name, lines())
+
+    def write_behind():
+        rows = lines()
+        with open(path, "r+b") as file:
+            file.seek(len(b"".join(rows[:-1])))
+            file.write(rows[-1].replace(b"words", b"WORDS"))
+
+    later = (lambda: write_anew(path, lines())) if change == "touched" else write_behind
+    pack_to(tmp_path / "out", path, Settings(**BASE), on_progress=once(later))
+    pack(tmp_path / "whole", path, **BASE)
+    assert runs.digests(tmp_path / "out") == runs.digests(tmp_path / "whole")

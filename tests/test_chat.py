@@ -13,14 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import cli, faults, whole, write_jsonl
+from helpers import cli, faults, read_manifest, whole, write_jsonl, write_manifest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import millstream
 from millstream.errors import DataError, RequestError, Unusable
-from millstream.formats.exports import FORMATS
-from millstream.formats.manifest import read_manifest, write_manifest
+from millstream.exports import FORMATS
 from millstream.records import LEARNED
 from millstream.runs.pack.convert import convert_to
 from millstream.stream.chat import Chat, Rendered, Span
@@ -423,7 +422,7 @@ def test_every_id_keeps_its_mark(tmp_path_factory, folders, seed, options, base,
             end = [tokenizer.specials["</s>"] | (int(mine[-1]) & LEARNED)] if eos else []
             expected[number] = np.array([*bos, *mine, *end], np.uint32)
     found = {}
-    for subset in millstream.open(folder / "out").manifest["subsets"]:
+    for subset in millstream.open(folder / "out").manifest.subsets:
         found |= marks_of(folder / "out", subset)
     if options.get("remainder") == "drop":
         for document, mine in found.items():
@@ -682,11 +681,24 @@ def test_streams_of_conversations(tmp_path, folders, options):
         assert first + plain(stream(json.loads(json.dumps(some.state())))) == everything
 
 
+def test_a_stream_does_not_go_on_with_another_template(tmp_path):
+    rows = chats.rows(11, 4)
+    folder = chats.write_tokenizer(tmp_path / "tokenizer", chats.TEMPLATES["silent"])
+    stream = millstream.tokenize(rows, str(folder), chat=True)
+    next(stream)
+    chats.write_tokenizer(folder, chats.TEMPLATES["words"])
+    with pytest.raises(millstream.ResumeRefused, match="another tokenize: chat was"):
+        millstream.tokenize(rows, str(folder), chat=True, state=stream.state())
+
+
 def test_streams_that_cannot_be_conversations(tmp_path, folders):
     name = str(folders["turns"])
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(RequestError, match="give the rows themselves"):
-        millstream.tokenize(millstream.read(tmp_path / "a.txt"), name, chat=True)
+    with pytest.raises(RequestError, match=r"read\(\.\.\., chat=True\)"):
+        next(millstream.tokenize(millstream.read(tmp_path / "a.txt"), name, chat=True))
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(RequestError, match=r"tokenize\(\.\.\., chat=True\)"):
+        next(millstream.tokenize(millstream.read(tmp_path / "a.jsonl", chat=True), name))
     with pytest.raises(DataError, match="document 0: a conversation is an object"):
         next(millstream.tokenize(["x"], name, chat=True))
     with pytest.raises(DataError, match="surrogate"):

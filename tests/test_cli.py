@@ -22,6 +22,7 @@ from helpers import (
     without_fsync,
     write_jsonl,
 )
+from runs import PATIENCE
 
 import millstream
 
@@ -59,6 +60,26 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert len(done.stdout.splitlines()) > 1, "and it says something"
+
+
+def test_a_small_run_loads_nothing_that_only_others_need(tmp_path):
+    corpus = write_jsonl(tmp_path / "a.jsonl", rows(TEXTS))
+    code = f"""
+import sys
+sys.argv = ["millstream", "pack", {str(corpus)!r}, "--out", {str(tmp_path / "out")!r}, "--seq-len", "32", "--json"]
+from millstream.cli import main
+main()
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.splitlines()[-1].split()
+    by_several = {f"millstream.runs.pack.{name}" for name in ("driven", "driver", "joining", "joiner", "turns", "site")}
+    far_away = {"millstream.store.bucket", "millstream.store.hub", "obstore", "huggingface_hub", "asyncio"}
+    of_others = {"numpy.ma", "numpy.random", "pyarrow.compute", "tokenizers", "jinja2", "zstandard", "isal", "rich"}
+    unneeded = {"millstream.engines.local", "millstream.aio", "millstream.llm", *by_several, *far_away, *of_others}
+    assert unneeded & set(loaded) == set()
+    assert "millstream.runs.pack.inline" in loaded
+    assert loaded.index("numpy") < loaded.index("millstream.records"), "from deeper down, it loads much longer"
 
 
 def test_version():
@@ -236,7 +257,7 @@ def test_ctrl_c_and_what_schedulers_send_say_how_to_go_on(tmp_path, workers, num
         process.stdin.write(data[: len(data) // 2])
         process.stdin.flush()
         process.send_signal(number)
-        _, message = process.communicate(timeout=60)
+        _, message = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert b"run the same command again to go on" in message
     assert b"Traceback" not in message
@@ -251,7 +272,9 @@ def test_show_to_a_reader_that_has_gone(packed):
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "wb") as gone:
-        done = subprocess.run([*MILLSTREAM, "show", str(packed), "0"], stdout=gone, stderr=subprocess.PIPE, timeout=60)
+        done = subprocess.run(
+            [*MILLSTREAM, "show", str(packed), "0"], stdout=gone, stderr=subprocess.PIPE, timeout=PATIENCE
+        )
     assert done.stderr == b""
 
 
@@ -265,7 +288,7 @@ def test_a_job_whose_processes_all_get_sigterm(tmp_path):
         process.stdin.write(jsonl(good)[:1_000_000])
         process.stdin.flush()
         os.killpg(process.pid, signal.SIGTERM)
-        _, message = process.communicate(timeout=60)
+        _, message = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert message.decode().strip().endswith("run the same command again to go on.")
 
@@ -352,3 +375,26 @@ def test_show_what_is_not_there(packed, run, arguments, message):
     code, out, error = run("show", packed, *arguments)
     assert (code, out) == (2, "")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("where", "arguments", "told"),
+    [
+        ("millstream.runs.plan.plan.make_plan", ["plan", "stdlib:"], "stopped"),
+        ("millstream.integrity.verify", ["verify", "out"], "stopped"),
+        (
+            "millstream.runs.pack.convert.convert_to",
+            ["convert", "out", "--format", "npy", "--out", "x"],
+            "stopped. The same command again keeps the formats that are finished, and makes the others.",
+        ),
+    ],
+)
+def test_every_command_says_that_it_was_interrupted(monkeypatch, run, where, arguments, told):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupted)
+    code, out, err = run(*arguments)
+    assert (code, out, err.strip()) == (130, "", f"millstream: {told}")
+    code, out, _ = run(*arguments, "--json")
+    assert (code, json.loads(out)) == (130, {"error": "Interrupted", "message": told, "exit_code": 130})

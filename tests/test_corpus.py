@@ -28,10 +28,10 @@ from helpers import (
 )
 
 import millstream
+from millstream.corpus import find
+from millstream.corpus.find import find_inputs
+from millstream.corpus.walk import Walk
 from millstream.errors import DataError, RequestError, ResumeRefused, RunError
-from millstream.formats import corpus
-from millstream.formats.corpus import find_inputs
-from millstream.formats.walk import Walk
 
 quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
 
@@ -73,8 +73,8 @@ def test_a_json_file_of_lines_may_begin_in_other_ways(tmp_path, data):
 
 def test_a_first_line_may_be_long(tmp_path, monkeypatch):
     looked_at = []
-    decide = corpus.decided
-    monkeypatch.setattr(corpus, "decided", lambda data: looked_at.append(len(data)) or decide(data))
+    decide = find.decided
+    monkeypatch.setattr(find, "decided", lambda data: looked_at.append(len(data)) or decide(data))
     write_jsonl(tmp_path / "a.json", [{"text": "word " * 1_000_000}, {"text": "next"}])
     assert find_inputs([tmp_path / "a.json"]).shards[0].kind == "jsonl"
     assert sum(looked_at) < 15_000_000, "the work grows with the line, and no faster"
@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch, run, comm
 
 
 def test_json_lines_by_another_name_are_prompts(tmp_path):
-    from millstream.formats.corpus import expand
+    from millstream.corpus.find import expand
     from millstream.runs.ask.prompts import Recipe, batches
 
     [shard] = expand([write_jsonl(tmp_path / "q.json", [{"prompt": "one"}, {"prompt": "two"}])])

@@ -1,5 +1,6 @@
 """The engine: results in order, in bounded memory, and no process left behind however it ends."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import millstream
+from millstream.engines.local import Local
 from millstream.engines.ordered import map_ordered
+from millstream.engines.worker import Desk
 from millstream.errors import WorkerDied
 
 pytestmark = runs.needs_proc
@@ -20,7 +23,7 @@ pytestmark = runs.needs_proc
 
 @pytest.fixture(autouse=True)
 def in_time():
-    with runs.within(60):
+    with runs.in_time():
         yield
 
 
@@ -127,6 +130,19 @@ def test_a_worker_killed_from_outside_is_started_anew():
     assert not runs.children()
 
 
+def test_many_idle_workers_killed_at_once_end_no_run():
+    """As when the system is out of memory: none of them was to blame, and none died twice."""
+    told = []
+    with contextlib.closing(Local(5, on_death=told.append)) as pool:
+        for each in sorted(runs.children())[1:]:
+            os.kill(each, signal.SIGKILL)
+            os.waitid(os.P_PID, each, os.WEXITED | os.WNOWAIT)
+        pool.submit(0, runs.own_pid, 0)
+        assert [number for number, _ in runs.answers_of(pool)] == [0]
+    assert told == ["killed by signal 9"] * 4
+    assert not runs.children()
+
+
 @pytest.mark.parametrize("bad", [0, 7, 19])
 def test_a_unit_that_killed_its_worker_may_do_so_no_more(tmp_path, bad):
     units = [(number, str(tmp_path / "twice") if number == bad else "") for number in range(20)]
@@ -150,6 +166,53 @@ def test_a_worker_that_cannot_even_begin_is_an_error():
     with pytest.raises(WorkerDied, match=r"exit code 7\), 3 times at [01]"):
         list(map_ordered(runs.exits, range(10), workers=2))
     assert not runs.children()
+
+
+@pytest.mark.parametrize("ahead", [None, 0, 1, 3])
+@pytest.mark.parametrize("at", [-1, 0, 1, 4])
+def test_a_generator_answers_in_order_and_once_though_its_worker_dies(tmp_path, ahead, at):
+    with contextlib.closing(Local(2)) as pool:
+        for number in range(4):
+            pool.submit(number, runs.counts_up, (5, str(tmp_path / "died"), at if number == 1 else -1), ahead=ahead)
+            if ahead == 0:
+                pool.more(number)
+        found = runs.answers_of(pool)
+    for number in range(4):
+        assert [result for which, result in found if which == number] == [0, 1, 2, 3, 4, "end"]
+    assert (tmp_path / "died").exists() == (at >= 0)
+
+
+def test_a_generator_that_kills_behind_an_answer_is_named():
+    with contextlib.closing(Local(1, named=lambda unit: f"unit {unit}")) as pool:
+        pool.submit(0, runs.dies_behind_the_first, "x")
+        with pytest.raises(WorkerDied, match=r"exit code 7\), 3 times at unit x"):
+            runs.answers_of(pool)
+    assert not runs.children()
+
+
+def test_what_a_generator_may_not_answer_yet_keeps_nobody_waiting():
+    with contextlib.closing(Local(1)) as pool:
+        pool.submit(0, runs.counts_up, (3, "", -1), ahead=1)
+        pool.submit(1, abs, -5)
+        found = [(done.number, done.result) for done in runs.next_of(pool, 2)]
+        assert found == [(0, 0), (1, 5)]
+        for _ in range(3):
+            pool.more(0)
+        assert runs.answers_of(pool) == [(0, 1), (0, 2), (0, "end")]
+
+
+def test_what_is_urgent_is_done_first():
+    answers = []
+    desk = Desk(answers.append)
+    desk.take(("function", runs.counts_up))
+    desk.take(("function", abs))
+    for message in ((0, 0, (2, "", -1), False, None), (1, 1, -1, False, None), (2, 1, -2, True, None)):
+        desk.take(("unit", *message))
+    desk.step()
+    desk.take(("unit", 3, 1, -3, True, None))
+    while desk.step():
+        pass
+    assert [number for number, *_ in answers] == [2, 3, 0, 0, 0, 1]
 
 
 def test_closing_early_leaves_no_process():
@@ -190,3 +253,27 @@ def test_a_script_without_a_main_guard(tmp_path):
     samples = len(millstream.open(tmp_path / "out"))
     assert samples > 0
     assert done.stdout.split("\n") == ["started", f"{samples} 2", ""]
+
+
+def test_a_generator_that_is_given_up_is_done_and_its_place_is_free():
+    with contextlib.closing(Local(1, depth=2)) as pool:
+        pool.submit(0, runs.counts_up, (3, "", -1), ahead=1)
+        pool.submit(1, runs.counts_up, (3, "", -1), ahead=1)
+        found = [done.number for done in runs.next_of(pool, 2)]
+        assert (found, pool.room) == ([0, 1], False)
+        pool.give_up(0)
+        assert [(done.number, done.last) for done in pool.done()] == [(0, True)]
+        assert pool.room
+        pool.give_up(0)  # once more does no harm
+        pool.submit(2, abs, -5)
+        assert [(done.number, done.result) for done in pool.done()] == [(2, 5)]
+
+
+def test_what_is_given_up_before_it_is_begun_is_not_done():
+    answers = []
+    desk = Desk(answers.append)
+    desk.take(("function", abs))
+    desk.take(("unit", 0, 0, -1, False, None))
+    desk.take(("give up", 0))
+    assert not desk.step()
+    assert answers == [(0, "done", None)]

@@ -25,8 +25,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import millstream
 from millstream.engines.ordered import map_ordered
-from millstream.errors import DataError, MillstreamError, RequestError, ResumeRefused, RunError, Unusable
-from millstream.runs.pack.plan import make_plan
+from millstream.errors import DataError, MillstreamError, RequestError, ResumeRefused, RunError, Unusable, WorkerDied
+from millstream.runs.plan.plan import make_plan
 from millstream.stream.encoders import Fastokens
 from millstream.stream.tokenizers import load_tokenizer
 
@@ -119,7 +119,7 @@ def test_streams_hand_out_what_came_before_and_name_the_document(tmp_path, shape
     assert [next(ids).tolist() for _ in range(5)] == [[0, 1], [2], [0, 1, 2], [0, 1], []]
     with pytest.raises(DataError, match="document 'late': tokenizers cannot encode it"):
         next(ids)
-    assert ids.state()["item"] == 5
+    assert ids.state()["at"]["item"] == 5
 
 
 @each_shape
@@ -264,3 +264,19 @@ def raises_what_cannot_be_sent(unit):
 def test_an_error_whose_class_cannot_be_sent_is_told_all_the_same():
     with pytest.raises(MillstreamError, match="PanicException: unit 1"):
         list(map_ordered(raises_what_cannot_be_sent, [1, 2], workers=2))
+
+
+class Unmakable:
+    """Sent to another process it cannot be made again there."""
+
+    def __reduce__(self):
+        return raises_what_cannot_be_sent, ("sent",)
+
+    def __call__(self, unit):
+        return unit
+
+
+def test_what_a_worker_cannot_make_again_ends_in_an_error_and_not_in_silence(capfd):
+    with pytest.raises(WorkerDied, match="exit code 1"):
+        list(map_ordered(Unmakable(), [1, 2], workers=2))
+    assert "PanicException: unit sent" in capfd.readouterr().err

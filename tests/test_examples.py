@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import PATIENCE
 from test_asking import serving
 
 from millstream.llm.simulator import Behaviour, parse_latency
@@ -18,7 +19,7 @@ ANSWERS = ["The capital of France is Paris.", "The capital of Germany is Berlin.
 def run(**settings):
     own = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
     return subprocess.run(
-        [sys.executable, EXAMPLE], env={**own, **settings}, capture_output=True, text=True, timeout=120
+        [sys.executable, EXAMPLE], env={**own, **settings}, capture_output=True, text=True, timeout=PATIENCE
     )
 
 

@@ -45,7 +45,7 @@ def peak(run):
     while run.process.poll() is None:
         most = max(most, pss(run.alive()))
         samples += 1
-        time.sleep(0.05)
+        time.sleep(0.01)
     return most, samples
 
 

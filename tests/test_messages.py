@@ -11,7 +11,7 @@ from helpers import TEXTS, cli, pack, rows, run_here, without_fsync, write_jsonl
 
 import millstream
 from millstream.errors import MillstreamError, RequestError, setting, sized
-from millstream.runs.pack.plan import make_plan
+from millstream.runs.plan.plan import make_plan
 
 quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
 call = pytest.fixture(run_here)
@@ -20,6 +20,7 @@ WRONG = [
     ({"seq_len": 0}, "seq_len=0 does not work", "--seq-len 0 does not work"),
     ({"strategy": "best"}, "strategy='best' does not work", None),
     ({"window": 5}, "it belongs to strategy='best-fit'", "--window 5 does not work: it belongs to --strategy best-fit"),
+    ({"lease": 5.0}, "lease=5.0 does not work: it belongs to join=True", "it belongs to --join"),
     ({"shuffle_window": 5}, "shuffle_window=5 does not work: it belongs to shuffle", "it belongs to --shuffle"),
     ({"shuffle": -1}, "shuffle=-1 does not work", "--shuffle -1 does not work"),
     ({"workers": 0}, "workers=0 does not work", "--workers 0 does not work"),
@@ -85,6 +86,7 @@ def texts_in(path):
 
 ALLOWED = {
     ("against.py", "--sample "),
+    ("ray.py", " has a CPU: start some with --num-cpus"),  # a flag of Ray's
     ("plan.py", "--seq-len"),  # what a plan calls otherwise
     ("parquet.py", ": did you mean --chat?"),  # of a fault, which is data
 }
@@ -158,7 +160,7 @@ def test_what_was_packed_before_a_row_without_a_template_stays(tmp_path):
     corpus = write_jsonl(tmp_path / "a.jsonl", [*lines, {"messages": MESSAGES}])
     with pytest.raises(RequestError):
         pack(tmp_path / "out", corpus, chat=True, seq_len=64, shard_size=1 << 16)
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["subsets"]["train"]["shards"]
+    assert (tmp_path / "out" / "records" / "train-00000.json").exists()
 
 
 # --- an input without text -------------------------------------------------

@@ -8,10 +8,10 @@ from dataclasses import fields
 import pytest
 from test_asking import command, prompts_file, serving
 
+from millstream.client.checks import OPTIONS
+from millstream.client.client import Client
 from millstream.errors import RequestError
 from millstream.llm.simulator import Behaviour
-from millstream.runs.ask.checks import OPTIONS
-from millstream.runs.ask.client import Client
 from millstream.runs.ask.settings import AskSettings
 
 URL = "http://127.0.0.1:9/v1"

@@ -16,8 +16,8 @@ from test_lecture import in_hops
 import millstream
 from millstream.errors import DataError, RequestError, RunError
 from millstream.records import LEARNED, TokenBatch
-from millstream.runs.pack.plan import make_plan
 from millstream.runs.pack.provenance import provenance
+from millstream.runs.plan.plan import make_plan
 from millstream.stream.line import STRATEGIES
 from millstream.stream.overlong import Overlong
 from millstream.stream.tokenize import encode_rendered
@@ -65,7 +65,7 @@ ORDERS = [
 def read_back(folder):
     """document -> the ids that the samples and the remainder of all subsets have of it."""
     found = {}
-    for subset in millstream.open(folder).manifest["subsets"]:
+    for subset in millstream.open(folder).manifest.subsets:
         dataset = millstream.open(folder, subset)
         rest = dataset.remainder
         for sample in [*dataset, *([] if rest is None else [rest])]:
@@ -170,7 +170,7 @@ def test_in_python_a_long_document_is_an_error_after_what_comes_before_it():
     assert next(stream).token_ids.tolist() == [1, 2, 3]
     with pytest.raises(DataError, match="document 2: it has 4 ids, more than the 3 of a sample"):
         next(stream)
-    with pytest.raises(RequestError, match="overlong 'trim' does not work: give 'cut' or 'truncate'"):
+    with pytest.raises(RequestError, match="overlong 'trim' does not work: give cut or truncate"):
         millstream.pack([[1]], 3, overlong="trim")
 
 

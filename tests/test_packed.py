@@ -13,10 +13,10 @@ from helpers import TEXTS, faults, gpt2_ids, jsonl, pack, read_little, rows, str
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from millstream.corpus import sources
+from millstream.corpus.unpacking import unpacking_memory
 from millstream.errors import DataError, RequestError, Unusable
-from millstream.formats import sources
-from millstream.formats.unpacking import unpacking_memory
-from millstream.runs.pack.plan import make_plan
+from millstream.runs.plan.plan import make_plan
 
 quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
 

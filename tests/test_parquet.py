@@ -23,18 +23,19 @@ from helpers import (
     write_jsonl,
 )
 
+from millstream.corpus.find import expand
+from millstream.corpus.footer import leaves_by_group
+from millstream.corpus.limits import Limits, Manner
+from millstream.corpus.pages import page_sizes
+from millstream.corpus.parquet import DECODED, batches_of, decoded_sizes
+from millstream.corpus.slices import slices
+from millstream.corpus.sources import InputShard
+from millstream.corpus.stretches import row_groups
+from millstream.corpus.unpacking import unpacking_memory
 from millstream.errors import DataError, RequestError
-from millstream.formats.corpus import expand
-from millstream.formats.footer import leaves_by_group
-from millstream.formats.pages import page_sizes
-from millstream.formats.parquet import DECODED, batches_of, decoded_sizes
-from millstream.formats.slices import Limits, slices
-from millstream.formats.sources import InputShard
-from millstream.formats.unpacking import unpacking_memory
 from millstream.records import Cursor
 from millstream.runs.ask.prompts import Recipe, batches
-from millstream.runs.pack.plan import make_plan
-from millstream.runs.pack.stretches import row_groups
+from millstream.runs.plan.plan import make_plan
 
 quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
 
@@ -195,8 +196,8 @@ def repeated(path, rows, size, others=()):
     return path
 
 
-@pytest.mark.parametrize("block", [1 << 16, 1 << 20])
-def test_batches_are_small_when_decoded(tmp_path, monkeypatch, block):
+@pytest.mark.parametrize(("block", "known"), [(1 << 16, False), (1 << 20, False), (1 << 20, True)])
+def test_batches_are_small_when_decoded(tmp_path, monkeypatch, block, known):
     path = repeated(tmp_path / "a.parquet", 300, 1 << 20)
     assert os.path.getsize(path) < 100_000
     with pq.ParquetFile(path) as file:
@@ -209,7 +210,10 @@ def test_batches_are_small_when_decoded(tmp_path, monkeypatch, block):
                 yield batch
 
         monkeypatch.setattr(pq.ParquetFile, "iter_batches", noted)
-        found = [batch.num_rows for batch in batches_of(shard_of(path), file, 0, ["text"], block)]
+        leaves = (
+            leaves_by_group(InputShard(str(path), path.name, "parquet"), file.metadata, ["text"])[0] if known else ()
+        )
+        found = [batch.num_rows for batch in batches_of(shard_of(path), file, 0, ["text"], block, leaves)]
         assert found == [1] * 300
         assert max(read) <= 1.1 * DECODED
         assert 0.9 < decoded_sizes(shard_of(path), file.metadata, ["text"])[0] / (300 << 20) < 1.1
@@ -224,8 +228,9 @@ def test_nested_texts_that_are_stored_once_are_bounded_too(tmp_path):
     assert len(sizes) >= 100
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_batches_hold_every_row_in_order(tmp_path, seed):
+def test_batches_hold_every_row_in_order(tmp_path, seed, known):
     rng = np.random.default_rng(seed)
     pool = ["x" * int(size) for size in rng.integers(0, 3000, 40)]
     texts = [pool[n] if rng.random() < 0.7 else f"unique {rng.random()}" for n in rng.integers(0, 40, 2000)]
@@ -233,10 +238,13 @@ def test_batches_hold_every_row_in_order(tmp_path, seed):
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=int(rng.integers(1, 1500)))
     shard = shard_of(tmp_path / "a.parquet")
     with pq.ParquetFile(tmp_path / "a.parquet") as file:
+        leaves = leaves_by_group(
+            InputShard(str(tmp_path / "a.parquet"), "a.parquet", "parquet"), file.metadata, ["text"] if known else []
+        )
         found = [
             batch.column(0).to_pylist()
             for group in range(file.num_row_groups)
-            for batch in batches_of(shard, file, group, ["text"], 5000)
+            for batch in batches_of(shard, file, group, ["text"], 5000, leaves[group])
         ]
     assert [text for batch in found for text in batch] == texts
     assert all(len(batch) == 1 or sum(len(text or "") for text in batch) <= 5000 for batch in found)
@@ -245,7 +253,9 @@ def test_batches_hold_every_row_in_order(tmp_path, seed):
 def test_slices_of_a_dictionary_column_are_small(tmp_path):
     column = pa.DictionaryArray.from_arrays(pa.array([0, 1] * 50, pa.int32()), ["a" * 200_000, "b"])
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    pieces = list(slices([shard_of(tmp_path / "a.parquet")], Cursor(), Limits(1 << 20), ("text", "id"), 1 << 19))
+    pieces = list(
+        slices([shard_of(tmp_path / "a.parquet")], Cursor(), Manner(Limits(1 << 20), ("text", "id"), 1 << 19))
+    )
     assert max(piece.size for piece in pieces) < 1 << 20
     assert [piece.stop - piece.start for piece in pieces][:2] == [4, 4]
 
@@ -269,7 +279,7 @@ def test_the_sizes_of_pages_are_told_by_their_headers(tmp_path, version, packing
     pq.write_table(table, path, row_group_size=1500, dictionary_pagesize_limit=5000, write_page_checksum=True, **named)
     footer = pq.read_metadata(path)
     with open(path, "rb") as file:
-        for leaves in leaves_by_group(path, footer, ["text", "n", "lists"]):
+        for leaves in leaves_by_group(InputShard(str(path), path.name, "parquet"), footer, ["text", "n", "lists"]):
             assert len(leaves) == 3
             for leaf in leaves:
                 sizes = list(page_sizes(file, leaf))
@@ -280,7 +290,11 @@ def test_the_sizes_of_pages_are_told_by_their_headers(tmp_path, version, packing
 
 def test_damaged_headers_of_pages_end_the_search(tmp_path):
     pq.write_table(pa.table({"text": TEXTS * 100}), tmp_path / "a.parquet")
-    leaf = leaves_by_group(tmp_path / "a.parquet", pq.read_metadata(tmp_path / "a.parquet"), ["text"])[0][0]
+    leaf = leaves_by_group(
+        InputShard(str(tmp_path / "a.parquet"), "a.parquet", "parquet"),
+        pq.read_metadata(tmp_path / "a.parquet"),
+        ["text"],
+    )[0][0]
     data = (tmp_path / "a.parquet").read_bytes()
     assert list(page_sizes(io.BytesIO(data[: leaf.data_at] + b"\x1c" * 20_000), leaf._replace(once_at=0))) == []
     rng = np.random.default_rng(1)
@@ -292,8 +306,8 @@ def test_damaged_headers_of_pages_end_the_search(tmp_path):
 
 
 def test_a_page_that_is_larger_than_memory_is_refused_with_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr("millstream.formats.parquet.DECODED", 1 << 20)
-    monkeypatch.setattr("millstream.formats.unpacking.DECODED", 1 << 20)
+    monkeypatch.setattr("millstream.corpus.parquet.DECODED", 1 << 20)
+    monkeypatch.setattr("millstream.corpus.unpacking.DECODED", 1 << 20)
     texts = [f"{number} " + "x" * 190_000 for number in range(1000)]
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": texts}), path, use_dictionary=False)
@@ -328,7 +342,7 @@ def test_a_footer_is_read_as_arrow_reads_it(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=70, use_dictionary=["text"])
     footer = pq.read_metadata(path)
-    found = leaves_by_group(path, footer, ["text", "chat"])
+    found = leaves_by_group(InputShard(str(path), path.name, "parquet"), footer, ["text", "chat"])
     assert len(found) == footer.num_row_groups == 5
     for group, leaves in enumerate(found):
         assert [leaf.path.split(".")[0] for leaf in leaves] == ["text", "chat", "chat"]
@@ -373,7 +387,7 @@ def test_any_damage_is_a_fault(tmp_path, seed):
             damaged[at] = rng.integers(256)
         path.write_bytes(damaged)
         unpacking_memory([shard_of(path)], ["text", "id"], 1 << 30)
-        pieces = list(slices([shard_of(path)], Cursor(), Limits(1 << 20), ("text", "id"), 500))
+        pieces = list(slices([shard_of(path)], Cursor(), Manner(Limits(1 << 20), ("text", "id"), 500)))
         assert all(piece.fault is None for piece in pieces[:-1])
         if pieces and pieces[-1].fault:
             assert pieces[-1].fault[0] in ("corrupt", "missing_field")

@@ -20,21 +20,20 @@ import numpy as np
 import pytest
 import runs
 import zstandard
-from helpers import cli, document_rows, jsonl, pack, rows, without_fsync, write, write_jsonl
+from helpers import cli, document_rows, jsonl, pack, read_manifest, rows, without_fsync, write, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 import millstream
 from millstream.cli import main
+from millstream.corpus import sources, stretches
 from millstream.errors import DataError, RequestError
-from millstream.formats import sources
-from millstream.formats.manifest import read_manifest
 from millstream.planview import show_plan
 from millstream.records import Slice
-from millstream.runs.pack import blocks, stretches
-from millstream.runs.pack.estimates import DOCUMENTS, Corpus, Estimate
-from millstream.runs.pack.plan import make_plan
+from millstream.runs.plan import blocks
+from millstream.runs.plan.estimates import DOCUMENTS, Corpus, Estimate
+from millstream.runs.plan.plan import make_plan
 from millstream.stream.line import STRATEGIES
 
 quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
@@ -453,7 +452,7 @@ def test_few_documents_of_a_long_text(tmp_path):
 
 
 def test_one_block_alone_says_little():
-    part = blocks.Part(1000.0, [blocks.Block(np.array([5, 6]), 0, 0.1, 100.0)], False)
+    part = blocks.Stratum(1000.0, [blocks.Block(np.array([5, 6]), 0, 0.1, 100.0)], False)
     corpus = Corpus([part], 0)
     documents = corpus.estimates({}, {})[0][DOCUMENTS]
     assert documents.value == 20
@@ -478,7 +477,7 @@ class Counting(io.FileIO):
         raise AssertionError("nothing may be read to the end at once")
 
 
-def counting(path, mode, buffering=-1):
+def counting(path, buffering):
     return io.BufferedReader(Counting(path)) if buffering else Counting(path)
 
 
@@ -488,8 +487,7 @@ def test_reads_about_the_sample_of_a_large_corpus(tmp_path, monkeypatch, name):
     data = jsonl({"text": text} for text in some) if "jsonl" in name else " ".join(some).encode()
     path = write(tmp_path / name, data)
     Counting.total = 0
-    for module in (blocks, sources, stretches):
-        monkeypatch.setattr(module, "open", counting, raising=False)
+    monkeypatch.setattr(sources.InputShard, "open", lambda shard, buffer=-1, until=None: counting(shard.uri, buffer))
     plan = make_plan(path, seq_lens=[512], sample=1 << 18)
     assert not plan.exact
     assert plan.bytes_read <= 1.3 * (1 << 18)

@@ -13,7 +13,7 @@ import runs
 from helpers import MILLSTREAM, TEXTS, cli, jsonl, rows, without_fsync, write
 
 import millstream
-from millstream.formats.corpus import expand
+from millstream.corpus.find import expand
 from millstream.records import Cursor
 from millstream.report import ask_line, progress_line
 from millstream.runs.pack.extent import Extent

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import millstream
 from millstream.errors import LedgerError
+from millstream.folder.entries import Ledger
 from millstream.records import TokenBatch
 from millstream.runs.pack.ledger import check_ledger
 from millstream.runs.pack.packing import pack_to
@@ -178,12 +179,12 @@ def test_packers_do_not_depend_on_batches_even_inside_documents(corpus, cuts, na
 @pytest.mark.parametrize(
     ("seq_len", "order"),
     [
-        (1, {}),
-        (7, {}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
+        pytest.param(7, {}, marks=pytest.mark.slow),
         (128, {}),
-        (128, {"strategy": "best-fit", "window": 30_000}),
+        pytest.param(128, {"strategy": "best-fit", "window": 30_000}, marks=pytest.mark.slow),
         (64, {"strategy": "best-fit", "window": 30_000, "shuffle": 1, "shuffle_window": 5_000, "max_segments": 4}),
-        (7, {"shuffle": 2, "shuffle_window": 20_000}),
+        pytest.param(7, {"shuffle": 2, "shuffle_window": 20_000}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -204,9 +205,9 @@ def test_a_ledger_that_does_not_balance_is_an_error():
     documents = {"in": 3, "whole": 1, "split": 1, "truncated": 0, "left_out": 0, "empty": 0, "faulty": 0}
     ids = {"in": 5, "text": 5, "special": 0, "in_samples": 4, "remainder": 1, "dropped": 0, "cut_off": 0}
     with pytest.raises(LedgerError, match="3 documents came in and 2"):
-        check_ledger({"documents": documents, "ids": ids})
+        check_ledger(Ledger(documents, ids, 0, {}))
     with pytest.raises(LedgerError, match="5 ids came in and 4"):
-        check_ledger({"documents": {**documents, "in": 2}, "ids": {**ids, "remainder": 0}})
+        check_ledger(Ledger({**documents, "in": 2}, {**ids, "remainder": 0}, 0, {}))
 
 
 def test_stored_shards_are_plain_npy_and_parquet(tmp_path):

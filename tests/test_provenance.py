@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import cli, jsonl, rows, run_here, without_fsync, write, write_jsonl
+from helpers import cli, jsonl, read_manifest, rows, run_here, without_fsync, write, write_jsonl, write_manifest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -21,12 +21,11 @@ from test_boundaries import add_loss
 
 import millstream
 from millstream.errors import RequestError, RunError
-from millstream.formats.manifest import read_manifest, write_manifest
-from millstream.formats.opened import OPEN
+from millstream.folder.opened import OPEN
 from millstream.runs.pack.provenance import provenance, text_of, tokenizer_of
 from millstream.view import show_sample
 
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -194,13 +193,16 @@ def test_ids_without_a_tokenizer_have_no_text(tmp_path, run):
     assert "7 8" in run("show", tmp_path / "out", 0)[1]
 
 
-def test_a_run_of_many_shards_holds_few_files_open(tmp_path):
-    """A memory-mapped file counts as an open one, of which a process may have 1024."""
+@pytest.mark.parametrize("format", ["npy", "parquet"])
+def test_a_run_of_many_shards_holds_few_files_open(tmp_path, monkeypatch, format):
+    """A memory-mapped file counts as an open one; and of Parquet a part of each is held decoded."""
+    if format == "npy":
+        monkeypatch.setattr("resource.getrlimit", lambda which: (384, 384))
     corpus = write_jsonl(tmp_path / "a.jsonl", [{"id": "long", "ids": list(range(600))}])
     settings = {"tokenizer": None, "ids_field": "ids", "workers": 1}
-    millstream.pack_to(tmp_path / "out", corpus, seq_len=2, shard_size=8, **settings)
+    millstream.pack_to(tmp_path / "out", corpus, seq_len=2, shard_size=8, format=format, **settings)
     dataset = millstream.open(tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("samples-*.npy"))) == 300
+    assert len(list((tmp_path / "out").glob(f"samples-*.{format}"))) == 300
     assert dataset.document_ids(0).tolist() == list(range(600))
     assert OPEN.of(dataset._owner) <= 64
     assert len(pickle.dumps(dataset)) < 1000
@@ -213,7 +215,7 @@ def test_a_run_of_many_shards_holds_few_files_open(tmp_path):
 MANY_FOLDERS = """
 import gc, resource, sys
 import millstream
-from millstream.formats.opened import OPEN
+from millstream.folder.opened import OPEN
 resource.setrlimit(resource.RLIMIT_NOFILE, (150, 150))
 datasets = [millstream.open(sys.argv[1]) for _ in range(12)]
 for number in range(len(datasets[0])):

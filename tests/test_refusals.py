@@ -8,8 +8,8 @@ from scripted import Scripted, asking, error, rows_of
 from test_asking import journalled
 
 from millstream.aio import Fault
+from millstream.client.client import Client, Reply
 from millstream.errors import AskStopped, RequestError, RunError
-from millstream.runs.ask.client import Client, Reply
 
 CONTEXT = error(400, "This model's maximum context length is 4096 tokens.", code="context_length_exceeded")
 OWN = {
@@ -145,7 +145,7 @@ def typing(monkeypatch, tmp_path, rows, template, name="typed.jsonl", **settings
     """Ask rows with a template."""
     (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     wire = Scripted(lambda *_: None)
-    monkeypatch.setattr("millstream.runs.ask.client._wire", lambda *_, **__: wire)
+    monkeypatch.setattr("millstream.client.client._wire", lambda *_, **__: wire)
     monkeypatch.setattr("millstream.runs.ask.asking.run", virtual.run)
     from millstream.runs.ask.asking import AskSettings, ask_to
 
@@ -184,7 +184,7 @@ def test_a_few_rows_that_are_all_bad_are_faults(monkeypatch, tmp_path):
 
 def test_in_python_one_refusal_is_a_fault_and_a_wrong_key_stops_it(monkeypatch):
     async def main(handle):
-        monkeypatch.setattr("millstream.runs.ask.client._wire", lambda *_, **__: Scripted(handle))
+        monkeypatch.setattr("millstream.client.client._wire", lambda *_, **__: Scripted(handle))
         async with Client("http://127.0.0.1:1", model="m", in_flight=1) as client:
             return await client.gather([f"question {number}" for number in range(40)])
 

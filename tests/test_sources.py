@@ -1,11 +1,13 @@
 """Where text comes from: every form of input gives the same samples, and what is read is known by name and order."""
 
+import contextlib
 import gzip
 import io
 import json
 import random
 import sys
 
+import chats
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +18,7 @@ from helpers import (
     cli,
     document_ids,
     document_rows,
+    faults,
     gpt2_ids,
     jsonl,
     pack,
@@ -30,8 +33,8 @@ from helpers import (
 )
 
 import millstream
-from millstream.errors import RequestError
-from millstream.formats import corpus, slices
+from millstream.corpus import find, texts
+from millstream.errors import DataError, RequestError
 
 quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
 
@@ -138,7 +141,7 @@ def test_reading_in_blocks_changes_nothing(tmp_path, monkeypatch, name, block):
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 def test_a_long_text_read_in_pieces_is_still_one_document(tmp_path, monkeypatch, name):
     text = "\n".join(TEXTS) * 20
-    monkeypatch.setattr(slices, "LONG_TEXT", 1000)
+    monkeypatch.setattr(texts, "LONG_TEXT", 1000)
     read_little(monkeypatch, 300)
     write(tmp_path / name, text.encode())
     report = pack(tmp_path / "out", tmp_path / name, seq_len=32, bos=True, eos=True, block=300)
@@ -193,6 +196,27 @@ def test_a_recursive_glob(tmp_path):
     assert packed_text(tmp_path, f"{root}/**/*.md", f"{root}/sub/*.txt")[1] == "sub/deep/m.mdsub/z.txt"
 
 
+@pytest.mark.parametrize("given", ["", "/**/*", "/**/*.parquet"])
+@pytest.mark.parametrize("out", ["packed", "sub/packed"])
+def test_a_run_within_its_own_sources_does_not_read_itself(tmp_path, given, out):
+    """Its Parquet files and its faults would be documents when it goes on."""
+    docs = [{"id": n, "text": text} for n, text in enumerate(TEXTS * 20)]
+    for root in (tmp_path / "a" / "corpus", tmp_path / "b" / "corpus"):
+        (root / "sub").mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist([{**doc, "id": str(doc["id"])} for doc in docs]), root / "m.parquet")
+        write_jsonl(root / "z.jsonl", [*docs, {"id": "bad"}, *docs])
+    root = tmp_path / "b" / "corpus"
+    with pytest.raises(DataError, match=r"stop|missing") if "parquet" not in given else contextlib.nullcontext():
+        pack(root / out, f"{root}{given}", seq_len=8, shard_size=640)
+    pack(root / out, f"{root}{given}", seq_len=8, shard_size=640, on_error="skip")
+    assert (root / out / "documents-00001.parquet").exists()
+    assert pack(root / out, f"{root}{given}", seq_len=8, shard_size=640).already
+    elsewhere = f"{tmp_path / 'a' / 'corpus'}{given}"
+    pack(tmp_path / "out", elsewhere, seq_len=8, shard_size=640, on_error="skip")
+    assert run_bytes(root / out) == run_bytes(tmp_path / "out")
+    assert millstream.verify(root / out, against=[f"{root}{given}"]).problems == []
+
+
 def test_sources_come_in_the_order_given(tmp_path):
     root = tree(tmp_path / "data")
     assert packed_text(tmp_path, root / "b.txt", f"file://{root}/a.txt", root / "sub")[1] == (
@@ -238,7 +262,7 @@ def test_a_file_name_that_is_not_utf8(tmp_path):
         (["nowhere.jsonl"], r"no such file or folder: nowhere\.jsonl"),
         (["*.zip"], r"no file matches \*\.zip"),
         (["empty"], "nothing to read in empty.*glob"),
-        (["s3://bucket/corpus.jsonl"], "s3://bucket.*copy it here"),
+        (["https://host/corpus.jsonl"], "https://host.*hf://.*s3://.*copy it here"),
         (["-", "-"], "only once"),
         (["a.parquet.gz"], "a.parquet.gz.*unpack"),
     ],
@@ -256,7 +280,7 @@ def test_sources_that_do_not_work(tmp_path, monkeypatch, given, message):
 
 
 def test_standard_library_has_no_packages_of_others_and_no_tests():
-    names = [name for _, name in corpus.standard_library()]
+    names = [name for _, name in find.standard_library()]
     assert names == sorted(names)
     assert {"json/decoder.py", "os.py", "asyncio/base_events.py"} <= set(names)
     folders = {part for name in names for part in name.split("/")[:-1]}
@@ -280,11 +304,11 @@ def test_source_code_is_read_in_the_encoding_it_declares(tmp_path, monkeypatch):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
     monkeypatch.setattr("sysconfig.get_path", lambda name, *_: str(root))
-    corpus.standard_library.cache_clear()
+    find.standard_library.cache_clear()
     try:
         pack(tmp_path / "out", "stdlib:", seq_len=16)
     finally:
-        corpus.standard_library.cache_clear()
+        find.standard_library.cache_clear()
     wanted = ["latin-1", "koi8-r", "utf-8", "utf-8-sig"]
     decoded = [data.decode(encoding) for data, encoding in zip(texts.values(), wanted, strict=True)]
     assert stream(tmp_path / "out") == gpt2_ids(decoded)
@@ -295,7 +319,7 @@ def test_the_real_standard_library_packs(tmp_path):
     report = pack(tmp_path / "out", "stdlib:", seq_len=256, limit=25, eos=True)
     assert report.ledger["documents"]["in"] == 25
     assert report.faults == 0
-    first = corpus.standard_library()[0][0]
+    first = find.standard_library()[0][0]
     with open(first, encoding="utf-8") as file:
         assert stream(tmp_path / "out")[: len(ids := gpt2_ids([file.read()]))] == ids
     assert whole(tmp_path / "out")
@@ -342,6 +366,20 @@ def test_text_that_is_tokenized_already(tmp_path, form):
     assert stream(tmp_path / "out") == [i for ids in IDS for i in ids]
     assert millstream.open(tmp_path / "out")[0].token_ids.dtype == np.uint32
     assert report.ledger["documents"]["empty"] == 1
+    assert whole(tmp_path / "out")
+
+
+@pytest.mark.parametrize("how", [{"ids_field": "ids", "tokenizer": "gpt2"}, {"chat": True, "tokenizer": "chat"}])
+def test_a_long_text_where_rows_are_wanted_is_one_fault(tmp_path, monkeypatch, how):
+    monkeypatch.setattr(texts, "LONG_TEXT", 1000)
+    if "chat" in how:
+        how = how | {"tokenizer": str(chats.write_tokenizer(tmp_path / "tokenizer"))}
+    (tmp_path / "a.txt").write_text("some words to read " * 500)
+    row = {"ids": [1, 2, 3], "prompt": "one", "completion": " two"}
+    corpus = write_jsonl(tmp_path / "b.jsonl", [row])
+    pack(tmp_path / "out", [tmp_path / "a.txt", corpus], seq_len=2, on_error="skip", pad_id=0, block=100, **how)
+    [fault] = faults(tmp_path / "out")
+    assert (fault["ordinal"], fault["reason"]) == (0, "not_ids" if "ids_field" in how else "not_messages")
     assert whole(tmp_path / "out")
 
 

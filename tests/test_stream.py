@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from wires import FINE, STREAMED, answering, body, faulty, http, told
 
 from millstream.aio import Fault
-from millstream.llm.events import Stream
+from millstream.client.pieces import Pieces
+from millstream.client.requests import Reply
+from millstream.llm.events import ReplyPieces
 from millstream.llm.peers import Peer
 from millstream.llm.simulator import KINDS, Behaviour, parse_latency, running
 from millstream.llm.wire import Wire, WireError
-from millstream.runs.ask.pieces import Pieces
-from millstream.runs.ask.requests import Reply
 
 STORY = body("Tell me a story of a mill.")
 SAID = "reply to: Tell me a story of a mill."
@@ -153,7 +153,7 @@ def read(chunks):
         async def begin():
             return Chunks(chunks)
 
-        async with Stream(Peer("http://127.0.0.1/v1"), begin) as stream:
+        async with ReplyPieces(Peer("http://127.0.0.1/v1"), begin) as stream:
             return [piece async for piece in stream], stream
 
     return asyncio.run(main())

@@ -11,11 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import runs
-from helpers import write_jsonl
+from helpers import read_manifest, write_jsonl
 from test_verify import craft
 
 import millstream
-from millstream.formats.manifest import read_manifest
 from millstream.runs.pack.encode import in_validation
 
 quick = pytest.fixture(autouse=True, scope="module")(helpers.without_fsync)

@@ -10,11 +10,12 @@ import pytest
 from helpers import TEXTS, cli, fill_tiktoken_cache, gpt2_ids, pack, rows, stream, whole, without_fsync, write_jsonl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from runs import PATIENCE
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import millstream
+from millstream.corpus.texts import safe_cut
 from millstream.errors import EngineMismatch, RequestError
-from millstream.formats.slices import safe_cut
 from millstream.stream.tokenizers import load_tokenizer
 
 quick = pytest.fixture(scope="module", autouse=True)(without_fsync)
@@ -422,8 +423,8 @@ def test_only_tokenizers_known_to_split_at_words_have_long_text_cut(tmp_path, mo
     tokenizer = make()
     folder = saved(tmp_path / "tok", tokenizer)
     assert load_tokenizer(str(folder)).safe_cuts == cuts
-    monkeypatch.setattr("millstream.formats.slices.LONG_TEXT", 500)
-    monkeypatch.setattr("millstream.formats.sources.READ", 200)
+    monkeypatch.setattr("millstream.corpus.texts.LONG_TEXT", 500)
+    monkeypatch.setattr("millstream.corpus.sources.READ", 200)
     text = "\n".join(TEXTS)
     (tmp_path / "a.txt").write_text(text)
     pack(tmp_path / "out", tmp_path / "a.txt", tokenizer=str(folder), seq_len=16, block=200)
@@ -489,7 +490,7 @@ main()
 
 def offline(*arguments, **environment):
     command = [sys.executable, "-c", OFFLINE, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=PATIENCE)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 

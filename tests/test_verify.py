@@ -1,17 +1,19 @@
 """`verify` finds whatever is wrong with a finished run."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import runs
+from helpers import read_manifest, write_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import millstream
 from millstream.errors import MillstreamError
-from millstream.formats.manifest import JOURNAL, MANIFEST, read_manifest, write_manifest
+from millstream.folder.manifest import JOURNAL, MANIFEST, RECORDS, RUN
 
 VOCABULARY = 50257
 FORMATS = ("npy", "parquet", "npy,mds,megatron")
@@ -128,9 +130,21 @@ def test_a_foreign_file_is_found(run, name):
 
 
 def test_an_unfinished_run_is_no_whole_run(run):
+    (run / MANIFEST).rename(run / RUN)
+    assert "not finished; run the same pack command again" in found(run)
+
+
+def test_the_manifest_of_an_unfinished_run_is_an_earlier_versions(run):
     manifest = read_manifest(str(run))
     write_manifest(str(run), {**manifest, "complete": False})
-    assert "not finished" in found(run)
+    assert "not finished, and was begun by an earlier version of millstream: finish it with that version" in found(run)
+
+
+def test_records_that_a_crash_left_beside_the_manifest_count_no_more(run):
+    (run / RUN).write_text("no longer of interest")
+    (run / RECORDS).mkdir()
+    (run / RECORDS / "train-00000.json").write_text("nor this")
+    assert millstream.verify(run).ok
 
 
 # --- crafted: every SHA-256 is right, the content is not ---------------------
@@ -259,6 +273,14 @@ def test_counts_of_a_shard_that_do_not_fit_its_files_are_found(run, key):
 
     craft(run, change)
     assert found(run) != ""
+
+
+def test_one_of_something_is_one(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "hello world"}\n')
+    out = tmp_path / "out"
+    assert runs.cli("pack", tmp_path / "a.jsonl", "--out", out, "--seq-len", "2", "--remainder", "drop").returncode == 0
+    assert re.search(r"is whole: 3 files, \d,\d+ bytes, 1 sample\.$", runs.cli("verify", out).stdout, re.M)
+    assert runs.cli("show", out, "0").stdout.startswith("sample 0 of 1: 2 ids, 1 document\n")
 
 
 def test_the_command_line_says_what_is_wrong(run):

@@ -15,42 +15,55 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from millstream.aio.outcomes import Fault
-    from millstream.formats.dataset import Dataset, open
+    from millstream.client.client import Client, ask
+    from millstream.client.embedding import Embedding
+    from millstream.client.outcomes import Outcomes
+    from millstream.client.requests import Reply
+    from millstream.errors import DataError, RequestError, ResumeRefused, RunError
+    from millstream.folder.dataset import Dataset, open
     from millstream.integrity import verify
-    from millstream.records import Document
+    from millstream.records import Document, DocumentFault
     from millstream.runs.ask.asking import ask_to
-    from millstream.runs.ask.client import Client, ask
-    from millstream.runs.ask.embedding import Embedding
-    from millstream.runs.ask.requests import Reply
     from millstream.runs.ask.settings import AskSettings
     from millstream.runs.pack.packing import pack_to
     from millstream.runs.pack.provenance import text_of
-    from millstream.runs.pack.streams import Stream, pack, read, split, tokenize
-    from millstream.samples import Batch, Sample, collate
+    from millstream.runs.pack.settings import Settings
+    from millstream.runs.progress import Report
+    from millstream.samples import Batch, Sample, Segment, collate
+    from millstream.streams import Stream, pack, read, split, tokenize
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AskSettings": "runs.ask.settings",
     "Batch": "samples",
-    "Client": "runs.ask.client",
-    "Dataset": "formats.dataset",
+    "Client": "client.client",
+    "DataError": "errors",
+    "Dataset": "folder.dataset",
     "Document": "records",
-    "Embedding": "runs.ask.embedding",
+    "DocumentFault": "records",
+    "Embedding": "client.embedding",
     "Fault": "aio.outcomes",
-    "Reply": "runs.ask.requests",
+    "Outcomes": "client.outcomes",
+    "Reply": "client.requests",
+    "Report": "runs.progress",
+    "RequestError": "errors",
+    "ResumeRefused": "errors",
+    "RunError": "errors",
     "Sample": "samples",
-    "Stream": "runs.pack.streams",
-    "ask": "runs.ask.client",
+    "Segment": "samples",
+    "Settings": "runs.pack.settings",
+    "Stream": "streams",
+    "ask": "client.client",
     "ask_to": "runs.ask.asking",
     "collate": "samples",
-    "open": "formats.dataset",
-    "pack": "runs.pack.streams",
+    "open": "folder.dataset",
+    "pack": "streams",
     "pack_to": "runs.pack.packing",
-    "read": "runs.pack.streams",
-    "split": "runs.pack.streams",
+    "read": "streams",
+    "split": "streams",
     "text_of": "runs.pack.provenance",
-    "tokenize": "runs.pack.streams",
+    "tokenize": "streams",
     "verify": "integrity",
 }
 
@@ -58,12 +71,21 @@ __all__ = [
     "AskSettings",
     "Batch",
     "Client",
+    "DataError",
     "Dataset",
     "Document",
+    "DocumentFault",
     "Embedding",
     "Fault",
+    "Outcomes",
     "Reply",
+    "Report",
+    "RequestError",
+    "ResumeRefused",
+    "RunError",
     "Sample",
+    "Segment",
+    "Settings",
     "Stream",
     "ask",
     "ask_to",

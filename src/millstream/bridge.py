@@ -1,10 +1,11 @@
 """The one door between synchronous and asynchronous code: event loops are started here and nowhere else."""
 
 import asyncio
+import atexit
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -57,6 +58,60 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     if failure:
         raise failure[0]
     return result[0]
+
+
+class Alongside:
+    """A coroutine in a thread and a loop of its own, beside whoever made it.
+
+    Where it fails or is cancelled, `failed` is told why, in that thread. `close` cancels it, unless it has ended, and
+    waits for its end; the end of the process closes it as well.
+
+    >>> async def count(found):
+    ...     found.append(1)
+    ...     await asyncio.sleep(3600)
+    >>> found = []
+    >>> beside = Alongside(count(found), lambda error: found.append(type(error).__name__))
+    >>> beside.call(found.append, 2)
+    >>> beside.close()
+    >>> found
+    [1, 2, 'CancelledError']
+    """
+
+    def __init__(self, main: Coroutine[Any, Any, None], failed: Callable[[BaseException], None]) -> None:
+        self._main, self._failed = main, failed
+        self._begun = threading.Event()
+        # A daemon, since the end of the process waits for no other: it is closed then, and so ends in good order.
+        self._thread = threading.Thread(target=self._run, name="millstream", daemon=True)
+        self._thread.start()
+        self._begun.wait()
+        atexit.register(self.close)
+
+    def _run(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            asyncio.run(self._inside())
+
+    async def _inside(self) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._task, self._loop = task, asyncio.get_running_loop()
+        self._begun.set()
+        try:
+            await self._main
+        except BaseException as error:
+            self._failed(error)
+            if isinstance(error, asyncio.CancelledError):
+                raise
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Have a function called in the loop; if it has ended, nothing happens."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def close(self) -> None:
+        self.call(self._task.cancel)
+        if threading.current_thread() is not self._thread:  # where garbage is collected, of all places
+            self._thread.join()
+            atexit.unregister(self.close)
 
 
 async def in_thread(items: Iterator[T]) -> AsyncIterator[T]:

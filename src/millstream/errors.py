@@ -10,8 +10,9 @@
         ├── LedgerError    1   what went in is not what came out
         └── WorkerDied     1   a part of the work killed its worker process three times; names it
 
-A fault of a single document is no exception but data (`millstream.records.Fault`); only ``on_error="stop"`` turns the
-first one into a `DataError`. `Unusable` is how the place that finds a fault tells the reader, and goes no further.
+A fault of a single document is no exception but data (`millstream.records.DocumentFault`); only ``on_error="stop"``
+turns the first one into a `DataError`. `Unusable` is how the place that finds a fault tells the reader, and goes no
+further.
 
 A message that names a setting is read by two kinds of people: who calls Python is told `seq_len=0`, and who runs the
 command line `--seq-len 0`. `setting` writes both into the text, `Words` is one of them, and the command line asks for

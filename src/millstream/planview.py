@@ -8,8 +8,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from millstream.runs.pack.estimates import Estimate
-from millstream.runs.pack.plan import Choice, Plan
+from millstream.runs.plan.estimates import Estimate
+from millstream.runs.plan.plan import Choice, Plan
 from millstream.terminal import printable
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -66,7 +66,7 @@ def _picture(plan: Plan, widest: int) -> Table:
         seen += row.documents.value
         inside = [n for n in sorted({choice.seq_len for choice in plan.choices}) if row.longest // 2 < n <= row.longest]
         fit = f": {seen / documents:.0%} fit" if inside == [row.longest] else ""
-        table.add_row(
+        cells = (
             f"{row.longest:,}",
             Text(bar(row.documents.value / most, widest), style="cyan"),
             f"{row.documents.value:,}",
@@ -75,6 +75,7 @@ def _picture(plan: Plan, widest: int) -> Table:
             f"{row.ids.value / ids:.1%}",
             Text(f"◂ {', '.join(f'{n:,}' for n in inside)}{fit}" if inside else "", style="yellow"),
         )
+        table.add_row(*cells)
     return table
 
 

@@ -4,9 +4,10 @@ Data moves in columns: one object a batch, never one a document or a token, on t
 samples.py, are the faces that the Python API shows of one row.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -20,13 +21,47 @@ LEARNED = 1 << 31
 """In fine-tuning data, the bit of an id (u32) that is set if it is to be learned: it goes wherever its id goes."""
 
 
-def unmarked(ids: Ids, dtype: "np.dtype[Any]") -> tuple[Ids, Ids]:
+def ids_and_learned(ids: Ids, dtype: "np.dtype[Any]") -> tuple[Ids, Ids]:
     """(the ids themselves, whether each is to be learned).
 
-    >>> unmarked(np.array([7, 8 | LEARNED], np.uint32), np.dtype(np.uint16))
+    >>> ids_and_learned(np.array([7, 8 | LEARNED], np.uint32), np.dtype(np.uint16))
     (array([7, 8], dtype=uint16), array([False,  True]))
     """
     return (ids & np.uint32(LEARNED - 1)).astype(dtype), ids >= LEARNED
+
+
+class LearnedIds(np.ndarray[Any, Any]):
+    """Ids of one conversation, with `learned` (bool): which of them are to be learned.
+
+    Whatever is made of it, as a part or a copy, does not know that: there `learned` is None.
+
+    >>> ids = LearnedIds.of(np.array([7, 8], np.uint16), np.array([False, True]))
+    >>> ids.tolist(), ids.learned.tolist(), ids[:1].learned
+    ([7, 8], [False, True], None)
+    """
+
+    learned: Ids | None
+
+    @classmethod
+    def of(cls, ids: Ids, learned: Ids) -> "LearnedIds":
+        found = ids.view(cls)
+        found.learned = learned
+        return found
+
+    def __array_finalize__(self, made_of: object) -> None:
+        self.learned = None
+
+    def __reduce__(self) -> Any:
+        return (LearnedIds.of, (np.asarray(self), self.learned)) if self.learned is not None else super().__reduce__()
+
+
+def with_learned(ids: Ids, learned: Ids) -> Ids:
+    """Ids that `ids_and_learned` takes apart.
+
+    >>> with_learned(np.array([7, 8], np.uint16), np.array([False, True])).tolist() == [7, 8 | LEARNED]
+    True
+    """
+    return np.asarray(ids).astype(np.uint32) | (learned.astype(np.uint32) << np.uint32(31))
 
 
 class Document(NamedTuple):
@@ -36,7 +71,7 @@ class Document(NamedTuple):
     text: str
 
 
-class Fault(NamedTuple):
+class DocumentFault(NamedTuple):
     """One document that could not be used, as data.
 
     `ordinal` counts documents in source order, `offset` is in decompressed bytes or rows, `line` from 1 (0: unknown).
@@ -74,14 +109,49 @@ class Seen(NamedTuple):
     sha256: str
 
 
+class Range(msgspec.Struct, frozen=True):
+    """What begins from `start` to before `stop` (None: to the end) in input shard number `source`: lines or cuts of a
+    text, by decompressed bytes, or rows of a Parquet file. From 0 to 0 a text is only checked."""
+
+    source: int
+    start: int = 0
+    stop: int | None = None
+
+
+class Ref(msgspec.Struct, frozen=True):
+    """A piece where pieces are kept: its name, how many bytes it has, and their CRC-32."""
+
+    name: str
+    size: int
+    crc: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one worker tokenizes at once: the documents that begin in `ranges`, or the first `limit` of them.
+
+    Parts are numbered in the order of the corpus. `data` is a piece that has their bytes, unpacked. `fault` stands in
+    for a document that was found to be unusable when its neighbours were unpacked: (reason, message). `prefix` is that
+    of a cursor at the end of the range, where others have unpacked it.
+    """
+
+    number: int
+    ranges: tuple[Range, ...]
+    data: Ref | None = None
+    limit: int | None = None
+    fault: tuple[str, str] | None = None
+    prefix: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
     """A piece of one input shard that is decoded without its neighbours.
 
-    `start` and `stop` are decompressed bytes, or rows of a Parquet file. `data` is None where a worker can read the
-    bytes itself. `begins` and `ends` tell whether the document of a plain text file begins or ends here. `fault` stands
-    in for what could not be read: (reason, message), one faulty document. `after` is where reading goes on, `seen` what
-    has been read of the input shard by then.
+    `start` and `stop` are decompressed bytes, or rows of a Parquet file. `data`: the bytes, or the rows in a record
+    batch or in Arrow's stream of one; None where a worker can read the bytes itself. `begins` and `ends` tell whether
+    the document of a plain text file begins or ends here. `fault` stands in for what could not be read: (reason,
+    message), one faulty document. `after` is where reading goes on, `seen` what has been read of the input shard by
+    then.
     """
 
     source: int
@@ -90,7 +160,7 @@ class Slice:
     kind: str
     start: int
     stop: int
-    data: bytes | None = None
+    data: Any = None
     begins: bool = True
     ends: bool = True
     fault: tuple[str, str] | None = None
@@ -99,7 +169,9 @@ class Slice:
 
     @property
     def size(self) -> int:
-        return self.stop - self.start if self.data is None else len(self.data)
+        if self.data is None:
+            return self.stop - self.start
+        return len(self.data) if isinstance(self.data, bytes) else int(self.data.nbytes)
 
 
 @dataclass(slots=True)
@@ -117,7 +189,7 @@ class TextBatch:
     position: list[int] = field(default_factory=list)
     source: list[int] = field(default_factory=list)
     offset: list[int] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[DocumentFault] = field(default_factory=list)
     count: int = 0
     lines: list[tuple[int, int]] = field(default_factory=list)
     opened: bool = False
@@ -197,9 +269,22 @@ class TokenBatch:
         rest = self.rows(low, len(self))
         if not used or not len(rest) or int(rest.ordinal[0]) != ordinal:
             return rest
-        drop = min(max(used - int(rest.start[0]), 0), int(rest.length[0]))
-        length, start = rest.length.copy(), rest.start.copy()
-        length[0] -= drop
-        start[0] += drop
-        rest.ids, rest.length, rest.start = rest.ids[drop:], length, start
-        return rest
+        return rest.without(used)
+
+    def without(self, used: int) -> "TokenBatch":
+        """All but those of the first row's ids that are among its document's first `used`."""
+        length, start = not_used(used, self.length, self.start)
+        return replace(self, ids=self.ids[int(start[0]) - int(self.start[0]) :], length=length, start=start)
+
+
+def not_used(used: int, length: Ids, start: Ids) -> tuple[Ids, Ids]:
+    """`length` and `start` of rows without those of the first one's ids that are among its document's first `used`.
+
+    >>> not_used(5, np.array([4, 9]), np.array([3, 0]))
+    (array([2, 9]), array([5, 0]))
+    """
+    drop = min(max(used - int(start[0]), 0), int(length[0]))
+    length, start = length.copy(), start.copy()
+    length[0] -= drop
+    start[0] += drop
+    return length, start

@@ -5,10 +5,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from millstream.formats.corpus import ignored_files
+from millstream.corpus.find import ignored_files
+from millstream.folder.entries import Identity
 from millstream.runs.progress import IN_VAIN, AskProgress, AskReport, Progress, Report
+from millstream.terminal import counted
 
 _WRITTEN_OVER = 0.2  # seconds between lines on a terminal
 _FIRST_LINE, _LONGEST_WAIT = 10.0, 300.0  # seconds between plain lines, where there is none
@@ -20,10 +21,13 @@ def _rates(now: Progress) -> tuple[float, float]:
     return (now.bytes - now.bytes_before) / seconds, (now.ids - now.ids_before) / seconds
 
 
-def bottleneck(stages: dict[str, float], workers: int) -> str:
-    """The stage that everything else waits for: the longest one, where workers share theirs."""
-    shared = ("decode", "tokenize", "compare")
-    cost = {name: seconds / (workers if name in shared else 1) for name, seconds in stages.items() if name != "wait"}
+def bottleneck(stages: dict[str, float]) -> str:
+    """The stage that takes longest; workers share all of them.
+
+    >>> bottleneck({"read": 1.0, "tokenize": 2.0, "wait": 3.0})
+    'tokenize'
+    """
+    cost = {name: seconds for name, seconds in stages.items() if name != "wait"}
     return max(cost, key=lambda name: cost[name]) if cost else "-"
 
 
@@ -38,7 +42,7 @@ def progress_line(now: Progress, width: int | None = None) -> str:
         (6, f"{byte_rate / 1e6:.0f} MB/s"),
         (4, f"{id_rate / 1e6:.1f} M ids/s"),
         (1, _left(now)),
-        (7, f"slowest: {bottleneck(now.stages, now.workers)}"),
+        (7, f"slowest: {bottleneck(now.stages)}"),
         (5, f"{now.faults:,} faulty" if now.faults else ""),
     ]
     return fitting(parts, width)
@@ -151,8 +155,8 @@ def ask_summary(report: AskReport) -> str:
     """The closing report of an ask run, to be read aloud."""
     asked, spent = report.requests - report.again, report.spent
     lines = [
-        f"{_count(report.requests, 'request')} became {_count(report.replies, 'reply', 'replies')}"
-        f" and {_count(sum(report.faults.values()), 'fault')}, in {report.out}",
+        f"{counted(report.requests, 'request')} became {counted(report.replies, 'reply', 'replies')}"
+        f" and {counted(sum(report.faults.values()), 'fault')}, in {report.out}",
         f"  asked      {asked:,} in {spent['attempts']:,} attempts, {report.seconds:.1f} s,"
         f" {asked / max(report.seconds, 1e-9):.1f} requests/s",
     ]
@@ -194,10 +198,10 @@ def _not_whole(report: AskReport) -> list[str]:
     if "length" in report.endings and report.kept:
         lines.append("  hint       --retry-finish length asks those that were cut again, with another --max-tokens")
     if report.in_vain:
-        what = _count(report.in_vain, "reply", "replies")
+        what = counted(report.in_vain, "reply", "replies")
         lines.append(f"  in vain    {what} asked again, but kept, such as: {report.examples[IN_VAIN]}")
     if "unknown" in report.endings:
-        unknown = _count(report.endings["unknown"], "row")
+        unknown = counted(report.endings["unknown"], "row")
         lines.append(f"  unknown    {unknown} of an older journal do not tell how they ended: not asked again")
     return lines
 
@@ -205,7 +209,7 @@ def _not_whole(report: AskReport) -> list[str]:
 def _damaged(report: AskReport) -> str:
     """Which lines: ``3 lines (2, 17, 18)``."""
     more = ", ..." if report.damaged > len(report.damaged_lines) else ""
-    return f"{_count(report.damaged, 'line')} ({', '.join(map('{:,}'.format, report.damaged_lines))}{more})"
+    return f"{counted(report.damaged, 'line')} ({', '.join(map('{:,}'.format, report.damaged_lines))}{more})"
 
 
 _TOLD = 0.05  # seconds; shorter waits are no news
@@ -238,10 +242,10 @@ def pack_summary(report: Report) -> str:
     documents, ids = report.ledger["documents"], report.ledger["ids"]
     validation = report.validation
     extra = f" and {validation['samples']:,} for validation" if validation else ""
-    shards = f"in {_count(report.shards, 'shard')}"
+    shards = f"in {counted(report.shards, 'shard')}"
     head = (
-        f"{_count(documents['in'], 'document')} became {_count(report.samples, 'sample')}"
-        f" of {_count(report.seq_len, 'token id')}"
+        f"{counted(documents['in'], 'document')} became {counted(report.samples, 'sample')}"
+        f" of {counted(report.seq_len, 'token id')}"
         f"{extra}, {shards}, in {report.out}"
     )
     if report.already:
@@ -275,13 +279,16 @@ def pack_summary(report: Report) -> str:
             f"  speed      {report.seconds:.1f} s, {_scaled(report.bytes / max(report.seconds, 1e-9))}B/s,"
             f" {_scaled(rate).strip()} ids/s{again}"
         )
-        lines.append(f"  workers    {report.workers} ({report.workers_why})")
+        spilled = f"; up to {_scaled(report.spilled)}B lay between them" if report.spilled else ""
+        lines.append(f"  workers    {report.workers} ({report.workers_why}){spilled}")
+        if report.shared:
+            lines.append(f"  joined     {report.shared}")
         lines.append(f"  time       {_shares(report)}")
         if report.compared:
             lines.append(f"  compared   {_scaled(report.compared)}B with the reference engine: all ids equal")
     if report.not_compared_such_as:
         name, why = report.not_compared_such_as
-        count = _count(report.not_compared, "document")
+        count = counted(report.not_compared, "document")
         lines.append(f"  compared   {count} not, such as {name!r}, which the fast engine alone encodes: {why}")
     if report.lost or report.unknown:
         lost, unknown = f"no id stands for {report.lost:,} bytes of text", f"{report.unknown:,} ids for unknown text"
@@ -305,23 +312,25 @@ def _if_any(counts: dict[str, int], *names: str) -> str:
     return "".join(f" + {counts[name]:,} {name.replace('_', ' ')}" for name in names if counts.get(name))
 
 
-def in_words(settings: dict[str, Any]) -> str:
+def in_words(settings: Identity) -> str:
     """The settings of a run, from its manifest: the tokenizer and how it packs, and what else was asked for.
 
-    >>> in_words({"tokenizer": {"name": "gpt2"}, "seq_len": 2048, "strategy": "concat", "eos_id": 50256, "limit": None})
-    'gpt2, 2,048 ids, concat, eos'
+    >>> from millstream.runs.pack.settings import Settings, identity
+    >>> from millstream.stream.tokenizers import load_tokenizer
+    >>> in_words(identity(Settings(eos=True, limit=1000), load_tokenizer("gpt2")))
+    'gpt2, 2,048 ids, concat, eos, limit 1,000'
     """
-    told = [settings["tokenizer"]["name"] if settings["tokenizer"] else "ids as they are"]
-    told += [f"{settings['seq_len']:,} ids", settings["strategy"]]
-    told += [name for name in ("bos", "eos") if settings.get(f"{name}_id") is not None]
+    told = [settings.tokenizer.name if settings.tokenizer else "ids as they are"]
+    told += [f"{settings.seq_len:,} ids", settings.strategy]
+    told += [name for name, id_ in (("bos", settings.bos_id), ("eos", settings.eos_id)) if id_ is not None]
     for name in ("window", "max_segments", "shuffle", "overlong", "limit", "validation"):
-        value = settings.get(name)
+        value = getattr(settings, name)
         if (value is not None and value != 0.0) or (name, value) == ("shuffle", 0):
             told.append(f"{name.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{name} {value}")
-    told += [f"chat, loss {settings['chat']['loss']}"] if settings.get("chat") else []
-    told += [f"remainder {settings['remainder']}"] if settings.get("remainder", "keep") != "keep" else []
-    told += [settings["format"]] if settings.get("format", "npy") != "npy" else []
-    return ", ".join([*told, *(settings.get("exports") or ())])
+    told += [f"chat, loss {settings.chat.loss}"] if settings.chat else []
+    told += [f"remainder {settings.remainder}"] if settings.remainder != "keep" else []
+    told += [settings.format] if settings.format != "npy" else []
+    return ", ".join([*told, *(settings.exports or ())])
 
 
 def _scaled(number: float) -> str:
@@ -336,13 +345,9 @@ def _scaled(number: float) -> str:
     return f"{number:.3g} "
 
 
-def _count(number: int, what: str, many: str | None = None) -> str:
-    return f"{number:,} {what if number == 1 else many or what + 's'}"
-
-
 def _shares(report: Report) -> str:
     stages = {name: seconds for name, seconds in report.stages.items() if name != "wait"}
     total = sum(stages.values()) or 1.0
     ranked = sorted(stages.items(), key=lambda pair: -pair[1])
     shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in ranked)
-    return f"{shares}; everything waits for: {bottleneck(report.stages, report.workers)}"
+    return f"{shares}; everything waits for: {bottleneck(report.stages)}"

@@ -1,11 +1,13 @@
 """Training items as the Python API hands them out: their ids, whose they are, and the views that trainers ask for."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from millstream.errors import RequestError
 from millstream.records import Ids
@@ -69,38 +71,6 @@ class Segments(Sequence[Segment]):
         return repr(tuple(self))
 
 
-class _Runs(NamedTuple):
-    """Runs that cover every id, in order: `number` i32, which segment, from 1, or 0 for padding; `length` i64."""
-
-    number: Ids
-    length: Ids
-
-    @property
-    def segment_ids(self) -> Ids:
-        return np.repeat(self.number, self.length)
-
-    @property
-    def position_ids(self) -> Ids:
-        begins = np.cumsum(self.length) - self.length
-        found: Ids = np.arange(int(self.length.sum()), dtype=np.int32)
-        found -= np.repeat(begins.astype(np.int32), self.length)
-        padding = self.number == 0
-        if padding.any():
-            found[np.repeat(padding, self.length)] = 0
-        return found
-
-    @property
-    def cu_seqlens(self) -> Ids:
-        return np.concatenate([[0], np.cumsum(self.length)]).astype(np.int32)
-
-    @property
-    def loss_mask(self) -> Ids:
-        """All but padding and each segment's first id."""
-        found: Ids = np.repeat(self.number > 0, self.length)
-        found[np.cumsum(self.length) - self.length] = False
-        return found
-
-
 @dataclass(frozen=True)
 class Sample:
     """One training item of `seq_len` token ids (fewer only in a kept remainder: then `complete` is False).
@@ -126,23 +96,25 @@ class Sample:
         return len(self.token_ids)
 
     @cached_property
-    def _runs(self) -> _Runs:
-        return _runs_of([self], len(self.token_ids))
+    def _alone(self) -> "Batch":
+        return Batch(columns_of([self]))
 
     @property
     def segment_ids(self) -> Ids:
         """int32 (N,): 1 for the first document's ids, 2 for the next, 0 for padding."""
-        return self._runs.segment_ids
+        row: Ids = self._alone.segment_ids[0]
+        return row
 
     @property
     def position_ids(self) -> Ids:
         """int32 (N,): from 0 in each segment, and 0 for padding."""
-        return self._runs.position_ids
+        row: Ids = self._alone.position_ids[0]
+        return row
 
     @property
     def cu_seqlens(self) -> Ids:
         """int32: 0, the end of each segment, ... N; padding is a segment of its own here."""
-        return self._runs.cu_seqlens
+        return self._alone.cu_seqlens
 
     @property
     def loss_mask(self) -> Ids:
@@ -151,62 +123,236 @@ class Sample:
         Not padding, nor the first id of a segment: nothing of its document comes before it here, and another document's
         last id must not be asked for it. And only what `loss` marks, where there is one.
         """
-        mask = self._runs.loss_mask
-        return mask if self.loss is None else mask & np.asarray(self.loss)
+        row: Ids = self._alone.loss_mask[0]
+        return row
 
     @property
     def labels(self) -> Ids:
         """int64 (N,): `token_ids` where `loss_mask`, else -100; not shifted: Hugging Face trainers shift themselves."""
-        return np.where(self.loss_mask, self.token_ids.astype(np.int64), IGNORED)
+        row: Ids = self._alone.labels[0]
+        return row
 
 
-def _runs_of(samples: Sequence[Sample], n: int) -> _Runs:
-    """The runs of samples of `n` ids each, one sample after the other."""
-    length = np.concatenate([_lengths(sample.segments) for sample in samples])
-    count = np.fromiter((len(sample.segments) for sample in samples), np.int64, len(samples))
-    ends = np.cumsum(count)
-    sums = np.diff(np.concatenate([[0], np.cumsum(length)])[np.concatenate([[0], ends])])
-    left = np.fromiter((sample.pad_left for sample in samples), np.int64, len(samples))
-    # Between the segments of two samples stand the padding on the right of one and on the left of the next.
-    places = 2 * np.arange(len(samples)) + ends
-    runs = np.zeros(len(length) + 2 * len(samples), np.int64)
-    number = np.zeros(len(runs), np.int32)
-    runs[places - count], runs[places + 1] = left, n - left - sums
-    inside = np.repeat(2 * np.arange(len(samples)) + 1, count) + np.arange(len(length))
-    runs[inside] = length
-    number[inside] = np.arange(1, len(length) + 1) - np.repeat(ends - count, count)
-    filled = runs > 0
-    return _Runs(number[filled], runs[filled])
+class Arrays:
+    """Where the arrays of batches are put: in memory that nobody looks at any more, as new memory costs more than what
+    is written into it.
+
+    An array is taken again once nothing refers to it or to a view of it. With `reuse` it is the same each time, so that
+    a batch is valid until the next.
+    """
+
+    def __init__(self, reuse: bool = False) -> None:
+        self._reuse = reuse
+        self._kept: dict[str, list[Ids]] = {}
+
+    def __reduce__(self) -> tuple[type["Arrays"], tuple[bool]]:
+        return Arrays, (self._reuse,)
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Ids:
+        """An array to write into; what is in it is of no meaning."""
+        kept = self._kept.setdefault(name, [])
+        at = 0 if self._reuse and kept else _free(kept)
+        if at is not None and kept[at].shape == shape:
+            return kept[at]
+        if at is not None:
+            del kept[at]
+        kept.append(np.empty(shape, dtype))
+        del kept[:-_MOST_KEPT]
+        return kept[-1]
 
 
-def _lengths(segments: Sequence[Segment]) -> Ids:
-    if isinstance(segments, Segments):
-        return segments.length
-    return np.fromiter((segment.length for segment in segments), np.int64, len(segments))
+def _free(arrays: list[Ids]) -> int | None:
+    """Which of them nothing else refers to; None: there is none."""
+    return next((at for at in range(len(arrays)) if sys.getrefcount(arrays[at]) == _UNSHARED), None)
 
 
-@dataclass(frozen=True, eq=False)
+_MOST_KEPT = 4
+_alone = [np.empty(0)]
+_UNSHARED = sys.getrefcount(_alone[0])
+"""What that function says of an array that only a list refers to; versions of Python differ."""
+
+
+class Columns(NamedTuple):
+    """B samples of N ids each, side by side.
+
+    `token_ids` i64 (B, N); `length` i64 has the ids of each segment, in order, and `segments` i64 (B,) how many of them
+    a sample has; `left` i64 (B,): padding before the first. `loss` bool (B, N): what is to be learned; None: all of it.
+    """
+
+    token_ids: Ids
+    length: Ids
+    segments: Ids
+    left: Ids
+    loss: Ids | None
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Runs that cover every id, in order: `length` i64, and `segment` bool, whether it is one or padding (None: all of
+    them are); `count` i64 has how many segments each sample has."""
+
+    length: Ids
+    segment: Ids | None
+    count: Ids
+
+    @property
+    def number(self) -> Ids:
+        """i32: which segment of its sample each is, from 1, or 0 for padding."""
+        ends = np.cumsum(self.count)
+        numbers = np.arange(1, self.count.sum() + 1) - np.repeat(ends - self.count, self.count)
+        found = np.zeros(len(self.length), np.int32)
+        found[slice(None) if self.segment is None else self.segment] = numbers
+        return found
+
+    @cached_property
+    def begin(self) -> Ids:
+        begins: Ids = np.cumsum(self.length) - self.length
+        return begins
+
+    @cached_property
+    def padding(self) -> list[tuple[int, int]]:
+        """From where to before where there is padding; few stretches, where a mask would look at every id."""
+        if self.segment is None:
+            return []
+        none = np.flatnonzero(~self.segment)
+        begin = self.begin[none]
+        return list(zip(begin.tolist(), (begin + self.length[none]).tolist(), strict=True))
+
+
 class Batch:
     """B samples of N ids as arrays that models and attention kernels take; `collate` makes one.
 
     `token_ids` and `labels` int64, `segment_ids` and `position_ids` int32, `loss_mask` bool, all of them (B, N) and as
     `Sample` has them. `cu_seqlens` int32 bounds all segments of the batch laid flat, from 0 to B x N: padding is one of
     its own, and none goes on from one sample to the next. The longest of them has `max_seqlen` ids.
+
+    Each is made when it is asked for, and kept.
     """
 
-    token_ids: Ids
-    segment_ids: Ids
-    position_ids: Ids
-    loss_mask: Ids
-    labels: Ids
-    cu_seqlens: Ids
-    max_seqlen: int
+    def __init__(self, columns: Columns, arrays: Arrays | None = None) -> None:
+        self.token_ids = columns.token_ids
+        self._columns, self._arrays = columns, arrays or Arrays()
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def __repr__(self) -> str:
+        return "<Batch of {} samples of {} ids>".format(*self.token_ids.shape)
 
-def collate(samples: Iterable[Sample]) -> Batch:
+    def _array(self, name: str, dtype: npt.DTypeLike) -> Ids:
+        return self._arrays.take(name, self.token_ids.shape, dtype)
+
+    @cached_property
+    def _runs(self) -> _Runs:
+        return _runs_of(self._columns)
+
+    @cached_property
+    def segment_ids(self) -> Ids:
+        return np.repeat(self._runs.number, self._runs.length).reshape(self.token_ids.shape)
+
+    @cached_property
+    def position_ids(self) -> Ids:
+        found = self._array("position_ids", np.int32)
+        n = found.shape[1]
+        begin = (self._runs.begin % n).astype(np.int32)  # no run goes on in the next sample
+        np.subtract(_numbers(n), np.repeat(begin, self._runs.length).reshape(found.shape), out=found)
+        self._pad(found, 0)
+        return found
+
+    @cached_property
+    def cu_seqlens(self) -> Ids:
+        found = np.empty(len(self._runs.length) + 1, np.int32)
+        found[:-1], found[-1] = self._runs.begin, self.token_ids.size
+        return found
+
+    @property
+    def max_seqlen(self) -> int:
+        return int(self._runs.length.max(initial=0))
+
+    @cached_property
+    def loss_mask(self) -> Ids:
+        found = self._array("loss_mask", np.bool_)
+        found.fill(True)
+        return self._with_what_is_not_asked(found, False)
+
+    @cached_property
+    def labels(self) -> Ids:
+        found = self._array("labels", np.int64)
+        np.copyto(found, self.token_ids)
+        return self._with_what_is_not_asked(found, IGNORED)
+
+    def _with_what_is_not_asked(self, found: Ids, value: int) -> Ids:
+        """Set to `value`: the first id of each run, all padding, and what is not to be learned."""
+        flat = found.reshape(-1)
+        flat[self._runs.begin] = value
+        self._pad(found, value)
+        if self._columns.loss is not None:
+            np.copyto(found, value, where=~self._columns.loss)
+        return found
+
+    def _pad(self, found: Ids, value: int) -> None:
+        flat = found.reshape(-1)
+        for begin, end in self._runs.padding:
+            flat[begin:end] = value
+
+
+@lru_cache(maxsize=2)
+def _numbers(count: int) -> Ids:
+    """The numbers from 0, i32: they are the same for every batch."""
+    return np.arange(count, dtype=np.int32)
+
+
+def _runs_of(columns: Columns) -> _Runs:
+    length, count, left = columns.length, columns.segments, columns.left
+    samples, n = columns.token_ids.shape
+    if length.sum() == samples * n:  # no sample has more than n
+        return _Runs(length, None, count)
+    ends = np.cumsum(count)
+    sums = np.diff(np.append(0, np.cumsum(length))[np.append(0, ends)])
+    # Between the segments of two samples stand the padding on the right of one and on the left of the next.
+    places = 2 * np.arange(samples) + ends
+    runs = np.zeros(len(length) + 2 * samples, np.int64)
+    segment = np.zeros(len(runs), np.bool_)
+    runs[places - count], runs[places + 1] = left, n - left - sums
+    inside = np.repeat(2 * np.arange(samples) + 1, count) + np.arange(len(length))
+    runs[inside], segment[inside] = length, True
+    filled = runs > 0
+    return _Runs(runs[filled], segment[filled], count)
+
+
+def columns_of(samples: Sequence[Sample], arrays: Arrays | None = None) -> Columns:
+    """Samples of one length side by side."""
+    shape = len(samples), len(samples[0])
+    token_ids = (arrays or Arrays()).take("token_ids", shape, np.int64)
+    for row, sample in zip(token_ids, samples, strict=True):
+        row[:] = sample.token_ids
+    lengths = [_lengths(sample.segments) for sample in samples]
+    left = np.array([sample.pad_left for sample in samples], np.int64)
+    losses = {row: sample.loss for row, sample in enumerate(samples) if sample.loss is not None}
+    return side_by_side(token_ids, lengths, left, losses)
+
+
+def side_by_side(token_ids: Ids, lengths: Sequence[Ids], left: Ids, losses: Mapping[int, Ids]) -> Columns:
+    """Samples of these ids (B, N) and, for each, the lengths of its segments and padding on the left (i64); the loss
+    masks of those that have one."""
+    loss = None
+    if losses:
+        loss = np.ones(token_ids.shape, np.bool_)
+        for row, one in losses.items():
+            loss[row] = one
+    length = np.concatenate(lengths, dtype=np.int64)
+    segments = np.fromiter(map(len, lengths), np.int64, len(lengths))
+    return Columns(token_ids, length, segments, left, loss)
+
+
+def _lengths(segments: Sequence[Segment]) -> Ids:
+    if isinstance(segments, Segments):
+        length: Ids = segments.columns["length"]
+        return length
+    return np.fromiter((segment.length for segment in segments), np.int64, len(segments))
+
+
+def collate(samples: Iterable[Sample], arrays: Arrays | None = None) -> Batch:
     """One batch of samples. Raises RequestError if there is none, or if they differ in length.
 
     >>> a = Sample(np.array([7, 8, 9, 0]), (Segment(0, 5, 2), Segment(1, 0, 1)))
@@ -220,28 +366,11 @@ def collate(samples: Iterable[Sample]) -> Batch:
     samples = list(samples)
     if not samples:
         raise RequestError("there is nothing to collate: give at least one sample")
-    shape = len(samples), len(samples[0])
     for number, sample in enumerate(samples):
-        if len(sample) != shape[1]:
+        if len(sample) != len(samples[0]):
             kept = "" if all(one.complete for one in samples) else "; a kept remainder is shorter: leave it out"
             raise RequestError(
-                f"samples in a batch have the same length, but number 0 has {shape[1]:,} ids and number {number} has "
-                f"{len(sample):,}{kept}"
+                f"samples in a batch have the same length, but number 0 has {len(samples[0]):,} ids and number "
+                f"{number} has {len(sample):,}{kept}"
             )
-    token_ids = np.empty(shape, np.int64)
-    for row, sample in zip(token_ids, samples, strict=True):
-        row[:] = sample.token_ids
-    runs = _runs_of(samples, shape[1])
-    mask = runs.loss_mask.reshape(shape)
-    for row, sample in zip(mask, samples, strict=True):
-        if sample.loss is not None:
-            row &= sample.loss
-    return Batch(
-        token_ids,
-        runs.segment_ids.reshape(shape),
-        runs.position_ids.reshape(shape),
-        mask,
-        np.where(mask, token_ids, IGNORED),
-        runs.cu_seqlens,
-        int(runs.length.max(initial=0)),
-    )
+    return Batch(columns_of(samples, arrays), arrays)

@@ -20,6 +20,15 @@ def printable(text: str) -> str:
     return _UNSEEN.sub(lambda found: _seen(found[0]), text)
 
 
+def counted(number: int, what: str, many: str | None = None) -> str:
+    """So many of something.
+
+    >>> counted(1, "id"), counted(2_000, "id"), counted(0, "reply", "replies")
+    ('1 id', '2,000 ids', '0 replies')
+    """
+    return f"{number:,} {what if number == 1 else many or what + 's'}"
+
+
 def _seen(letter: str) -> str:
     if letter == "\x7f":
         return "␡"

@@ -7,13 +7,13 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from millstream.corpus.kinds import fault_place
 from millstream.errors import RequestError
-from millstream.formats.dataset import Dataset, Located
-from millstream.formats.dataset import open as open_run
-from millstream.formats.kinds import fault_place
+from millstream.folder.dataset import Dataset, Located
+from millstream.folder.dataset import open as open_run
 from millstream.runs.pack.provenance import Provenance, tokenizer_of
 from millstream.samples import Sample
-from millstream.terminal import printable
+from millstream.terminal import counted, printable
 
 _COLOURS = ("green", "cyan", "yellow", "magenta", "bright_blue", "bright_red")
 
@@ -31,9 +31,10 @@ def show_sample(folder: str, index: int | None, subset: str = "train", console: 
     tokenizer = tokenizer_of(dataset)
     padding = len(sample) - sum(part.length for part in parts)
     padded = f", {padding:,} of them padding" if padding else ""
-    held = "document" if len(parts) == 1 else "documents"
-    learned = "" if sample.loss is None else f", {int(np.count_nonzero(sample.loss)):,} ids to be learned"
-    console.print(f"{title}: {len(sample):,} ids{padded}, {len(parts)} {held}{learned}", style="bold")
+    learned = "" if sample.loss is None else f", {counted(int(np.count_nonzero(sample.loss)), 'id')} to be learned"
+    console.print(
+        f"{title}: {counted(len(sample), 'id')}{padded}, {counted(len(parts), 'document')}{learned}", style="bold"
+    )
     at = sample.pad_left
     for colour_number, part in enumerate(parts):
         colour = _COLOURS[colour_number % len(_COLOURS)]
@@ -49,7 +50,7 @@ def show_sample(folder: str, index: int | None, subset: str = "train", console: 
         at += part.length
     if padding:
         side = "left" if sample.pad_left else "right"
-        console.print(Text(f"── {padding:,} ids of padding on the {side}", style="dim"))
+        console.print(Text(f"── {counted(padding, 'id')} of padding on the {side}", style="dim"))
 
 
 def _asked(dataset: Dataset, index: int | None) -> tuple[Sample, str]:
@@ -58,9 +59,9 @@ def _asked(dataset: Dataset, index: int | None) -> tuple[Sample, str]:
     if index is None:
         rest = dataset.remainder
         if rest is None:
-            left = dataset.manifest["subsets"][subset]["remainder"]
-            became = {"drop": "were dropped", "pad": "are in a padded sample"}.get(left["policy"])
-            why = f"its {left['ids']:,} ids {became}" if left["ids"] else "there were no ids left over"
+            left = dataset.manifest.subsets[subset].remainder
+            became = {"drop": "were dropped", "pad": "are in a padded sample"}.get(left.policy)
+            why = f"its {left.ids:,} ids {became}" if left.ids else "there were no ids left over"
             raise RequestError(f"{folder} has no remainder in {subset}: {why}")
         return rest, f"remainder of {subset}"
     if not len(dataset):
@@ -105,7 +106,7 @@ def show_provenance(found: Provenance) -> str:
 def _size(document: Located) -> str:
     """How many ids a document has, and how many it lost for being longer than a sample."""
     if not document.cut_off:
-        return f"{document.length:,} ids" if document.length else "empty, so it is in no sample"
+        return counted(document.length, "id") if document.length else "empty, so it is in no sample"
     if not document.length:
         return f"left out, as its {document.cut_off:,} ids are more than a sample"
-    return f"{document.length:,} ids, and {document.cut_off:,} that were cut off, as a sample has no more"
+    return f"{counted(document.length, 'id')}, and {document.cut_off:,} that were cut off, as a sample has no more"

@@ -2,20 +2,17 @@
 
 import random
 import subprocess
-import sys
 from pathlib import Path
 
+import chats
+import helpers
 import numpy as np
 import pytest
+from runs import PATIENCE
+
+import millstream
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-import chats  # noqa: E402
-import helpers  # noqa: E402
-
-import millstream  # noqa: E402
-
 TEMPLATES = {"turns": "byte-level", "brackets": "byte-level", "words": "byte-level", "trimmed": "trimmed"}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
@@ -61,7 +58,7 @@ def made(tmp_path_factory):
 
 def read(what, result, *places):
     python = HERE.parent.parent / ".venv-readers" / "bin" / "python"
-    subprocess.run([python, HERE / "read.py", what, result, *places], check=True, timeout=300)
+    subprocess.run([python, HERE / "read.py", what, result, *places], check=True, timeout=PATIENCE)
     with np.load(result) as values:
         return dict(values)
 

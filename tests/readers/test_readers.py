@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import PATIENCE
 
 import millstream
 from millstream.runs.pack.convert import convert_to
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-PATIENCE = 300  # seconds
 ENVIRONMENTS = {
     "parquet": ".venv-readers",
     "megatron": ".venv-readers",

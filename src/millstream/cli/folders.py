@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from millstream.cli.types import Ended
+from millstream.cli.types import INTERRUPTED, Exit
 from millstream.errors import RunError
 
 
@@ -39,18 +39,22 @@ def verify(folder: str, more: tuple[str, ...], against: tuple[str, ...], as_json
     """
     from dataclasses import asdict
 
-    from millstream.engines.local import keep_freed_memory
+    from millstream.engines.lean import keep_freed_memory
+
+    keep_freed_memory()
     from millstream.integrity import verify as check
-    from millstream.terminal import printable
+    from millstream.terminal import counted, printable
 
     if (more or how["sample"] != 1 or how["tokenizer"] or how["chat_template"]) and not against:
         raise click.UsageError(f"give the sources behind --against: millstream verify {folder} --against SOURCE...")
-    keep_freed_memory()
     verdict = check(folder, against=[*against, *more] if against else None, **how)
     if as_json:
         click.echo(json.dumps({"ok": verdict.ok, **asdict(verdict)}, indent=1))
     elif verdict.ok:
-        click.echo(f"{folder} is whole: {verdict.files} files, {verdict.bytes:,} bytes, {verdict.samples:,} samples.")
+        size = (
+            f"{counted(verdict.files, 'file')}, {counted(verdict.bytes, 'byte')}, {counted(verdict.samples, 'sample')}"
+        )
+        click.echo(f"{folder} is whole: {size}.")
     if verdict.compared is not None and not as_json:
         without = f", {verdict.not_compared:,} of them with the fast engine alone" if verdict.not_compared else ""
         told = "all equal" if verdict.ok else "they differ"
@@ -63,7 +67,7 @@ def verify(folder: str, more: tuple[str, ...], against: tuple[str, ...], as_json
         click.echo(printable(f"{folder}: {problem}"), err=True)
     if not verdict.ok:
         advice = "take out what is foreign, pack the rest again with --overwrite"
-        raise Ended(f"{folder} is not whole: {advice}", RunError.exit_code, reported=as_json)
+        raise Exit(f"{folder} is not whole: {advice}", RunError.exit_code, reported=as_json)
 
 
 @click.command(short_help="Write a finished run in the formats that trainers read.")
@@ -77,8 +81,14 @@ def verify(folder: str, more: tuple[str, ...], against: tuple[str, ...], as_json
 )
 @click.option("--out", required=True, type=click.Path(), help="Folder that gets a folder for each format.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in --out.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Processes that write [default: one a core if it is worth it].",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the closing report as JSON.")
-def convert(folder: str, formats: str, out: str, overwrite: bool, as_json: bool) -> None:
+def convert(folder: str, formats: str, out: str, as_json: bool, **how: Any) -> None:
     """Write the samples of the finished run folder DIR in one or more formats, every id accounted for.
 
     A format's folder appears when it is complete. The same command again keeps what is finished and gives the same
@@ -86,7 +96,11 @@ def convert(folder: str, formats: str, out: str, overwrite: bool, as_json: bool)
     """
     from millstream.runs.pack.convert import convert_to
 
-    report = convert_to(out, folder, [name.strip() for name in formats.split(",")], overwrite=overwrite)
+    try:
+        report = convert_to(out, folder, [name.strip() for name in formats.split(",")], **how)
+    except KeyboardInterrupt:
+        told = "stopped. The same command again keeps the formats that are finished, and makes the others."
+        raise Exit(told, INTERRUPTED) from None
     click.echo(json.dumps(report.as_json(), indent=1) if as_json else report.in_words())
 
 

@@ -2,17 +2,17 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
-from millstream.cli.types import IDS, INTERRUPTED, SIZE, WITH_FAULTS, Ended
+from millstream.cli.types import IDS, INTERRUPTED, SIZE, WITH_FAULTS, Exit
 
 
 @click.command(short_help="Pack a corpus into samples of exactly N token ids.")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("--out", required=True, type=click.Path(), help="Folder of the run: new, or one to go on with.")
+@click.option("--out", required=True, type=click.Path(), help="Folder or bucket of the run: new, or one to go on with.")
 @click.option(
     "--tokenizer",
     default=None,
@@ -89,6 +89,20 @@ from millstream.cli.types import IDS, INTERRUPTED, SIZE, WITH_FAULTS, Ended
     help="Most memory of all processes together [default: 1GiB, and what the tokenizer needs for long documents].",
 )
 @click.option(
+    "--spill",
+    type=click.Path(),
+    metavar="DIR",
+    help="Where several workers leave for one another what they tokenized [default: within --out].",
+)
+@click.option(
+    "--on",
+    default="local",
+    show_default=True,
+    metavar="WHERE",
+    help="Where workers are. ray: on the Ray cluster of RAY_ADDRESS, or that runs here, or is started here. "
+    "HOST:PORT or ray://HOST:PORT: on that one.",
+)
+@click.option(
     "--max-document", type=SIZE, help="Longer documents are faults [default: 32MiB; plain text has no limit]."
 )
 @click.option("--shard-size", default="256MiB", show_default=True, type=SIZE, help="Size of an output shard.")
@@ -101,35 +115,48 @@ from millstream.cli.types import IDS, INTERRUPTED, SIZE, WITH_FAULTS, Ended
 )
 @click.option("--engine", default="fast", show_default=True, type=click.Choice(["fast", "reference"]))
 @click.option("--overwrite", is_flag=True, help="Delete an earlier run in --out and start anew.")
+@click.option(
+    "--join", is_flag=True, help="Share the work with all that run this command with the same --out, anywhere."
+)
+@click.option(
+    "--lease",
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --join: who is not heard of for so long is taken for dead.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the closing report as JSON.")
 def pack(sources: tuple[str, ...], out: str, as_json: bool, format_: str, **options: Any) -> None:
     """Pack SOURCE... into samples of exactly N token ids.
 
     A SOURCE is a JSONL or NDJSON file, a plain text file (one document), a Parquet file, the first two also as .gz or
-    .zst, a folder of those, a glob, - for JSONL on standard input, or stdlib: for Python's own source.
+    .zst, a folder of those, a glob, - for JSONL on standard input, or stdlib: for Python's own source. Files, folders
+    and globs may be in a bucket (s3://BUCKET/...) or on the Hugging Face hub (hf://datasets/ORG/NAME/...), too.
 
     The same command again goes on where an interrupted one stopped, and gives the same bytes.
     """
-    from millstream.engines.local import keep_freed_memory
-    from millstream.report import pack_summary, watch_pack
-    from millstream.runs.pack.packing import pack_to
-    from millstream.runs.pack.settings import Settings
-    from millstream.terminal import printable
+    from millstream.engines.lean import keep_freed_memory, lean_start
+
+    keep_freed_memory()
+    with lean_start():
+        from millstream.report import pack_summary, watch_pack
+        from millstream.runs.pack.packing import pack_to
+        from millstream.runs.pack.settings import Settings
+        from millstream.terminal import printable
 
     settings = Settings(format=format_, **options)
-    keep_freed_memory()
     try:
         with watch_pack() as on_progress:
             report = pack_to(out, sources, settings, on_progress=on_progress)
     except KeyboardInterrupt:
         click.echo(err=True)  # behind the line of progress
-        raise Ended("stopped. Nothing is lost: run the same command again to go on.", INTERRUPTED) from None
+        raise Exit("stopped. Nothing is lost: run the same command again to go on.", INTERRUPTED) from None
     click.echo(json.dumps(report.as_json(), indent=1) if as_json else printable(pack_summary(report)))
     if (report.faults or report.unreadable) and not report.already:
         sys.exit(WITH_FAULTS)
 
 
-def _as_in_pack(*names: str) -> Callable[[click.Command], click.Command]:
+def _as_in_pack(names: Sequence[str]) -> Callable[[click.Command], click.Command]:
     """The options of `pack` with these names, for another command."""
 
     def add(command: click.Command) -> click.Command:
@@ -141,25 +168,27 @@ def _as_in_pack(*names: str) -> Callable[[click.Command], click.Command]:
 
 
 @_as_in_pack(
-    "tokenizer",
-    "window",
-    "max_segments",
-    "overlong",
-    "bos",
-    "eos",
-    "bos_token",
-    "eos_token",
-    "text_field",
-    "id_field",
-    "ids_field",
-    "chat",
-    "loss",
-    "chat_template",
-    "allow_specials",
-    "workers",
-    "memory",
-    "max_document",
-    "engine",
+    (
+        "tokenizer",
+        "window",
+        "max_segments",
+        "overlong",
+        "bos",
+        "eos",
+        "bos_token",
+        "eos_token",
+        "text_field",
+        "id_field",
+        "ids_field",
+        "chat",
+        "loss",
+        "chat_template",
+        "allow_specials",
+        "workers",
+        "memory",
+        "max_document",
+        "engine",
+    )
 )
 @click.command(short_help="Say what packing would give, before it is done.")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
@@ -199,11 +228,13 @@ def plan(
     interval that the true ones lie in with 95 % confidence. A corpus that is no larger than --sample is read whole:
     then they are exact.
     """
-    from millstream.engines.local import keep_freed_memory
-    from millstream.runs.pack.plan import make_plan
-    from millstream.runs.pack.settings import Settings
+    from millstream.engines.lean import keep_freed_memory, lean_start
 
     keep_freed_memory()
+    with lean_start():
+        from millstream.runs.pack.settings import Settings
+        from millstream.runs.plan.plan import make_plan
+
     lengths = [_whole_number(text, "--seq-len") for text in ",".join(seq_lens).split(",")]
     names = [name.strip() for name in ",".join(strategies).split(",")]
     found = make_plan(sources, Settings(**options), lengths, names, sample=sample, seed=seed)

@@ -1,6 +1,5 @@
 """What the command line takes as values, and what its commands share."""
 
-import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +8,10 @@ from typing import Any
 import click
 
 from millstream.errors import RequestError
+from millstream.options import size_of
 
 INTERRUPTED = 130
 WITH_FAULTS = 3
-
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
-_BINARY = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions
@@ -26,11 +23,10 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower())
-        if not found:
+        found = size_of(value)
+        if found is None:
             self.fail(f"{value!r} is no {self.wanted}", param, ctx)
-        number, unit, binary = found.groups()
-        return int(float(number) * (_BINARY if binary else _UNITS)[unit])
+        return found
 
 
 SIZE = Size()
@@ -64,7 +60,7 @@ def needs_ask_extra() -> Iterator[None]:
         raise RequestError(f"this command needs {error.name}: pip install 'millstream[ask]'") from error
 
 
-class Ended(Exception):
+class Exit(Exception):
     """How a command ended that was stopped, or found what it looked for to be bad, with its exit code.
 
     `reported`: its report, printed as JSON, has said so already.

@@ -4,18 +4,23 @@ A new engine is one file and one line in `ENGINES`. It does not know what it run
 a unit may be done twice.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from typing import Any, Protocol
 
 
 class Done:
-    """What became of a unit: its `result`, or the `error` that was raised."""
+    """What became of a unit: its `result`, or the `error` that was raised.
 
-    __slots__ = ("error", "number", "result")
+    Of a generator each item is one, in order and once, and none of them the `last`; that comes at its end.
+    """
 
-    def __init__(self, number: int, result: Any = None, error: BaseException | None = None) -> None:
-        self.number, self.result, self.error = number, result, error
+    __slots__ = ("error", "last", "number", "result")
+
+    def __init__(
+        self, number: int, result: Any = None, error: BaseException | None = None, *, last: bool = True
+    ) -> None:
+        self.number, self.result, self.error, self.last = number, result, error, last
 
 
 class Engine(Protocol):
@@ -29,8 +34,29 @@ class Engine(Protocol):
         """Whether another unit would find something to do soon."""
         ...
 
-    def submit(self, number: int, function: Callable[[Any], Any], unit: Any) -> None:
-        """Have `function(unit)` done; both must be picklable. `number` names it."""
+    def submit(
+        self,
+        number: int,
+        function: Callable[[Any], Any],
+        unit: Any,
+        needs: Iterable[str] = (),
+        *,
+        urgent: bool = False,
+        ahead: int | None = None,
+    ) -> None:
+        """Have `function(unit)` done; both must be picklable. `number` names it; `needs` are the pieces that it reads.
+
+        It may be a generator, which answers several times: `ahead` times (None: as often as it likes), and again for
+        each `more`. What is `urgent` is begun before what is not, whenever that came.
+        """
+        ...
+
+    def more(self, number: int) -> None:
+        """Let a generator give another answer."""
+        ...
+
+    def give_up(self, number: int) -> None:
+        """Have a generator end where it is: it is done soon, with answers that were on their way before."""
         ...
 
     def done(self) -> Iterator[Done]:
@@ -40,7 +66,7 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-ENGINES = {"local": "millstream.engines.local:Local"}
+ENGINES = {"local": "millstream.engines.local:Local", "ray": "millstream.engines.ray:Ray"}
 """Engines by name, as module:class."""
 
 

@@ -5,8 +5,6 @@ so that a script or notebook without an ``if __name__ == "__main__"`` guard work
 """
 
 import contextlib
-import ctypes
-import fcntl
 import os
 import pickle
 import selectors
@@ -16,27 +14,16 @@ import subprocess
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import IO, Any
 
 from millstream.engines import Done
-from millstream.errors import WorkerDied, setting
+from millstream.engines.deaths import PATIENCE, ended_by_itself
+from millstream.errors import setting
+from millstream.store.pipe import widen
 
-_AHEAD = 16  # units a worker has at once, so that it goes on while this process seals a shard
-_PATIENCE = 3  # deaths of the worker of one unit
-_NONE = -1  # the number of no unit
 _SIZE = struct.Struct("<Q")
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep freed blocks for the next batch: giving them back and faulting them in again costs
-    a tenth of the CPU time. For processes that do nothing else; glibc only, elsewhere nothing happens.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, 1 << 30)
-        mallopt(mmap_threshold, 32 << 20)
 
 
 def send(file: IO[bytes], item: Any) -> None:
@@ -65,13 +52,6 @@ def _exactly(file: IO[bytes], size: int) -> bytearray:
     return data
 
 
-def _widen(pipe: IO[bytes]) -> None:
-    """A pipe that holds a whole result: 64 KiB of it at a time would wake both sides dozens of times."""
-    if hasattr(fcntl, "F_SETPIPE_SZ"):
-        with contextlib.suppress(OSError):  # over the user's limit: it works as it is
-            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 1 << 20)
-
-
 @contextlib.contextmanager
 def _inherited_as_ignored() -> Iterator[None]:
     """Ctrl-C reaches the whole group, and a scheduler's SIGTERM every process of a job: only this one answers them."""
@@ -89,12 +69,14 @@ def _inherited_as_ignored() -> Iterator[None]:
 
 
 class _Worker:
-    """One process, and the units that it has not answered, in the order in which it takes them."""
+    """One process, and the numbers of the units that it has not answered, in the order in which it got them."""
 
     def __init__(self) -> None:
-        self.unanswered: deque[int] = deque()
+        self.unanswered: list[int] = []
         self.held_back: deque[int] = deque()  # until those before them are answered, one at a time
-        self.functions: list[int] = []  # that it has been sent, by id
+        self.answers: Counter[int] = Counter()  # of each unit, by this process
+        self.functions: list[Callable[[Any], Any]] = []  # that it has been sent
+        self.idle_deaths = 0  # of those before it in its place, at no unit, since one of them answered
         command = [sys.executable, "-P", "-c", "from millstream.engines.worker import main; main()"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with _inherited_as_ignored():
@@ -105,11 +87,18 @@ class _Worker:
         assert self.process.stdin
         assert self.process.stdout
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        _widen(self.stdout)
+        widen(self.stdout)
 
     @property
     def load(self) -> int:
         return len(self.unanswered) + len(self.held_back)
+
+    def send(self, *items: Any) -> None:
+        try:
+            for item in items:
+                send(self.stdin, item)
+        except BrokenPipeError:
+            pass  # it has died, which `done` will see, with what it had answered before
 
     def end(self) -> int:
         """Its exit code, once it is gone."""
@@ -121,8 +110,20 @@ class _Worker:
         return code
 
 
+@dataclass(slots=True)
+class _Task:
+    """A unit on its way: `allowed` answers it may give, of which `given` were handed out; `deaths` of its workers."""
+
+    function: Callable[[Any], Any]
+    unit: Any
+    urgent: bool
+    allowed: int | None
+    given: int = 0
+    deaths: int = 0
+
+
 class Local:
-    """An `Engine` of `workers` processes on this machine.
+    """An `Engine` of `workers` processes on this machine, each of which has `depth` units at once.
 
     A process that dies is started anew, and its units are done again, one at a time: the one that killed it three times
     is an error, which `named` names. `on_death` is told of each, in words.
@@ -132,12 +133,12 @@ class Local:
         self,
         workers: int,
         *,
+        depth: int = 16,
         named: Callable[[Any], str] = repr,
         on_death: Callable[[str], None] = lambda words: None,
     ) -> None:
-        self.slots, self._named, self._on_death = workers, named, on_death
-        self._units: dict[int, tuple[Callable[[Any], Any], Any]] = {}
-        self._deaths: Counter[int] = Counter()
+        self.slots, self._depth, self._named, self._on_death = workers, depth, named, on_death
+        self._tasks: dict[int, _Task] = {}
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
         for _ in range(workers):
@@ -150,42 +151,79 @@ class Local:
 
     @property
     def room(self) -> bool:
-        return min(worker.load for worker in self._workers) < _AHEAD
+        return min(worker.load for worker in self._workers) < self._depth
 
-    def submit(self, number: int, function: Callable[[Any], Any], unit: Any) -> None:
-        self._units[number] = function, unit
+    def submit(
+        self,
+        number: int,
+        function: Callable[[Any], Any],
+        unit: Any,
+        needs: Iterable[str] = (),
+        *,
+        urgent: bool = False,
+        ahead: int | None = None,
+    ) -> None:
+        self._tasks[number] = _Task(function, unit, urgent, ahead)
         worker = min(self._workers, key=lambda worker: worker.load)
         if worker.held_back:
             worker.held_back.append(number)
         else:
             self._send(worker, number)
 
-    def done(self) -> Iterator[Done]:
-        if not self._units:
+    def more(self, number: int) -> None:
+        task = self._tasks.get(number)
+        if task is None or task.allowed is None:
             return
-        for key, _ in self._selector.select():
-            worker: _Worker = key.data
-            try:
-                number, failed, result = receive(worker.stdout)
-            except EOFError:
-                self._died(worker)
-                continue
-            worker.unanswered.remove(number)
-            del self._units[number]
-            if worker.held_back and not worker.unanswered:
-                self._send(worker, worker.held_back.popleft())
-            yield Done(number, error=result) if failed else Done(number, result)
+        task.allowed += 1
+        self._tell("more", number)
 
-    def _send(self, worker: _Worker, number: int) -> None:
-        function, unit = self._units[number]
+    def give_up(self, number: int) -> None:
+        self._tell("give up", number)
+
+    def _tell(self, what: str, number: int) -> None:
+        """A word to the worker that has a unit; one that is held back will be done alone, and needs none."""
+        for worker in self._workers:
+            if number in worker.unanswered:
+                worker.send((what, number))
+
+    def done(self) -> Iterator[Done]:
+        found: list[Done] = []
+        while self._tasks and not found:
+            for key, _ in self._selector.select():
+                worker: _Worker = key.data
+                try:
+                    answer = receive(worker.stdout)
+                except EOFError:
+                    self._died(worker)
+                else:
+                    found += self._answered(worker, *answer)
+        yield from found
+
+    def _answered(self, worker: _Worker, number: int, kind: str, result: Any) -> Iterator[Done]:
+        task = self._tasks[number]
+        worker.idle_deaths = 0
+        if kind == "part":
+            worker.answers[number] += 1
+            if worker.answers[number] > task.given:  # else a process that died has given it before
+                task.given += 1
+                yield Done(number, result, last=False)
+            return
+        worker.unanswered.remove(number)
+        del worker.answers[number], self._tasks[number]
+        if worker.held_back and not worker.unanswered:
+            self._send(worker, worker.held_back.popleft(), alone=True)
+        yield Done(number, error=result) if kind == "error" else Done(number, result)
+
+    def _send(self, worker: _Worker, number: int, *, alone: bool = False) -> None:
+        """Give a unit to a process; one that has it `alone` does it to its end, as others wait for that."""
+        task = self._tasks[number]
         worker.unanswered.append(number)
-        try:
-            if id(function) not in worker.functions:
-                worker.functions.append(id(function))
-                send(worker.stdin, (None, function))
-            send(worker.stdin, (number, (worker.functions.index(id(function)), unit)))
-        except BrokenPipeError:
-            pass  # it has died, which `done` will see, with what it had answered before
+        which = next((at for at, sent in enumerate(worker.functions) if sent is task.function), None)
+        if which is None:
+            which = len(worker.functions)
+            worker.functions.append(task.function)
+            worker.send(("function", task.function))
+        worker.send(("unit", number, which, task.unit, task.urgent, None if alone else task.allowed))
 
     def _died(self, worker: _Worker) -> None:
         """Start another in its place, which gets its units one at a time, so that it shows which of them kills."""
@@ -193,22 +231,26 @@ class Local:
         code = worker.end()
         why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         left = deque([*worker.unanswered, *worker.held_back])
-        first = left[0] if left else _NONE
-        self._deaths[first] += 1
-        if self._deaths[first] >= _PATIENCE:
-            where = f" at {self._named(self._units[first][1])}" if left else ""
+        if self._blamed(worker, left[0] if left else None) >= PATIENCE:
+            unit = self._named(self._tasks[left[0]].unit) if left else None
             fewer = f"; often the system was out of memory: fewer {setting('workers')} need less"
-            hint = fewer if code == -signal.SIGKILL else ""
-            raise WorkerDied(
-                f"a worker process ended by itself ({why}), {_PATIENCE} times{where}{hint}. "
-                "Run the same command again to go on"
-            )
+            hint = fewer if code in (-signal.SIGKILL, -signal.SIGABRT) else ""  # the second is how Rust says so
+            raise ended_by_itself(why, unit, hint)
         self._on_death(why)
         fresh = self._started()
+        fresh.idle_deaths = worker.idle_deaths
         self._workers[self._workers.index(worker)] = fresh
         fresh.held_back = left
         if left:
-            self._send(fresh, fresh.held_back.popleft())
+            self._send(fresh, fresh.held_back.popleft(), alone=True)
+
+    def _blamed(self, worker: _Worker, number: int | None) -> int:
+        """How often a worker has died at this unit, or at none in this place, with this time."""
+        if number is None:
+            worker.idle_deaths += 1
+            return worker.idle_deaths
+        self._tasks[number].deaths += 1
+        return self._tasks[number].deaths
 
     def close(self) -> None:
         self._selector.close()

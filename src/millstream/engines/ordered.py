@@ -1,5 +1,6 @@
 """Results in the order of their units, whatever engine made them, in bounded memory."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
@@ -8,6 +9,8 @@ from millstream.engines import Done, Engine, engine
 
 U = TypeVar("U")
 R = TypeVar("R")
+
+_PATIENCE = 0.05  # seconds that units are waited for while all have one to work on, and results may be there
 
 
 def map_ordered(
@@ -48,7 +51,10 @@ def _in_order(
     pending: list[U] = []
     exhausted = False
     while True:
+        until = time.monotonic() + _PATIENCE
         while not exhausted and pool.room:
+            if len(waiting) - len(ready) >= pool.slots and time.monotonic() >= until:
+                break
             if not pending:
                 unit = next(source, pool)
                 if unit is pool:

@@ -4,13 +4,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 from millstream.errors import RunError
-from millstream.formats.manifest import JOURNAL, MANIFEST, file_hash
+from millstream.folder.entries import FileEntry, Manifest
+from millstream.folder.manifest import LEASES, MANIFEST, RECORDS, RUN, is_journal
 from millstream.integrity.documents import Ordinals
 from millstream.integrity.ledger import ledger_problems
 from millstream.integrity.subset import SubsetCheck
+from millstream.store import Store, at, written_now
 
 _ENOUGH = 20
 """Problems of one subset: more only say the same again."""
@@ -55,29 +56,28 @@ def verify(
     where these are now. Raises RequestError if it is no run folder, is unfinished, or is of other sources, RunError if
     the manifest itself is damaged.
     """
-    from millstream.formats.dataset import open as open_run
+    from millstream.folder.dataset import open as open_run
 
     folder = os.fspath(folder)
     manifest = open_run(folder).manifest
     problems: list[str] = []
-    files = list(_files(manifest))
+    files, store = list(manifest.files), at(folder)
     size = 0
     for entry in files:
-        on_file(entry["name"])
-        problem = _file_problem(folder, entry)
-        size += entry["bytes"]
+        on_file(entry.name)
+        problem = _file_problem(store, entry)
+        size += entry.bytes
         if problem:
-            problems.append(f"{entry['name']}: {problem}")
-    known = {entry["name"] for entry in files} | {MANIFEST, JOURNAL}
+            problems.append(f"{entry.name}: {problem}")
+    known = {entry.name for entry in files} | {MANIFEST, RUN, RECORDS, LEASES}  # the last may be left of a crash
     problems += [f"{name}: not part of this run" for name in _foreign(folder, known)]
     if not problems:  # counts of damaged files would only say the same again
         ordinals = Ordinals()
-        for name in manifest["subsets"]:
+        for name in manifest.subsets:
             on_file(f"{name} counts")
             problems += islice(_subset_problems(folder, manifest, name, ordinals), _ENOUGH)
         problems += ledger_problems(folder, manifest, ordinals)
-    samples = sum(shard["samples"] for subset in manifest["subsets"].values() for shard in subset["shards"])
-    verdict = Verdict(problems, len(files), samples, size)
+    verdict = Verdict(problems, len(files), manifest.samples, size)
     if against is None or problems:  # what does not fit in itself cannot be compared
         return verdict
     from millstream.runs.pack.against import compare_with
@@ -88,49 +88,34 @@ def verify(
     return replace(verdict, problems=found.problems, **counts)
 
 
-def _files(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for subset in manifest["subsets"].values():
-        for shard in subset["shards"]:
-            yield from shard["files"].values()
-        if "name" in subset["remainder"]:
-            yield subset["remainder"]
-        if "loss" in subset["remainder"]:
-            yield subset["remainder"]["loss"]
-    for export in manifest.get("exports", ()):
-        yield from export["files"]
-    for single in (manifest["faults"], manifest["tokenizer_file"]):
-        if single:
-            yield single
-
-
 def _foreign(folder: str, known: set[str]) -> Iterator[str]:
     """What is in the folder beside the files `known` and the folders that they are in."""
     homes = {os.path.dirname(name) for name in known}
     homes |= {os.path.dirname(name) for name in homes}
-    for name in sorted(os.listdir(folder)):
-        if name not in homes and name not in known:
+    store = at(folder)
+    for name, _ in store.entries():
+        if name not in homes and name not in known and not is_journal(name):
             yield name
     for home in sorted(homes - {""}):
-        if os.path.isdir(os.path.join(folder, home)):
-            inside = {f"{home}/{name}" for name in os.listdir(os.path.join(folder, home))}
+        if store.exists(home) and store.state(home).kind == "folder":
+            inside = {f"{home}/{name}" for name, _ in store.entries(home)}
             yield from sorted(inside - known - homes)
 
 
-def _file_problem(folder: str, entry: dict[str, Any]) -> str | None:
-    path = os.path.join(folder, entry["name"])
-    if not os.path.exists(path):
+def _file_problem(store: Store, entry: FileEntry) -> str | None:
+    if not store.exists(entry.name):
         return "missing"
-    size = os.path.getsize(path)
-    if size != entry["bytes"]:
-        return f"{size:,} bytes instead of {entry['bytes']:,}"
+    size = store.size(entry.name)
+    if size != entry.bytes:
+        return f"{size:,} bytes instead of {entry.bytes:,}"
     try:
-        found = file_hash(path)
+        found = written_now(store, entry.name).sha256
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return None if found == entry["sha256"] else "its content has changed (SHA-256 differs)"
+    return None if found == entry.sha256 else "its content has changed (SHA-256 differs)"
 
 
-def _subset_problems(folder: str, manifest: dict[str, Any], name: str, ordinals: Ordinals) -> Iterator[str]:
+def _subset_problems(folder: str, manifest: Manifest, name: str, ordinals: Ordinals) -> Iterator[str]:
     """What is wrong with the samples and documents of one subset; `ordinals` gets its documents'."""
     try:
         yield from SubsetCheck(folder, manifest, name, ordinals).problems()

@@ -1,12 +1,13 @@
 """Samples against their segments: every id within the vocabulary, padding where nothing else is, masks that fit."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from millstream.formats.exports.parquet import batch, schema
-from millstream.formats.exports.samples import Samples, Shard
+from millstream.folder.columns import batch, schema
+from millstream.folder.entries import Identity
+from millstream.folder.reader import parquet
+from millstream.folder.samples import Samples, Shard
 from millstream.integrity.documents import Spans
 from millstream.records import Ids
 
@@ -36,44 +37,44 @@ class Block:
         at = number + np.arange(len(some))
         return Spans(some["document"], start, start + some["length"], first, last, count, at)
 
-    def problems(self, settings: dict[str, Any], pads: bool) -> Iterator[str]:
+    def problems(self, settings: Identity, pads: bool) -> Iterator[str]:
         """What is wrong in this block; `pads`: whether samples of a concat run may be padded here."""
-        limit = settings["tokenizer"]["vocab_size"] if settings["tokenizer"] else 1 << 32
+        limit = settings.vocab_size or 1 << 32
         for number in (int(self.ids.min()), int(self.ids.max())) if self.ids.size else ():
             if not 0 <= number < limit:
                 yield f"id {number}, the vocabulary ends at {limit - 1}"
         yield from self._padding_problems(settings)
-        if settings["strategy"] == "concat" and not pads and (self.used < self.ids.shape[1]).any():
+        if settings.strategy == "concat" and not pads and (self.used < self.ids.shape[1]).any():
             yield "a sample before the last is padded"
         yield from self._order_problems(settings)
 
-    def _padding_problems(self, settings: dict[str, Any]) -> Iterator[str]:
+    def _padding_problems(self, settings: Identity) -> Iterator[str]:
         short = np.flatnonzero(self.used < self.ids.shape[1])
         if not len(short):
             return
         column, used = np.arange(self.ids.shape[1]), self.used[short][:, None]
         padding = column < self.ids.shape[1] - used if self._left else column >= used
-        if (self.ids[short][padding] != settings["pad_id"]).any():
-            yield f"padding that is not id {settings['pad_id']}"
+        if (self.ids[short][padding] != settings.pad_id).any():
+            yield f"padding that is not id {settings.pad_id}"
         if self.learned is not None and self.learned[short][padding].any():
             yield "padding that is to be learned"
 
-    def _order_problems(self, settings: dict[str, Any]) -> Iterator[str]:
+    def _order_problems(self, settings: Identity) -> Iterator[str]:
         """Segments of one sample, and with concat and no shuffle all of them, are in the order of their documents."""
-        some, most = self.segments, settings["max_segments"]
+        some, most = self.segments, settings.max_segments
         counts = np.bincount(some["sample"], minlength=len(self.ids))
         if not counts.all():
             yield "a sample without a document"
         if most and counts.max(initial=0) > most:
             yield f"a sample has more documents than {most}"
-        if settings["strategy"] == "split" and counts.max(initial=0) > 1:
+        if settings.strategy == "split" and counts.max(initial=0) > 1:
             yield "a sample has more documents than 1"
-        if settings["strategy"] != "concat" and (some["start"] % settings["seq_len"]).any():
-            yield f"a document is cut elsewhere than every {settings['seq_len']} ids"
+        if settings.strategy != "concat" and (some["start"] % settings.seq_len).any():
+            yield f"a document is cut elsewhere than every {settings.seq_len} ids"
         document, inside = some["document"], some["sample"][1:] == some["sample"][:-1]
         if (inside & (document[1:] == document[:-1])).any():
             yield "a sample has two segments of one document side by side"
-        if settings.get("shuffle") is None and (inside & (document[1:] < document[:-1])).any():
+        if settings.shuffle is None and (inside & (document[1:] < document[:-1])).any():
             yield "documents are not in order in a sample"
 
 
@@ -102,14 +103,12 @@ def segment_problems(shard: Shard, segments: Ids, kept: bool) -> Iterator[str]:
             return
 
 
-def column_problems(shard: Shard, path: str) -> Iterator[str]:
+def column_problems(shard: Shard) -> Iterator[str]:
     """A Parquet shard's other columns are what its ids, segments and mask make."""
-    import pyarrow.parquet as pq
-
     samples = shard.samples
     columns = schema(samples.padded or samples.masked, {})
-    with pq.ParquetFile(path) as file:
-        stored = file.iter_batches(samples.rows, columns=columns.names)
+    with parquet(samples.store, shard.entry.files.samples.name) as file:
+        stored = file.iter_batches(samples.rows, columns=columns.names, use_threads=False)
         for found, (first, ids, learned) in zip(stored, shard.blocks(), strict=True):
             expected = batch(columns, ids, shard.runs(first, len(ids)), learned)
             for name in columns.names:

@@ -3,7 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+import msgspec
+
 from millstream.errors import Words
+from millstream.folder.entries import Identity
 
 
 class Progress(NamedTuple):
@@ -35,6 +38,10 @@ class Report:
     them, `not_compared_such_as` has the id of one and what it said. In `unlearned` conversations nothing is learned.
     For `lost` bytes of text there is no id in the vocabulary, and `unknown` ids stand for any text that is unknown.
 
+    `spilled`: most bytes at once that workers left for one another in pieces.
+
+    `shared`: what of a run that several joined was done here, in words.
+
     `ignored` counts what the folders hold besides what is read, `unreadable` has folders that could not be listed: they
     are no documents, so the ledger knows nothing of them.
     """
@@ -56,8 +63,9 @@ class Report:
     compared: int
     hints: list[Words]
     tokenizer: str | None
-    settings: dict[str, Any]
+    settings: Identity
     validation: dict[str, Any] | None = None
+    spilled: int = 0
     unlearned: int = 0
     lost: int = 0
     unknown: int = 0
@@ -66,13 +74,14 @@ class Report:
     exports: list[dict[str, Any]] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
+    shared: str = ""
 
     @property
     def faults(self) -> int:
         return int(self.ledger["documents"]["faulty"])
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "faults": self.faults}
+        return {**asdict(self), "settings": msgspec.to_builtins(self.settings), "faults": self.faults}
 
 
 class AskProgress(NamedTuple):

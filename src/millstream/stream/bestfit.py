@@ -1,29 +1,26 @@
-"""Best-fit packing: documents are put into samples whole, longest first, each where it leaves the least room.
+"""Best-fit packing: documents are put into samples whole, longest first, each where it leaves the least room."""
 
-Lengths are whole numbers up to N, and documents of one length are interchangeable, so the plan is made on a histogram:
-about two steps for each length, however many documents there are. It is the plan of best-fit-decreasing, item by item.
-"""
-
-from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from millstream.records import SEGMENT, Ids, TokenBatch
+from millstream.stream.bins import assign, ordered
 from millstream.stream.pack import (
     CHUNK,
     Ended,
     Packed,
     Remainder,
+    Rows,
     Runs,
     State,
     Where,
     continued,
-    joined,
     nowhere,
     padded,
     weight,
+    with_held,
 )
 from millstream.stream.shuffle import permutation
 
@@ -31,122 +28,81 @@ WINDOW = 32 << 20
 """Ids: samples of 2,048 are then filled to 99.99 % on long-tailed corpora."""
 
 
-class Bins(NamedTuple):
-    """Samples that are alike to the plan: so many ids are free, and so many more pieces may go in."""
+class Taken(NamedTuple):
+    """Rows `low` to before `high` of a batch, as a window takes them; it `closes` behind them, or goes on.
 
-    free: int
-    room: int
-
-
-class Step(NamedTuple):
-    """Put `each` pieces of `length` ids into each of `bins` bins of the kind `into`."""
-
-    length: int
-    into: Bins
-    each: int
-    bins: int
-
-    @property
-    def after(self) -> Bins:
-        """What the bins are then."""
-        return Bins(self.into.free - self.each * self.length, self.into.room - self.each)
-
-
-def plan(histogram: Ids, n: int, most: int | None = None) -> list[Step]:
-    """The steps of best-fit-decreasing for histogram[l] pieces of l ids, with at most `most` pieces in a bin of n ids.
-
-    A piece goes where the fewest ids stay free, of equal bins into the one with room for the fewest pieces, and into a
-    new one, of the kind Bins(n, most), if it fits nowhere.
-
-    >>> for step in plan(np.array([0, 0, 3, 0, 1, 0, 2]), 8):
-    ...     print(*step)
-    6 Bins(free=8, room=8) 1 2
-    4 Bins(free=8, room=8) 1 1
-    2 Bins(free=2, room=7) 1 2
-    2 Bins(free=4, room=7) 1 1
+    `length` and `start` of each row, with the ids that were held back of the document that goes on. Of its ids `full`
+    samples are filled, of the last row's `beyond` more that are not the window's, and `rest` are left; those of an
+    open document are held back.
     """
-    new = Bins(n, min(most or n, n))
-    counts = {new: int(histogram.sum())}  # open bins of every kind; of new ones there are always enough
-    kinds = [new]  # sorted
-    steps = []
-    for length in np.flatnonzero(histogram)[::-1].tolist():
-        left = int(histogram[length])
-        while left:
-            at = bisect_left(kinds, (length, 0))
-            into = kinds[at]
-            each = min(into.free // length, into.room, left)
-            step = Step(length, into, each, min(counts[into], left // each))
-            steps.append(step)
-            left -= each * step.bins
-            counts[into] -= step.bins
-            if not counts[into]:
-                del counts[into], kinds[at]
-            if min(step.after):
-                if step.after not in counts:
-                    counts[step.after] = 0
-                    insort(kinds, step.after)
-                counts[step.after] += step.bins
-    return steps
+
+    low: int
+    high: int
+    closes: bool
+    length: Ids
+    start: Ids
+    full: Ids
+    rest: Ids
+    beyond: int
 
 
-def assign(length: Ids, n: int, most: int | None = None) -> tuple[Ids, int]:
-    """(the bin of every piece, the number of bins) by `plan`; pieces of one length are taken in order.
+class Windows:
+    """Where best-fit's windows close, and which full samples long documents fill: told from lengths alone.
 
-    >>> bins, count = assign(np.array([2, 6, 4, 2, 6, 2]), 8)
-    >>> bins.tolist(), count
-    ([0, 0, 2, 1, 1, 2], 3)
+    A window closes at the end of the document with which it has `window` ids, by `weight`. What that document has
+    beyond the window's ids is not the window's.
+
+    >>> row = np.arange(3)
+    >>> batch = TokenBatch(np.arange(900), np.array([200, 150, 550]), row, row * 0, [*"abc"], row, row)
+    >>> for taken in Windows(100, 300).take(batch):
+    ...     print(taken.low, taken.high, taken.closes, taken.full, taken.rest, taken.beyond)
+    0 2 True [2 1] [ 0 50] 0
+    2 3 True [3] [50] 2
     """
-    histogram = np.bincount(length, minlength=n + 1)
-    steps = plan(histogram, n, most)
-    placed = np.empty(len(length), np.int64)  # the bins of all pieces, shortest first
-    next_piece = (np.cumsum(histogram) - histogram).tolist()
-    piles: dict[Bins, list[Ids]] = {}
-    opened = 0
-    for step in steps:
-        if step.into.free == n:
-            bins = np.arange(opened, opened + step.bins)
-            opened += step.bins
-        else:
-            bins = _off(piles[step.into], step.bins)
-        low = next_piece[step.length]
-        high = next_piece[step.length] = low + step.each * step.bins
-        placed[low:high] = np.repeat(bins, step.each)
-        if min(step.after):
-            piles.setdefault(step.after, []).append(bins)
-    found = np.empty(len(length), np.int64)
-    found[_ordered(length)] = placed
-    return found, opened
+
+    def __init__(self, seq_len: int, window: int) -> None:
+        self._n, self._window = seq_len, window
+        self._weight = 0
+        self._held = 0  # ids of the unfinished piece of a document that goes on
+
+    def take(self, batch: Rows) -> Iterator[Taken]:
+        """The batch in pieces, each for the window that is open then."""
+        whole = (batch.start + batch.length)[: len(batch) - batch.open]
+        weights = np.cumsum(weight(whole))
+        low = counted = 0
+        while low < len(batch):
+            high = int(np.searchsorted(weights, self._window - self._weight + counted)) + 1
+            closes = high <= len(weights)
+            high = high if closes else len(batch)
+            before = (int(weights[high - 2]) if high - low > 1 else counted) - counted
+            yield self._taken(batch, low, high, closes=closes, room=self._window - self._weight - before)
+            upto = int(weights[min(high, len(weights)) - 1]) if len(weights) else 0
+            self._weight = 0 if closes else self._weight + upto - counted
+            low, counted = high, upto
+
+    def _taken(self, batch: Rows, low: int, high: int, *, closes: bool, room: int) -> Taken:
+        """These rows, of which the last one has `room` ids in the window."""
+        n = self._n
+        length, start = with_held(self._held, batch.length[low:high], batch.start[low:high])
+        full = length // n
+        rest = length - full * n
+        begun = int(start[-1]) // n
+        beyond = int(full[-1]) - min(max(0, room // n - begun), int(full[-1]))
+        full[-1] -= beyond
+        self._held = int(rest[-1]) if batch.open and high == len(batch) else 0
+        return Taken(low, high, closes, length, start, full, rest, beyond)
 
 
-def _off(pile: list[Ids], count: int) -> Ids:
-    """Take `count` bins off a pile of them."""
-    taken = []
-    while count:
-        bins = pile.pop()
-        if len(bins) > count:
-            pile.append(bins[count:])
-            bins = bins[:count]
-        taken.append(bins)
-        count -= len(bins)
-    return np.concatenate(taken)
+def states_within(where: State, samples: int, end: int = -1, behind: State | None = None) -> Callable[[int], State]:
+    """`Packed.state` in a window that began at `where` with so many samples before it; `behind` it, which is where
+    sample number `end` begins."""
 
+    def state(number: int) -> State:
+        if behind is not None and number == end:
+            return continued(behind, 0, number, number)
+        return continued(where, 0, samples, number)
 
-def _ordered(values: Ids) -> Ids:
-    """The stable order of values below 2^32: they are sorted with their places, three times faster than argsort."""
-    keys = (values.astype(np.uint64) << np.uint64(32)) | np.arange(len(values), dtype=np.uint64)
-    keys.sort()
-    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
-
-
-def closes_behind(weights: Ids, room: int) -> int:
-    """How many documents, of these running totals of `weight`, a window with so much room takes.
-
-    It closes at the end of the one that fills it. One more than there are if none does.
-
-    >>> closes_behind(np.array([200, 400, 600]), 400), closes_behind(np.array([200, 400, 600]), 601)
-    (2, 4)
-    """
-    return int(np.searchsorted(weights, room)) + 1
+    return state
 
 
 class BestFit:
@@ -182,7 +138,7 @@ class BestFit:
         self.seq_len = seq_len
         self.samples = samples
         self._pad, self._side = pad_id, pad_side
-        self._window, self._most, self._seed = window, max_segments, seed
+        self._windows, self._most, self._seed = Windows(seq_len, window), max_segments, seed
         self._held = np.empty(0, dtype)  # the unfinished piece of a document that goes on
         self._open_full = 0  # full samples of it that are in the window
         # Ends from the front, full samples from the back; memory that is not written to is not used.
@@ -191,45 +147,32 @@ class BestFit:
         self._begin()
 
     def _begin(self) -> None:
-        self._weight = self._filled = self._samples = 0
+        self._filled = self._samples = 0
         self._parts: list[_Documents] = []
         self._first: tuple[int, State, int] | None = None  # document, its state, and samples before the window
 
     def feed(self, batch: TokenBatch, where: Where = nowhere) -> Iterator[Packed]:
-        whole = (batch.start + batch.length)[: len(batch) - batch.open]
-        weights = np.cumsum(weight(whole))
-        low = counted = 0
-        while low < len(batch):
-            high = closes_behind(weights, self._window - self._weight + counted)
-            closes = high <= len(weights)
-            high = high if closes else len(batch)
+        for taken in self._windows.take(batch):
             if self._first is None:
-                self._first = (int(batch.ordinal[low]), where(low), self.samples)
-            before = (int(weights[high - 2]) if high - low > 1 else counted) - counted
-            yield from self._take(batch.rows(low, high), self._window - self._weight - before)
-            upto = int(weights[min(high, len(weights)) - 1]) if len(weights) else 0
-            self._weight += upto - counted
-            low, counted = high, upto
-            if closes:
-                yield from self._close(where(high))
+                self._first = (int(batch.ordinal[taken.low]), where(taken.low), self.samples)
+            yield from self._take(batch.rows(taken.low, taken.high), taken)
+            if taken.closes:
+                yield from self._close(where(taken.high))
 
-    def _take(self, batch: TokenBatch, room: int) -> Iterator[Packed]:
-        """Take documents into the window, where the last one has `room` ids; its full samples beyond that."""
-        n = self.seq_len
-        flat = joined(self._held, batch)
-        full = flat.length // n
-        rest = flat.length - full * n
-        runs = Runs(flat.ids, np.concatenate([[0], np.cumsum(np.stack([full * n, rest], axis=1))]))
-        samples = runs.take(np.flatnonzero(full) * 2).reshape(-1, n)
-        begun = int(flat.start[-1]) // n
-        beyond = int(full[-1]) - min(max(0, room // n - begun), int(full[-1]))
+    def _take(self, batch: TokenBatch, taken: Taken) -> Iterator[Packed]:
+        """Take documents into the window; the last one's full samples beyond that."""
+        assert self._first
+        n, beyond, rest, full = self.seq_len, taken.beyond, taken.rest, taken.full
+        ended, open_row = len(batch) - batch.open, slice(len(batch) - batch.open, None)
+        all_full = taken.length // n
+        ids = np.concatenate([self._held, batch.ids]) if len(self._held) else batch.ids
+        runs = Runs(ids, np.concatenate([[0], np.cumsum(np.stack([all_full * n, rest], axis=1))]))
+        samples = runs.take(np.flatnonzero(all_full) * 2).reshape(-1, n)
         inside = len(samples) - beyond
         self._full[self._samples : self._samples + inside] = samples[:inside]
         self._samples += inside
-        full[-1] -= beyond
         first = int(full[-1])  # of those of the last document that are beyond the window
         full[0] += self._open_full
-        ended, open_row = len(batch) - batch.open, slice(len(batch) - batch.open, None)
         self._open_full = int(full[open_row].sum())
         self._held = runs.take(np.arange(len(batch))[open_row] * 2 + 1)
         self._keep(runs.take(np.flatnonzero(rest[:ended]) * 2 + 1))
@@ -240,9 +183,9 @@ class BestFit:
                     batch.doc_ids[:ended],
                     batch.source[:ended],
                     batch.offset[:ended],
-                    (flat.start + flat.length)[:ended],
+                    (taken.start + taken.length)[:ended],
                     np.zeros(ended, np.int64),
-                    (flat.start + flat.length > n)[:ended],
+                    (taken.start + taken.length > n)[:ended],
                     batch.cut_off[:ended],
                 ),
                 full[:ended],
@@ -251,29 +194,17 @@ class BestFit:
         if beyond:
             segments = np.empty(beyond, SEGMENT)
             segments["document"] = batch.ordinal[-1]
-            segments["start"] = int(flat.start[-1]) + (first + np.arange(beyond)) * n
+            segments["start"] = int(taken.start[-1]) + (first + np.arange(beyond)) * n
             segments["length"] = n
             segments["sample"] = np.arange(beyond)
             number = self.samples
             self.samples += beyond
             nothing = self._parts[-1].ended.where(np.zeros(ended, bool))
-            yield Packed(number, samples[inside:].copy(), segments, nothing, self._state())
+            yield Packed(number, samples[inside:].copy(), segments, nothing, states_within(*self._first[1:]))
 
     def _keep(self, ids: Ids) -> None:
         self._pieces[self._filled : self._filled + len(ids)] = ids
         self._filled += len(ids)
-
-    def _state(self, end: int = -1, behind: State | None = None) -> Any:
-        """`Packed.state` within the window; `behind` it, which is where sample number `end` begins."""
-        assert self._first
-        _, where, samples = self._first
-
-        def state(number: int) -> State:
-            if behind is not None and number == end:
-                return continued(behind, 0, number, number)
-            return continued(where, 0, samples, number)
-
-        return state
 
     def _close(self, behind: State | None = None) -> Iterator[Packed]:
         """Place the window's pieces and hand out its samples, a chunk at a time; `behind` is the next one's state."""
@@ -281,7 +212,7 @@ class BestFit:
         n, base = self.seq_len, self.samples
         window = _Window(self._parts, n, self._most, self._seed, self._first[0])
         runs = Runs(self._pieces[: self._filled], np.concatenate([[0], np.cumsum(window.rest)]))
-        state = self._state(base + window.count, behind)
+        state = states_within(*self._first[1:], base + window.count, behind)
         step = max(1, CHUNK // n)
         for low in range(0, max(window.count, 1), step):
             high = min(low + step, window.count)
@@ -325,7 +256,7 @@ class _Window:
         self._rows = np.flatnonzero(ends)  # the documents with an end
         self.rest = ends[self._rows]
         bins, opened = assign(self.rest, n, most)
-        self._order = _ordered(bins)  # the ends, bin by bin
+        self._order = ordered(bins)  # the ends, bin by bin
         self._sizes = np.bincount(bins, minlength=opened)
         self._begins = np.cumsum(self._sizes) - self._sizes
         self.full = int(self._full.sum())
@@ -334,7 +265,7 @@ class _Window:
         self.at = np.empty_like(place)
         self.at[place] = np.arange(self.count)
         self._last = self._last_samples(place, bins)
-        self._by_last = _ordered(self._last + 1)
+        self._by_last = ordered(self._last + 1)
 
     def _last_samples(self, place: Ids, bins: Ids) -> Ids:
         """The last sample that has ids of each document; -1 if they are all before the window, 0 if it has none."""

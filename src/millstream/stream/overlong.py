@@ -26,7 +26,7 @@ class Overlong:
     """
 
     def __init__(self, how: str, seq_len: int, eos: int | None = None) -> None:
-        self.how, self.seq_len, self._eos = how, seq_len, eos
+        self.how, self.seq_len, self.eos = how, seq_len, eos
         self._part: TokenBatch | None = None  # what is kept of a document that goes on
         self._length = 0  # ids that it has had
 
@@ -42,9 +42,9 @@ class Overlong:
         stops = np.cumsum(whole.length)
         within = np.arange(len(whole.ids)) - np.repeat(stops - whole.length, whole.length)
         ids = whole.ids[within < np.repeat(keep, whole.length)]
-        if self.how == "truncate" and self._eos is not None:
+        if self.how == "truncate" and self.eos is not None:
             # Not to be learned where that is told: whoever spoke did not end here.
-            ids[np.cumsum(keep)[over] - 1] = self._eos
+            ids[np.cumsum(keep)[over] - 1] = self.eos
         return replace(whole, ids=ids, length=keep, cut_off=length - keep)
 
     def _whole(self, batch: TokenBatch) -> tuple[TokenBatch, Ids]:

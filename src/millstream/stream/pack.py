@@ -9,7 +9,7 @@ The strategies differ in what happens to a document:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,6 +36,17 @@ def weight(length: Ids) -> Ids:
     [128, 128, 128, 5000]
     """
     return np.maximum(length, LEAST)
+
+
+class Rows(Protocol):
+    """What decides how documents are packed: their lengths, without the ids. See `TokenBatch`, which is such."""
+
+    length: Ids
+    start: Ids
+    ordinal: Ids
+    open: bool
+
+    def __len__(self) -> int: ...
 
 
 def continued(where: State, used: int, samples: int, number: int) -> State:
@@ -151,18 +162,17 @@ class Concat:
 
     def feed(self, batch: TokenBatch, where: Where = nowhere) -> Iterator[Packed]:
         n = self.seq_len
-        stops = np.cumsum(batch.length) + self._filled
-        starts = stops - batch.length
-        first, last = starts // n, np.maximum(stops - 1, starts) // n
-        segments = self._with_held(_cut(batch, starts, stops, first, n))
+        at = Places.joined(batch.length, self._filled, n)
+        segments = self._with_held(_cut(batch, at, n))
         complete = (self._filled + len(batch.ids)) // n
         done = segments["sample"] < complete
-        ended = _ended(batch, last + self.samples, self._split(batch, first + self.samples, last + self.samples))
+        last = at.last + self.samples
+        ended = _ended(batch, last, self._split(batch, at.first + self.samples, last))
         ids, number = self._copy(batch.ids, complete), self.samples
         self._segments = segments[~done]
         self._segments["sample"] = 0
         self.samples += complete
-        yield Packed(number, ids, segments[done], ended, _states(batch, where, starts, last, number, n))
+        yield Packed(number, ids, segments[done], ended, states(batch, where, at, number, n))
 
     def _split(self, batch: TokenBatch, first: Ids, last: Ids) -> Ids:
         if not len(batch):
@@ -231,21 +241,15 @@ class Split:
             return
         n = self.seq_len
         flat = joined(self._held, batch)
-        keep = int(flat.length[-1]) % n if batch.open else 0
+        at, keep = split_up(flat, n)
         kept = len(flat.ids) - keep
         self._held = flat.ids[kept:].astype(self._dtype)
-        flat.length[-1] -= keep
-        pieces = -(-flat.length // n)
-        # A virtual position in which every document begins with a new sample makes this the case of `Concat`.
-        starts = (np.cumsum(pieces) - pieces) * n
-        stops = starts + flat.length
-        segments = _cut(flat, starts, stops, starts // n, n)
-        last = np.maximum(stops - 1, starts) // n
+        segments = _cut(flat, at, n)
         ids = padded(flat.ids[:kept], segments["length"], n, self._pad, self._side)
-        ended = _ended(batch, last + self.samples, (flat.start > 0) | (pieces > 1))
+        ended = _ended(batch, at.last + self.samples, (flat.start > 0) | (flat.length > n))
         number = self.samples
         self.samples += len(ids)
-        yield Packed(number, ids, segments, ended, _states(flat, where, starts, last, number, n))
+        yield Packed(number, ids, segments, ended, states(flat, where, at, number, n))
 
     def flush(self) -> Iterator[Packed]:
         return iter(())
@@ -256,12 +260,63 @@ class Split:
 
 def joined(held: Ids, batch: TokenBatch) -> TokenBatch:
     """`batch` with the ids `held` back from the document that goes on put before its first row; columns are copies."""
-    ids, length, start = batch.ids, batch.length.copy(), batch.start.copy()
-    if len(held):
-        ids = np.concatenate([held, ids])
-        length[0] += len(held)
-        start[0] -= len(held)
+    length, start = with_held(len(held), batch.length, batch.start)
+    ids = np.concatenate([held, batch.ids]) if len(held) else batch.ids
     return replace(batch, ids=ids, length=length, start=start)
+
+
+def with_held(held: int, length: Ids, start: Ids) -> tuple[Ids, Ids]:
+    """`length` and `start` of rows, the first of which has so many ids more, as they were held back; copies."""
+    length, start = length.copy(), start.copy()
+    if held:
+        length[0] += held
+        start[0] -= held
+    return length, start
+
+
+class Places(NamedTuple):
+    """Where rows lie in a stream that is cut every n ids: from `starts` to `stops`, in the samples `first` to `last`.
+
+    An empty one is in the sample of the next id.
+    """
+
+    starts: Ids
+    stops: Ids
+    first: Ids
+    last: Ids
+
+    @classmethod
+    def of(cls, starts: Ids, length: Ids, n: int) -> "Places":
+        stops = starts + length
+        return cls(starts, stops, starts // n, np.maximum(stops - 1, starts) // n)
+
+    @classmethod
+    def joined(cls, length: Ids, before: int, n: int) -> "Places":
+        """Those of rows that lie one behind the other, from `before` on.
+
+        >>> Places.joined(np.array([3, 0, 2]), 1, 4).last.tolist()
+        [0, 1, 1]
+        """
+        stops = np.cumsum(length) + before
+        return cls.of(stops - length, length, n)
+
+
+def split_up(rows: Rows, n: int) -> tuple[Places, int]:
+    """(the places of rows of which each begins with a new sample, how many ids of an open one fill none).
+
+    These are taken off its length.
+
+    >>> row = np.arange(2)
+    >>> batch = TokenBatch(np.arange(8), np.array([3, 5]), row, row * 0, ["a", "b"], row, row, open=True)
+    >>> places, left = split_up(batch, 4)
+    >>> places.starts.tolist(), batch.length.tolist(), left
+    ([0, 4], [3, 4], 1)
+    """
+    left = int(rows.length[-1]) % n if rows.open else 0
+    rows.length[-1] -= left
+    pieces = -(-rows.length // n)
+    # A virtual position in which every document begins with a new sample makes this the case of `Concat`.
+    return Places.of((np.cumsum(pieces) - pieces) * n, rows.length, n), left
 
 
 def padded(ids: Ids, used: Ids, n: int, pad_id: int, pad_side: str) -> Ids:
@@ -287,30 +342,29 @@ def _ended(batch: TokenBatch, last_sample: Ids, split: Ids) -> Ended:
     return Ended(*columns, length, last_sample[:end], split[:end], batch.cut_off[:end])
 
 
-def _states(batch: TokenBatch, where: Where, starts: Ids, last: Ids, first: int, n: int) -> Callable[[int], State]:
-    """`Packed.state` where nothing is held back: the rows of `batch` begin at `starts`, from sample `first` on, and end
-    in the samples `last`."""
+def states(rows: Rows, where: Where, at: Places, first: int, n: int) -> Callable[[int], State]:
+    """`Packed.state` where nothing is held back, and the rows lie `at` these places from sample `first` on."""
 
     def state(number: int) -> State:
-        row = int(np.searchsorted(last[: len(batch) - batch.open], number - first))
+        row = int(np.searchsorted(at.last[: len(rows) - rows.open], number - first))
         used = 0
-        if row < len(batch):
-            used = int(batch.start[row]) + max(0, (number - first) * n - int(starts[row]))
+        if row < len(rows):
+            used = int(rows.start[row]) + max(0, (number - first) * n - int(at.starts[row]))
         return continued(where(row), used, number, number)
 
     return state
 
 
-def _cut(batch: TokenBatch, starts: Ids, stops: Ids, first: Ids, n: int) -> Ids:
-    """The segments of documents at positions starts..stops of a stream that is cut every `n` ids."""
-    counts = np.where(batch.length > 0, (stops - 1) // n - first + 1, 0)
+def _cut(batch: TokenBatch, at: Places, n: int) -> Ids:
+    """The segments of documents at these places of a stream that is cut every `n` ids."""
+    counts = np.where(batch.length > 0, at.last - at.first + 1, 0)
     row = np.repeat(np.arange(len(counts)), counts)
-    sample = first[row] + np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
-    begin = np.maximum(starts[row], sample * n)
-    end = np.minimum(stops[row], (sample + 1) * n)
+    sample = at.first[row] + np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
+    begin = np.maximum(at.starts[row], sample * n)
+    end = np.minimum(at.stops[row], (sample + 1) * n)
     segments = np.empty(len(row), SEGMENT)
     segments["document"] = batch.ordinal[row]
-    segments["start"] = batch.start[row] + (begin - starts[row])
+    segments["start"] = batch.start[row] + (begin - at.starts[row])
     segments["length"] = end - begin
     segments["sample"] = sample
     return segments

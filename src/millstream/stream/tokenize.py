@@ -127,10 +127,10 @@ def _learn(tokenizer: Tokenizer, found: Rendered, ids: Ids) -> Ids:
     """`ids` with LEARNED set where they stand for learned letters."""
     if not found.learned or not len(ids):
         return ids
-    marked = ids.copy()
+    learned = ids.copy()
     for first, stop in _ids_of(tokenizer, found, ids):
-        marked[first:stop] |= np.uint32(LEARNED)
-    return marked
+        learned[first:stop] |= np.uint32(LEARNED)
+    return learned
 
 
 def _ids_of(tokenizer: Tokenizer, found: Rendered, ids: Ids) -> Iterator[tuple[int, int]]:

@@ -5,10 +5,9 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import msgspec
@@ -16,6 +15,7 @@ import numpy as np
 
 from millstream.errors import RequestError, setting
 from millstream.records import Ids
+from millstream.store import as_path, file_at, kind_at
 from millstream.stream import gpt2
 from millstream.stream.chat import Chat, templates_of
 from millstream.stream.definitions import byte_level_lengths, cuts_safely, knows_all_text, lengths_of, refuse_chance
@@ -31,6 +31,7 @@ class Tokenizer:
     `vocab_size` is the largest id + 1, `sha256` identifies what decides the ids, `safe_cuts` tells whether long plain
     text may be cut between a letter and a blank, `reference` builds the engine that checks `engine` (None: it is the
     reference itself), `definition` is the tokenizer.json to keep with a run so that it can be decoded anywhere.
+    `again` makes the same one anywhere, whatever is there; it can be sent.
     `chat` is how it renders conversations, `token_bytes` makes `bytes_of`, and `normalized` is the Unicode form that
     text is brought into first, if any; with `leaves_out`, letters may have no id at all, and `unknown` is the id that
     stands for any unknown text.
@@ -52,6 +53,7 @@ class Tokenizer:
     normalized: str | None = None
     leaves_out: bool = False
     unknown: int | None = None
+    again: "Callable[[], Tokenizer] | None" = None
 
     @cached_property
     def bytes_of(self) -> Ids | None:
@@ -102,14 +104,17 @@ def load_tokenizer(name: str) -> Tokenizer:
     >>> load_tokenizer("gpt2").engine.encode(["Hello world"])[0].tolist()
     [15496, 995]
     """
+    if not isinstance(name, str | os.PathLike):
+        raise RequestError(f"{setting('tokenizer')} {name!r:.60} does not work: give a name or a path")
+    name = os.fspath(name)
     if name == "gpt2":
         return _gpt2()
     if name in TIKTOKEN_NAMES:
         return _tiktoken(name)
-    path = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
-    if os.path.isfile(path):
+    path = os.path.join(name, "tokenizer.json") if kind_at(name) == "folder" else name
+    if kind_at(path) == "file":
         return _from_files(os.path.basename(os.path.abspath(name)), path)
-    if os.path.isdir(name):
+    if kind_at(name) == "folder":
         raise RequestError(f"the folder {name} has no tokenizer.json; save one there with save_pretrained()")
     if name.count("/") == 1 and not name.startswith((".", "/")) and not name.endswith(".json"):
         return _from_hub(name)
@@ -122,7 +127,9 @@ def load_tokenizer(name: str) -> Tokenizer:
 @cache
 def _gpt2() -> Tokenizer:
     merges = gpt2.read_merges()
-    definition = msgspec.json.encode(gpt2.definition_of(merges)).decode()
+    tokens = gpt2.tokens_of(merges)
+    data = msgspec.json.encode(gpt2.definition_of(merges, tokens))
+    definition = data.decode()
     specials = {"<|endoftext|>": 50256}
 
     def engine() -> Engine:
@@ -131,27 +138,27 @@ def _gpt2() -> Tokenizer:
         return fast
 
     def reference() -> Engine:
-        return Tiktoken("gpt2", gpt2.PATTERN, gpt2.ranks_of(merges), specials)
+        return Tiktoken("gpt2", gpt2.PATTERN, gpt2.ranks_of(tokens), specials)
 
     return Tokenizer(
         "gpt2",
         Fastokens.name,
         engine,
         reference,
-        50257,
-        hashlib.sha256(definition.encode()).hexdigest(),
-        specials,
+        vocab_size=50257,
+        sha256=hashlib.sha256(data).hexdigest(),
+        specials=specials,
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
         safe_cuts=True,
         chat=_chat(_OPENAI, specials),
-        token_bytes=lambda: lengths_of({n: len(token) for n, token in enumerate(gpt2.tokens_of(merges))}, specials),
+        token_bytes=lambda: lengths_of({n: len(token) for n, token in enumerate(tokens)}, specials),
+        again=_gpt2,
     )
 
 
 @cache
 def _tiktoken(name: str) -> Tokenizer:
-    import fastokens
     from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS
 
     try:
@@ -161,29 +168,34 @@ def _tiktoken(name: str) -> Tokenizer:
             f"tokenizer {name} is not on this machine and could not be downloaded "
             f"({type(error).__name__}); put its file into the folder named by TIKTOKEN_CACHE_DIR"
         ) from error
-    ranks, specials = parts["mergeable_ranks"], parts["special_tokens"]
+    return _of_ranks(name, parts["pat_str"], parts["mergeable_ranks"], parts["special_tokens"])
+
+
+def _of_ranks(name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]) -> Tokenizer:
+    """One of tiktoken's, by what it is made of."""
+    import fastokens
+
     lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
 
     def engine() -> Engine:
-        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
-            file.write(lines)
-            file.flush()
-            return Fastokens(fastokens.Tokenizer.from_tiktoken(file.name, encoding=name))
+        with as_path(lines, ".tiktoken") as path:
+            return Fastokens(fastokens.Tokenizer.from_tiktoken(path, encoding=name))
 
-    decider = lines + json.dumps([parts["pat_str"], specials]).encode()
+    decider = lines + json.dumps([pattern, specials]).encode()
     return Tokenizer(
         name,
         Fastokens.name,
         engine,
-        lambda: Tiktoken(name, parts["pat_str"], ranks, specials),
-        max(*ranks.values(), *specials.values()) + 1,
-        hashlib.sha256(decider).hexdigest(),
-        specials,
+        lambda: Tiktoken(name, pattern, ranks, specials),
+        vocab_size=max(*ranks.values(), *specials.values()) + 1,
+        sha256=hashlib.sha256(decider).hexdigest(),
+        specials=specials,
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
         safe_cuts=True,
         chat=_chat(_OPENAI, specials),
         token_bytes=lambda: lengths_of({rank: len(token) for token, rank in ranks.items()}, specials),
+        again=partial(_of_ranks, name, pattern, ranks, specials),
     )
 
 
@@ -212,18 +224,15 @@ def _from_files(name: str, path: str) -> Tokenizer:
     config: Any = {}
     folder = os.path.dirname(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            definition = file.read()
+        definition = file_at(path).text()
         path = os.path.join(folder, _CONFIG)
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                config = json.load(file)
+        if kind_at(path) == "file":
+            config = json.loads(file_at(path).text())
         if not isinstance(config, dict):
             raise RequestError(f"{path} is no tokenizer_config.json: it holds no object")
         path = os.path.join(folder, _TEMPLATE)
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                config["chat_template"] = file.read()
+        if kind_at(path) == "file":
+            config["chat_template"] = file_at(path).text()
     except ValueError as error:  # neither UTF-8 nor JSON
         raise RequestError(f"{path} is no {os.path.basename(path)} that can be read: {error}") from error
     return _from_texts(name, definition, json.dumps(config))
@@ -259,9 +268,9 @@ def from_definition(
         (fast or reference).name,
         lambda: fast or reference,
         (lambda: HuggingFace(definition)) if fast else None,
-        max(vocabulary.values(), default=0) + 1,
-        hashlib.sha256(definition.encode()).hexdigest(),
-        {token: number for token, number in vocabulary.items() if token in added} | added,
+        vocab_size=max(vocabulary.values(), default=0) + 1,
+        sha256=hashlib.sha256(definition.encode()).hexdigest(),
+        specials={token: number for token, number in vocabulary.items() if token in added} | added,
         bos_token=_token_text(config.get("bos_token")),
         eos_token=_token_text(config.get("eos_token")),
         safe_cuts=cuts_safely(content),
@@ -271,6 +280,7 @@ def from_definition(
         normalized=(content.get("normalizer") or {}).get("type"),
         leaves_out=not knows_all_text(content),
         unknown=vocabulary.get(content["model"].get("unk_token") or ""),
+        again=partial(from_definition, name, definition, config),
     )
 
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from millstream.corpus.find import find_inputs
+from millstream.corpus.sources import InputShard
 from millstream.engines.ordered import map_ordered
 from millstream.errors import RequestError, setting
-from millstream.formats.corpus import find_inputs
-from millstream.formats.dataset import open as open_run
-from millstream.formats.exports.samples import Samples, Shard, has_mask, samples_of
-from millstream.formats.manifest import TOKENIZER
-from millstream.formats.shards import read_rows
-from millstream.formats.sources import InputShard
-from millstream.records import Cursor, Fault, Ids, TokenBatch, unmarked
+from millstream.folder.dataset import open as open_run
+from millstream.folder.entries import Identity, Manifest
+from millstream.folder.manifest import TOKENIZER
+from millstream.folder.reader import remainder
+from millstream.folder.samples import Samples, Shard, samples_of
+from millstream.records import Cursor, DocumentFault, Ids, TokenBatch, ids_and_learned
 from millstream.runs.pack.encode import Encode, Encoded
 from millstream.runs.pack.fingerprint import Fingerprint, Key, hashed
 from millstream.runs.pack.memory import workers_of
@@ -24,6 +25,7 @@ from millstream.runs.pack.numbering import Numbered
 from millstream.runs.pack.reading import Reading, Unit, without_data
 from millstream.runs.pack.settings import Settings, chat_of, chat_sha256
 from millstream.runs.pack.subset import Mark
+from millstream.store import kind_at
 from millstream.stream.tokenizers import Tokenizer, load_tokenizer
 
 _SHOWN = 10
@@ -76,9 +78,9 @@ def compare_with(
     folder = os.fspath(folder)
     manifest = open_run(folder).manifest
     listed = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
-    shards = find_inputs([os.fspath(source) for source in listed]).shards
+    shards = find_inputs([os.fspath(source) for source in listed], besides=folder).shards
     _refuse_others(manifest, shards)
-    known = manifest["settings"]
+    known = manifest.settings
     settings, loaded = _settings(folder, known, tokenizer, chat_template)
     chat = chat_of(settings, loaded)
     chosen = _Chosen(sample)
@@ -86,13 +88,13 @@ def compare_with(
     reading = Reading(shards, settings, known, loaded, chat)
     encode = replace(reading.encode(), rescues=True)
     if workers is None:
-        workers = _workers(settings, loaded, shards, int(known["max_document"]["bytes"]))
+        workers = _workers(settings, loaded, shards, known.max_document.bytes)
     source = run.source_side(reading, Again(encode), chosen, workers)
     return run.compared(source, run.folder_side(chosen), chosen)
 
 
-def _refuse_others(manifest: dict[str, Any], shards: list[InputShard]) -> None:
-    then, now = [entry["name"] for entry in manifest["inputs"]], [shard.name for shard in shards]
+def _refuse_others(manifest: Manifest, shards: list[InputShard]) -> None:
+    then, now = [entry.name for entry in manifest.inputs], [shard.name for shard in shards]
     for number in range(max(len(then), len(now))):
         was, is_now = (names[number] if number < len(names) else "not given" for names in (then, now))
         if was != is_now:
@@ -103,22 +105,22 @@ def _refuse_others(manifest: dict[str, Any], shards: list[InputShard]) -> None:
 
 
 def _settings(
-    folder: str, known: dict[str, Any], tokenizer: str | None, chat_template: str | None
+    folder: str, known: Identity, tokenizer: str | None, chat_template: str | None
 ) -> tuple[Settings, Tokenizer | None]:
     """The settings that a run was made with, as far as they decide ids, and its tokenizer."""
     same = ("text_field", "id_field", "ids_field", "seq_len", "strategy", "limit", "validation")
-    settings = Settings(**{name: known[name] for name in same}, overlong=known.get("overlong") or "cut")
-    named, loaded = known["tokenizer"], None
+    settings = Settings(**{name: getattr(known, name) for name in same}, overlong=known.overlong or "cut")
+    named, loaded = known.tokenizer, None
     if named:
         copy = os.path.join(folder, TOKENIZER)
-        found = tokenizer or (copy if os.path.exists(copy) else named["name"])
+        found = tokenizer or (copy if kind_at(copy) == "file" else named.name)
         loaded = load_tokenizer(found)
-        if loaded.sha256 != named["sha256"]:
+        if loaded.sha256 != named.sha256:
             raise RequestError(f"tokenizer {found} is not the one of the run: give {setting('tokenizer')}")
         settings = replace(settings, tokenizer=found)
     settings = replace(settings, engine="reference")
-    if known.get("chat"):
-        settings = replace(settings, chat=True, loss=known["chat"]["loss"], chat_template=chat_template)
+    if known.chat:
+        settings = replace(settings, chat=True, loss=known.chat.loss, chat_template=chat_template)
         for allow in (False, True):
             settings = replace(settings, allow_specials=allow)
             try:
@@ -127,7 +129,7 @@ def _settings(
                 if chat_template:
                     raise
                 chat = None
-            if chat and chat_sha256(chat) == known["chat"]["sha256"]:
+            if chat and chat_sha256(chat) == known.chat.sha256:
                 break
         else:
             raise RequestError(
@@ -188,17 +190,16 @@ class _Run:
     """A run folder and its sources."""
 
     def __init__(
-        self, folder: str, manifest: dict[str, Any], shards: list[InputShard], tokenizer: Tokenizer | None, key: Key
+        self, folder: str, manifest: Manifest, shards: list[InputShard], tokenizer: Tokenizer | None, key: Key
     ) -> None:
         self._folder, self._manifest, self._shards, self._key = folder, manifest, shards, key
-        self._count = int(manifest["ledger"]["documents"]["in"])
-        self._dtype = tokenizer.dtype if tokenizer else np.dtype(np.uint32)
-        self._masked = has_mask(manifest["settings"])
+        self._count = manifest.ledger.documents["in"]
+        self._masked = manifest.settings.masked
 
     def source_side(self, reading: Reading, again: Again, chosen: _Chosen, workers: int) -> _Side:
         """What the sources give."""
         side, numbering, afters = _Side(Fingerprint(self._count, self._key)), reading.numbering(), list[Any]()
-        dropped, limit = self._dropped(), self._manifest["settings"]["limit"]
+        dropped, limit = self._dropped(), self._manifest.settings.limit
 
         def tasks() -> Iterator[tuple[Unit, bool]]:
             for unit in reading.units(Cursor()):
@@ -219,7 +220,7 @@ class _Run:
                 if take:
                     self._add(side.sums, found, dropped)
                     chosen.add(mark.ordinal, found.mark.ordinal)
-                    side.not_compared += len(encoded.not_compared)
+                    side.not_compared += len(encoded.checks.not_compared)
                 mark = found.mark
                 if limit is not None and mark.ordinal >= limit and not found.open:
                     break
@@ -240,27 +241,24 @@ class _Run:
         """Ids with whether they are learned as one number."""
         if not self._masked:
             return ids
-        plain, learned = unmarked(ids, np.dtype(np.uint32))
+        plain, learned = ids_and_learned(ids, np.dtype(np.uint32))
         together: Ids = plain | (learned.astype(np.uint64) << np.uint64(32))
         return together
 
     def folder_side(self, chosen: _Chosen) -> _Side:
         """What the folder has."""
         side = _Side(Fingerprint(self._count, self._key), self._count)
-        for samples, entry in zip(
-            samples_of(self._folder, self._manifest), self._manifest["subsets"].values(), strict=True
-        ):
-            for number, shard in enumerate(entry["shards"]):
-                nothing = np.empty(0, samples.dtype)
-                for part in _stretches(Shard(samples, number, shard, 0, shard["samples"], nothing)):
+        for samples in samples_of(self._folder, self._manifest):
+            for shard in _shards(samples):
+                for part in _stretches(shard):
                     self._add_stretch(side.sums, chosen, *part)
-                for rows in read_rows(os.path.join(self._folder, shard["files"]["documents"]["name"])):
+                for rows in shard.documents():
                     mine = chosen.has(rows.ordinal)
                     names = hashed([name for name, take in zip(rows.id, mine.tolist(), strict=True) if take])
                     columns = (rows.source, rows.offset, rows.length, rows.cut_off)
                     side.sums.tell(rows.ordinal[mine], *(column[mine] for column in columns), names)
             if samples.kept:
-                self._add_stretch(side.sums, chosen, *_remainder(samples, entry))
+                self._add_stretch(side.sums, chosen, *_remainder(samples))
         _tell_faults(side.sums, [fault for fault in self._faults() if chosen.has(np.array([fault.ordinal])).all()])
         return side
 
@@ -274,18 +272,21 @@ class _Run:
         some = segments[mine]
         sums.add(some["document"], some["start"].astype(np.int64), length[mine], ids)
 
-    def _faults(self) -> Iterator[Fault]:
-        return (Fault(**line) for line in open_run(self._folder).faults()) if self._manifest["faults"] else iter(())
+    def _faults(self) -> Iterator[DocumentFault]:
+        return (
+            (DocumentFault(**line) for line in open_run(self._folder).faults()) if self._manifest.faults else iter(())
+        )
 
     def _dropped(self) -> dict[int, int]:
         """How many ids were kept of the documents whose last ones were dropped with the remainder."""
         found: dict[int, int] = {}
-        for entry in self._manifest["subsets"].values():
-            left = entry["remainder"]["ids"] if entry["remainder"]["policy"] == "drop" else 0
-            for shard in reversed(entry["shards"]):
+        for samples in samples_of(self._folder, self._manifest):
+            rest = samples.entry.remainder
+            left = rest.ids if rest.policy == "drop" else 0
+            for shard in reversed(list(_shards(samples))):
                 if not left:
                     break
-                tables = list(read_rows(os.path.join(self._folder, shard["files"]["documents"]["name"])))
+                tables = list(shard.documents())
                 for rows in reversed(tables):
                     for ordinal, length in zip(rows.ordinal[::-1].tolist(), rows.length[::-1].tolist(), strict=True):
                         if left and length:
@@ -311,13 +312,13 @@ class _Run:
     def _named(self, place: int, width: int) -> str:
         if width > 1:
             return f"one of the documents {place * width:,} to {place * width + width - 1:,}"
-        for subset in self._manifest["subsets"]:
+        for subset in self._manifest.subsets:
             for found in open_run(self._folder, subset).named(place):
                 return f"document {place:,} ({found})"
         return f"document {place:,}"
 
 
-def _tell_faults(sums: Fingerprint, faults: list[Fault]) -> None:
+def _tell_faults(sums: Fingerprint, faults: list[DocumentFault]) -> None:
     if faults:
         ordinal = np.array([fault.ordinal for fault in faults], np.uint64)
         facts = hashed([f"{fault.reason} {fault.shard} {fault.offset} {fault.line} {fault.id}" for fault in faults])
@@ -349,9 +350,13 @@ def _stretches(shard: Shard) -> Iterator[tuple[Ids, Ids, Ids | None]]:
         yield segments, ids[own], None if learned is None else learned[own]
 
 
-def _remainder(samples: Samples, entry: dict[str, Any]) -> tuple[Ids, Ids, Ids | None]:
-    path = os.path.join(samples.folder, entry["remainder"]["name"])
-    shard = entry["shards"][-1]
-    segments = np.load(os.path.join(samples.folder, shard["files"]["segments"]["name"]), mmap_mode="r")
-    part = segments[np.searchsorted(segments["sample"], shard["samples"]) :]
-    return part, np.load(path), samples.rest_learned if samples.masked else None
+def _shards(samples: Samples) -> Iterator[Shard]:
+    """The output shards of a subset, as they are."""
+    for number, entry in enumerate(samples.entry.shards):
+        yield Shard(samples, number, entry, 0, entry.samples, np.empty(0, samples.dtype))
+
+
+def _remainder(samples: Samples) -> tuple[Ids, Ids, Ids | None]:
+    """The kept remainder's segments, its ids, and which of them are to be learned."""
+    last = list(_shards(samples))[-1]
+    return last.rest_segments, *remainder(samples.store, samples.entry.remainder)

@@ -1,7 +1,6 @@
 """A finished run in the formats that trainers read, each in a folder of its own that appears whole or not at all."""
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -10,11 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from millstream.errors import RequestError, RunError, setting
-from millstream.formats.dataset import open as open_run
-from millstream.formats.exports import FORMATS, Export, check_formats, export
-from millstream.formats.exports.out import delete
-from millstream.formats.exports.samples import samples_of
-from millstream.formats.manifest import MANIFEST, TEMPORARY, file_hash, sync_folder
+from millstream.exports import FORMATS, check_formats
+from millstream.exports.out import delete_all
+from millstream.exports.tasks import Export
+from millstream.folder.dataset import open as open_run
+from millstream.folder.manifest import MANIFEST
+from millstream.folder.samples import samples_of
+from millstream.runs.pack.exporting import export_all
+from millstream.store import Store, Written, at, written_now
 
 LIST = "exports.json"
 """Names what a folder of exports holds, and of which run."""
@@ -54,12 +56,14 @@ def convert_to(
     formats: Sequence[str],
     *,
     overwrite: bool = False,
+    workers: int | None = None,
 ) -> Converted:
-    """Write the finished run in `folder` to `out`, in each of `formats` (names in `millstream.formats.exports`).
+    """Write the finished run in `folder` to `out`, in each of `formats` (names in `millstream.exports`).
 
-    What an earlier call finished is kept; a call that was interrupted is made again, to the same bytes. Raises
-    RequestError for an unfinished run, an unknown format, ids that do not fit one, or an `out` with something else in
-    it; LedgerError if not every id is accounted for.
+    `workers` processes write it, to the same bytes whatever their number; None: as many as are worth it. What an
+    earlier call finished is kept; a call that was interrupted is made again. Raises RequestError for an unfinished run,
+    an unknown format, ids that do not fit one, or an `out` with something else in it; LedgerError if not every id is
+    accounted for.
     """
     started = time.perf_counter()
     out, folder = os.fspath(out), os.fspath(folder)
@@ -69,74 +73,75 @@ def convert_to(
     if not names:
         raise RequestError(f"{setting('format')} wants one or more of {', '.join(FORMATS)}")
     check_formats(names, subsets[0].vocab_size, subsets[0].masked)
-    run = file_hash(os.path.join(folder, MANIFEST))
+    run, store = written_now(at(folder), MANIFEST).sha256, at(out)
     try:
-        with _claimed(out, names, run, overwrite) as listed:
-            already = [name for name in names if name in listed and _is_whole(out, listed[name])]
-            for name in names:
-                if name not in already:
-                    done, written = export(name, subsets, out)
+        with _claimed(store, names, run, overwrite) as listed:
+            already = [name for name in names if name in listed and _is_whole(store, listed[name])]
+            left = [name for name in names if name not in already]
+            _write_list(store, run, listed, begun=left)
+            with contextlib.closing(export_all(left, subsets, store, workers)) as finished:
+                for done, place in finished:
                     # Named in the list first: a folder that is not, is not ours.
-                    _write_list(out, run, {**listed, name: done})
-                    written.publish()
-                    listed[name] = done
+                    left.remove(done.format)
+                    _write_list(store, run, {**listed, done.format: done}, begun=left)
+                    place.publish()
+                    listed[done.format] = done
             return Converted(out, [listed[name] for name in names], already, time.perf_counter() - started)
     except OSError as error:
         raise RunError(f"{error}. Run the same command again to go on") from error
 
 
 @contextlib.contextmanager
-def _claimed(out: str, names: list[str], run: str, overwrite: bool) -> Iterator[dict[str, Export]]:
+def _claimed(out: Store, names: list[str], run: str, overwrite: bool) -> Iterator[dict[str, Export]]:
     """What `out` holds already, locked against a second conversion."""
-    try:
-        os.makedirs(out, exist_ok=True)
-        lock = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise RequestError(f"{setting('out', out)} cannot be made: {error.strerror}; give another folder") from error
-    try:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            out.make()
+            held.enter_context(out.lock("", f"to {out.url}"))
+        except OSError as error:
             raise RequestError(
-                f"another millstream is writing to {out}; wait for it, or give another {setting('out')}"
-            ) from None
+                f"{setting('out', out.url)} cannot be made: {error.strerror}; give another folder"
+            ) from error
         yield _begin(out, names, run, overwrite)
-    finally:
-        os.close(lock)
 
 
-def _begin(out: str, names: list[str], run: str, overwrite: bool) -> dict[str, Export]:
+def _begin(out: Store, names: list[str], run: str, overwrite: bool) -> dict[str, Export]:
     found = _read_list(out)
-    there = set(os.listdir(out)) - {LIST, LIST + TEMPORARY}
-    if MANIFEST in there:
-        raise RequestError(f"{out} is a run folder; give another {setting('out')}")
-    if found is None and there and not overwrite:
-        raise RequestError(
-            f"{out} has other files; give a new folder, or {setting('overwrite', True)} to write beside them"
-        )
-    if found is not None and found["run"] != run and not overwrite:
-        raise RequestError(
-            f"{out} has another run's exports; give another {setting('out')}, or {setting('overwrite', True)}"
-        )
+    _check(out, found, names, run, overwrite)
+    out.sweep()
     ours = dict(found["exports"]) if found else {}
-    for name in names:
-        # What is unfinished has a temporary name, and is ours if there is a list.
-        if name not in ours and (name in there or (found is None and name + TEMPORARY in there)):
-            raise RequestError(f"{os.path.join(out, name)} is not of a conversion; give another {setting('out')}")
     if overwrite:
-        for name in ours:
-            delete(out, name)
+        delete_all(out, ours)
         ours = {}
     if found is None or overwrite:
         _write_list(out, run, {})
     return {name: Export(**entry) for name, entry in ours.items()}
 
 
-def _read_list(out: str) -> dict[str, Any] | None:
-    path = os.path.join(out, LIST)
+def _check(out: Store, found: dict[str, Any] | None, names: list[str], run: str, overwrite: bool) -> None:
+    """Raises RequestError if something in `out` is not ours to replace."""
+    there = {entry.name for entry in out.entries()} - {LIST}
+    if MANIFEST in there:
+        raise RequestError(f"{out.url} is a run folder; give another {setting('out')}")
+    if found is None and there and not overwrite:
+        raise RequestError(
+            f"{out.url} has other files; give a new folder, or {setting('overwrite', True)} to write beside them"
+        )
+    if found is not None and found["run"] != run and not overwrite:
+        raise RequestError(
+            f"{out.url} has another run's exports; give another {setting('out')}, or {setting('overwrite', True)}"
+        )
+    for name in names:
+        # A draft is ours if there is a list.
+        draft = found is None and out.draft(name).exists("")
+        if draft or (name in there and not (found and name in {*found["exports"], *found.get("begun", ())})):
+            raise RequestError(f"{os.path.join(out.url, name)} is not of a conversion; give another {setting('out')}")
+
+
+def _read_list(out: Store) -> dict[str, Any] | None:
+    path = os.path.join(out.url, LIST)
     try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+        found = json.loads(out.read(LIST))
     except FileNotFoundError:
         return None
     except ValueError:
@@ -146,20 +151,17 @@ def _read_list(out: str) -> dict[str, Any] | None:
     return found
 
 
-def _write_list(out: str, run: str, exports: dict[str, Export]) -> None:
+def _write_list(out: Store, run: str, exports: dict[str, Export], begun: Sequence[str] = ()) -> None:
+    """`begun`: formats whose folders may have half of an export, where folders have no drafts."""
     listed = {name: asdict(exports[name]) for name in FORMATS if name in exports}
-    path = os.path.join(out, LIST)
-    with open(path + TEMPORARY, "w", encoding="utf-8") as file:
-        json.dump({"format": KIND, "run": run, "exports": listed}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + TEMPORARY, path)
-    sync_folder(out)
+    told = {"format": KIND, "run": run, "exports": listed, **({"begun": [*begun]} if begun else {})}
+    out.put(LIST, json.dumps(told, indent=1).encode())
 
 
-def _is_whole(out: str, done: Export) -> bool:
-    for file in done.files:
-        path = os.path.join(out, file["name"])
-        if not os.path.isfile(path) or os.path.getsize(path) != file["bytes"] or file_hash(path) != file["sha256"]:
-            return False
-    return os.path.isdir(os.path.join(out, done.format))
+def _is_whole(out: Store, done: Export) -> bool:
+    try:
+        return out.exists(done.format) and all(
+            written_now(out, file["name"]) == Written(file["bytes"], file["sha256"]) for file in done.files
+        )
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return False

@@ -2,16 +2,17 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from millstream.corpus.documents import Fields, decode, leave_out
 from millstream.errors import RunError, setting
-from millstream.formats.documents import Fields, decode, leave_out
-from millstream.records import LEARNED, Fault, Ids, Slice, TextBatch
+from millstream.records import LEARNED, DocumentFault, Ids, Slice, TextBatch
+from millstream.runs.pack.counts import Checks
 from millstream.stream.encoders import Engine
 from millstream.stream.tokenize import (
     Encoding,
@@ -34,9 +35,7 @@ CHECK_SIZE = 4 << 20  # longer texts are left out: the reference would need seco
 @dataclass(slots=True)
 class Encoded:
     """The result of one unit, in columns. `position` numbers documents and faults together, from 0 (-1: goes on with
-    the document before); `in_validation` is empty without a validation subset. `compared` bytes were compared with the
-    reference; `not_compared` has the ids of documents that it could not encode, and what it said; `unlearned`
-    conversations have nothing that is to be learned, and `twice` counts ready ids that had BOS or EOS already."""
+    the document before); `in_validation` is empty without a validation subset."""
 
     ids: Ids
     length: Ids
@@ -45,34 +44,27 @@ class Encoded:
     source: Ids
     offset: Ids
     in_validation: Ids
-    faults: list[Fault]
+    faults: list[DocumentFault]
     count: int
     lines: list[tuple[int, int]]
     opened: bool
     open: bool
     size: int
-    compared: int = 0
-    not_compared: dict[str, str] = field(default_factory=dict)
-    taught: int = 0
-    unlearned: int = 0
-    twice: int = 0
-    lost: int = 0
-    unknown: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+    checks: Checks = field(default_factory=Checks)
 
 
 @dataclass(frozen=True)
 class Encode:
     """`Encode(...)(unit, check_all)`: small, picklable, the same in every worker.
 
-    `tokenizer` is a name for `load_tokenizer`, None for text that is tokenized already, and `sha256` what it had to be
-    when the run began; `engine` is fast or reference. `masked`: rows are conversations (rendered by `fields.of_row`),
-    and ids have LEARNED set where they are to be learned. `rescues`: what the reference cannot encode is encoded by the
-    fast engine, and among `Encoded.not_compared`.
+    `tokenizer` is a name for `load_tokenizer`, or makes one, or None for text that is tokenized already, and `sha256`
+    what it had to be when the run began; `engine` is fast or reference. `masked`: rows are conversations (rendered by
+    `fields.of_row`), and ids have LEARNED set where they are to be learned. `rescues`: what the reference cannot encode
+    is encoded by the fast engine, and among `Checks.not_compared`.
     """
 
     fields: Fields
-    tokenizer: str | None
+    tokenizer: str | Callable[[], Tokenizer] | None
     sha256: str | None = None
     bos: int | None = None
     eos: int | None = None
@@ -116,8 +108,7 @@ class Encode:
             missed |= {batch.doc_ids[row]: message for row, message in rescued.items()}
         seconds = {part: b - a for part, a, b in zip(parts, clock, clock[1:], strict=False)}
         taught, unlearned = _taught(ids, length) if self.masked else (0, 0)
-        return replace(
-            found,
+        found.checks = Checks(
             compared=compared,
             not_compared=missed,
             taught=taught,
@@ -127,6 +118,7 @@ class Encode:
             unknown=unknown,
             seconds=seconds,
         )
+        return found
 
     def _lost(self, tokenizer: Tokenizer, batch: TextBatch, ids: Ids) -> tuple[int, int]:
         """(bytes of text that no id stands for, ids that stand for unknown text), where they can be known."""
@@ -231,14 +223,14 @@ def _taught(ids: Ids, length: Ids) -> tuple[int, int]:
 
 
 @cache
-def engine_of(name: str, sha256: str | None, engine: str) -> Tokenizer:
+def engine_of(name: str | Callable[[], Tokenizer], sha256: str | None, engine: str) -> Tokenizer:
     """The tokenizer with its fast engine, or with the reference engine in its place, once a process.
 
     Raises RunError if it is not the one that the run began with.
     """
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name) if isinstance(name, str) else name()
     if sha256 not in (None, tokenizer.sha256):
-        raise RunError(f"tokenizer {name} has changed while the run was going")
+        raise RunError(f"tokenizer {tokenizer.name} has changed while the run was going")
     if engine == "reference" and tokenizer.reference:
         reference = _reference(tokenizer)
         return replace(tokenizer, engine_name=reference.name, make_engine=lambda: reference, reference=None)

@@ -2,11 +2,11 @@
 
 import contextlib
 import itertools
-import os
 
-from millstream.formats.sources import READ, InputShard
+from millstream.corpus.parquet import footer_of
+from millstream.corpus.sources import READ, InputShard
+from millstream.corpus.stretches import expansion, told_size
 from millstream.records import Cursor
-from millstream.runs.pack.stretches import expansion, told_size
 
 
 class Extent:
@@ -36,7 +36,7 @@ class Extent:
 
 def _on_disk(shard: InputShard) -> int:
     with contextlib.suppress(OSError):
-        return 0 if shard.uri == "-" else os.path.getsize(shard.uri)
+        return 0 if shard.uri == "-" else shard.size()
     return 0
 
 
@@ -44,10 +44,9 @@ def _end(shard: InputShard, size: int) -> float:
     """Where a cursor is at the end of an input shard: its rows, or its bytes unpacked."""
     if shard.kind == "parquet":
         import pyarrow as pa
-        from pyarrow.parquet import read_metadata
 
         with contextlib.suppress(OSError, pa.ArrowException):
-            return float(read_metadata(shard.uri).num_rows)
+            return float(footer_of(shard).num_rows)
         return 0.0
     with contextlib.suppress(OSError):
         return told_size(shard) or size * (expansion(shard, READ) if shard.packed else 1)

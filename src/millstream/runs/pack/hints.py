@@ -1,14 +1,14 @@
 """What a finished run makes one think of: nothing is wrong, and it may not be what was wanted."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from millstream.errors import Words, setting
+from millstream.folder.entries import Identity, Ledger
 
 
 def hints_of(
-    settings: dict[str, Any],
-    ledger: dict[str, Any],
+    settings: Identity,
+    ledger: Ledger,
     repeated: str | None,
     unlearned: int = 0,
     twice: int = 0,
@@ -48,27 +48,27 @@ def _twice(count: int) -> Iterator[str]:
         yield f"ready ids had BOS or EOS already where one was added, {count:,} times: leave it out"
 
 
-def _cut(settings: dict[str, Any], ledger: dict[str, Any]) -> Iterator[str]:
+def _cut(settings: Identity, ledger: Ledger) -> Iterator[str]:
     """Conversations that are in more than one sample."""
-    cut = ledger["documents"]["split"]
-    if not settings["chat"] or not cut:
+    cut = ledger.documents["split"]
+    if not settings.chat or not cut:
         return
     whole, first = setting("strategy", "best-fit"), setting("overlong", "truncate")
-    ways = [f"{whole} cuts only what is longer than N"] if settings["strategy"] == "concat" else []
-    if not settings["overlong"]:
+    ways = [f"{whole} cuts only what is longer than N"] if settings.strategy == "concat" else []
+    if not settings.overlong:
         ways.append(f"{first} keeps the first N ids of longer ones, {setting('overlong', 'drop')} leaves them out")
     many = "1 conversation is" if cut == 1 else f"{cut:,} conversations are"
     yield f"{many} cut: what is behind a cut is learned without its prompt. {'; '.join(ways)}"
 
 
-def _separators(settings: dict[str, Any]) -> Iterator[str]:
+def _separators(settings: Identity) -> Iterator[str]:
     """Documents that nothing ends."""
-    if not settings["tokenizer"] or settings["ids_field"] or settings["chat"]:
+    if not settings.tokenizer or settings.ids_field or settings.chat:
         return
-    if settings["bos_id"] is None and settings["eos_id"] is None:
+    if settings.bos_id is None and settings.eos_id is None:
         what = (
             "no EOS ends a document: a model never learns to stop"
-            if settings["strategy"] == "split"
+            if settings.strategy == "split"
             else "neither BOS nor EOS separates documents: a model cannot see where one ends"
         )
         yield f"{what}; {setting('eos', True)} adds one"

@@ -1,14 +1,15 @@
 """How much memory a run takes at most, and how many workers fit into it."""
 
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from millstream.corpus.sources import InputShard, rough_total
+from millstream.corpus.unpacking import unpacking_memory
 from millstream.errors import RequestError, setting, sized
-from millstream.formats.sources import InputShard, rough_total
-from millstream.formats.unpacking import unpacking_memory
 from millstream.runs.pack.encode import CHECK_SIZE
+from millstream.runs.pack.machine import cores, memory
 from millstream.runs.pack.settings import (
     DEFAULT_MAX_DOCUMENT,
     DEFAULT_MEMORY,
@@ -29,6 +30,8 @@ ENGINE_MEMORY = 180 * MIB
 WORKER_MEMORY = 270 * MIB
 ID_MEMORY = 640
 GPT2_IDS = 50_257
+LARGE_PIECE_MEMORY = 100 * MIB  # that one of a cluster's size takes beyond a usual one, until it is put
+FAR_MEMORY = 32 * MIB  # of what is read from far away: two ranges, and the client
 DOCUMENT_COPIES = 10
 HELD_DOCUMENT = 320  # what is kept of each document in a window besides its ids, until the window is handed out
 HELD_SAMPLE = 32  # bytes, of each in a window of best-fit: their order
@@ -45,12 +48,14 @@ LETTERS_COPIES = 500
 @dataclass(frozen=True)
 class Need:
     """What a run holds at most: `copies` of the `longest` document, in bytes, and of the text that a worker has at
-    once; of what the reference checks, `checked` copies. `held` bytes are in windows and in what is unpacked."""
+    once; of what the reference checks, `checked` copies. Who packs holds `held` bytes in windows, who reads `unpacked`
+    bytes in what is unpacked."""
 
     longest: int
     copies: int = DOCUMENT_COPIES
     checked: int = 0
     held: int = 0
+    unpacked: int = 0
     vocab_size: int = 0
 
     @property
@@ -66,20 +71,52 @@ class Need:
     @property
     def alone(self) -> int:
         """With one process, besides documents."""
-        return PARENT_MEMORY + ENGINE_MEMORY + self.engine + self.held
+        return PARENT_MEMORY + ENGINE_MEMORY + self.engine + self.held + self.unpacked
 
-    def workers(self, count: int) -> int:
-        """With `count` workers."""
-        return PARENT_MEMORY + self.documents + self.held + count * (WORKER_MEMORY + self.engine)
+    def workers(self, count: int, writers: int = 1) -> int:
+        """With `count` workers, of which so many write output shards at once. Long documents take turns
+        (`engines.turns`), so that they count once."""
+        each = WORKER_MEMORY + self.engine + self.unpacked
+        return PARENT_MEMORY + self.documents + writers * self.held + count * each
 
 
-def workers_of(settings: Settings, tokenizer: Tokenizer | None, shards: Sequence[InputShard]) -> tuple[int, str]:
-    """(number of processes for a run, why). Raises RequestError if `memory` is less than it was measured to need."""
+class Crew(NamedTuple):
+    """How many processes a run has, why, and how many of them write output shards at once."""
+
+    workers: int
+    why: str
+    writers: int = 1
+
+
+def workers_of(settings: Settings, tokenizer: Tokenizer | None, shards: Sequence[InputShard]) -> Crew:
+    """The processes for a run. Raises RequestError if `memory` is less than it was measured to need; where it is not
+    given, the `workers` asked for have what they need, if this machine has it."""
     total = rough_total(shards)
     need = need_of(settings, tokenizer, shards, total)
     limit = limit_of(settings, need)
-    need = replace(need, held=need.held + unpacking_memory(shards, columns_of(settings), limit))
+    fetched = FAR_MEMORY if any(shard.far for shard in shards) else 0
+    need = replace(need, unpacked=unpacking_memory(shards, columns_of(settings), limit) + fetched)
+    wanted = _whole(need.workers(settings.workers)) if settings.workers and settings.memory is None else 0
+    here = memory()
+    if wanted > limit and (here is None or wanted <= here):
+        crew = choose_workers(settings, need, wanted, total)
+        return crew._replace(why=f"{crew.why}, with up to {wanted // MIB:,} MiB")
     return choose_workers(settings, need, limit, total)
+
+
+def share_of(
+    settings: Settings, tokenizer: Tokenizer | None, shards: Sequence[InputShard]
+) -> Callable[[int, int], int]:
+    """How many workers a machine has for a run, which has so many cores and bytes of memory; `memory` is what a run may
+    take on each. Any of them may write output shards."""
+    need = need_of(settings, tokenizer, shards, rough_total(shards))
+
+    def share(cores: int, there: int) -> int:
+        limit = there if settings.memory is None else min(settings.memory, there)
+        own = replace(need, unpacked=unpacking_memory(shards, columns_of(settings), limit) + LARGE_PIECE_MEMORY)
+        return max((count for count in range(1, cores + 1) if own.workers(count, count) <= limit), default=0)
+
+    return share
 
 
 def limit_of(settings: Settings, need: Need) -> int:
@@ -103,7 +140,7 @@ def need_of(
     reference = tokenizer.reference_name or tokenizer.engine_name
     engine = reference if settings.engine == "reference" else tokenizer.engine_name
     copies = LETTERS_COPIES if letters else ENGINE_COPIES[engine]
-    return Need(longest, copies, ENGINE_COPIES[reference], held, tokenizer.vocab_size)
+    return Need(longest, copies, ENGINE_COPIES[reference], held, vocab_size=tokenizer.vocab_size)
 
 
 def longest_document(settings: Settings, shards: Sequence[InputShard]) -> int:
@@ -116,7 +153,7 @@ def longest_document(settings: Settings, shards: Sequence[InputShard]) -> int:
 
 def _size(shard: InputShard) -> int:
     try:
-        return os.path.getsize(shard.uri)
+        return shard.size()
     except OSError:
         return 0  # a fault when it is read
 
@@ -133,40 +170,53 @@ def window_memory(settings: Settings, itemsize: int, total_bytes: int | None) ->
     return int((ids * itemsize + max(short, long)) * sum(paces(settings.validation)))
 
 
-def choose_workers(settings: Settings, need: Need, limit: int, total_bytes: int | None) -> tuple[int, str]:
-    """(number of processes, why), of which all together take at most `limit` bytes.
+def choose_workers(settings: Settings, need: Need, limit: int, total_bytes: int | None) -> Crew:
+    """The processes for a run, of which all together take at most `limit` bytes.
 
     Raises RequestError if that is less than they were measured to need.
     """
+    count, why = _count_and_why(settings, need, limit, total_bytes)
+    writers = next((some for some in range(count, 1, -1) if need.workers(count, some) <= limit), 1)
+    return Crew(count, why, writers)
+
+
+def _count_and_why(settings: Settings, need: Need, limit: int, total_bytes: int | None) -> tuple[int, str]:
     if limit < need.alone + need.documents:
         raise RequestError(_too_little(need, limit))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = cores()
     room = max(1, (limit - need.workers(0)) // (need.workers(1) - need.workers(0)))
     if settings.workers is not None:
         if settings.workers > room:
             wanted = _whole(need.workers(settings.workers))
             raise RequestError(
                 f"{setting('workers', settings.workers)} needs up to {wanted // MIB} MiB, and the limit is "
-                f"{sized('memory', limit)}. Give {sized('memory', wanted)} or {setting('workers', room)}"
+                f"{_told(limit)}. Give {sized('memory', wanted)} or {setting('workers', room)}"
             )
         return settings.workers, "as asked"
-    worth = cores if total_bytes is None else max(1, total_bytes // WORTH_A_WORKER)
-    if worth < cores and worth <= room:
+    worth = most if total_bytes is None else max(1, total_bytes // WORTH_A_WORKER)
+    if worth < most and worth <= room:
         return worth, "the input is small"
-    if room < cores:
-        return room, f"as many as fit into {limit // MIB}MiB; there are {cores} cores"
-    return cores, "one a core"
+    if room < most:
+        return room, f"as many as fit into {limit // MIB}MiB; there are {most} cores"
+    return most, "one a core"
 
 
 def _too_little(need: Need, limit: int) -> str:
     wanted = _whole(need.alone + need.documents)
     fits = max(0, limit - need.alone) // max(need.copies, need.checked) // MIB
     lower = f", or {sized('max_document', fits * MIB)}" if fits else ""
-    window = f" and {need.held / MIB:.3g} MiB of windows" if need.held else ""
+    held = need.held + need.unpacked
+    window = f" and {held / MIB:.3g} MiB of windows" if held else ""
+    longest = f"documents of up to {_whole(need.longest) // MIB} MiB{window}"
     return (
-        f"{sized('memory', limit)} is too little: documents of up to {need.longest / MIB:.3g} MiB{window} need up to "
-        f"{wanted // MIB} MiB with this tokenizer. Give {sized('memory', wanted)}{lower}"
+        f"{_told(limit)} is too little: {longest} need up to {wanted // MIB} MiB with this tokenizer. "
+        f"Give {sized('memory', wanted)}{lower}"
     )
+
+
+def _told(limit: int) -> str:
+    """The limit as a setting; nobody has given the odd bytes of one that comes from the size of documents."""
+    return sized("memory", limit // MIB * MIB or limit)
 
 
 def _whole(size: int) -> int:

@@ -1,12 +1,13 @@
 """What workers encoded gets its place in the run: ordinals of documents, lines of faults, counts for the ledger."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from millstream.records import LEARNED, Cursor, Fault, Ids, TokenBatch
+from millstream.records import LEARNED, Cursor, DocumentFault, Ids, TokenBatch
 from millstream.runs.pack.encode import Encoded
 from millstream.runs.pack.subset import Mark
 from millstream.stream.overlong import Overlong, learned_cut_off, too_many
@@ -20,7 +21,7 @@ class Numbered(NamedTuple):
 
     batch: TokenBatch
     in_validation: Ids
-    faults: list[Fault]
+    faults: list[DocumentFault]
     open: bool
     alone: bool
     mark: Mark
@@ -30,12 +31,13 @@ class Numbering:
     """Numbers units, in order: `number` gives each one's documents, from the mark that the one before it ended with.
 
     `specials`: whether the run puts BOS before documents, and EOS after them. Documents after the first `limit` are
-    left out. What is longer than a sample becomes what `overlong` says.
+    left out. What is longer than a sample becomes what `overlong` says. `restart` lets the next unit begin with a mark
+    of zeros: all that it and those behind it are given is then to be added to what came before them.
     """
 
     def __init__(
         self,
-        names: list[str],
+        names: Sequence[str] | Mapping[int, str],
         *,
         specials: tuple[bool, bool],
         masked: bool,
@@ -45,6 +47,22 @@ class Numbering:
         self._names, self._specials, self._masked, self._limit = names, specials, masked, limit
         self._overlong, self._faulty = overlong, overlong.how == "fault"
         self._open_ids = 0  # that the document that goes on has had
+
+    def anew(self, limit: int | None, names: Mapping[int, str]) -> "Numbering":
+        """The same for another stretch of the corpus, of which the first `limit` documents are taken: of inputs with
+        these `names`, by number."""
+        overlong = Overlong(self._overlong.how, self._overlong.seq_len, self._overlong.eos)
+        return Numbering(names, specials=self._specials, masked=self._masked, limit=limit, overlong=overlong)
+
+    def left(self, mark: Mark) -> int | None:
+        """How many documents are still taken behind `mark`; None for all."""
+        return None if self._limit is None else max(0, self._limit - mark.ordinal)
+
+    def restart(self, mark: Mark) -> Mark:
+        """The zeros to go on with, at the place of `mark`, which the last unit ended with."""
+        if self._limit is not None:
+            self._limit -= mark.ordinal
+        return Mark(mark.cursor)
 
     def number(self, encoded: Encoded, mark: Mark, cursor: Cursor) -> Numbered:
         """The documents of a unit that ends at `cursor`."""
@@ -63,7 +81,7 @@ class Numbering:
             faults = sorted([*faults, *self._too_many(batch.where(~good))])
             batch, chosen = batch.where(good), chosen[: len(good)][good[: len(chosen)]]
         faulty = Counter(mark.faults) + Counter(fault.reason for fault in faults)
-        specials = self._special_ids(batch)
+        specials = self._special_ids(batch, begun=not (encoded.opened and self._overlong.how == "cut"))
         after = Mark(
             cursor,
             mark.ordinal + count,
@@ -95,18 +113,20 @@ class Numbering:
         self._open_ids = int(batch.start[-1] + batch.length[-1]) if batch.open else 0
         return batch, count
 
-    def _special_ids(self, batch: TokenBatch) -> int:
+    def _special_ids(self, batch: TokenBatch, begun: bool) -> int:
+        """How many of the ids are BOS and EOS; `begun`: whether the first document has begun here."""
         filled = batch.length + batch.cut_off > 0
-        begun = int((filled & (batch.start == 0)).sum())
+        begun_here = int(filled.sum()) - int(not begun and bool(filled[:1].any()))
         ended = int(filled.sum()) - batch.open
         bos, eos = self._specials
-        return begun * bos + ended * eos
+        return begun_here * bos + ended * eos
 
-    def _too_many(self, batch: TokenBatch) -> list[Fault]:
-        numbers = zip(batch.ordinal.tolist(), batch.source.tolist(), batch.offset.tolist(), strict=True)
+    def _too_many(self, batch: TokenBatch) -> list[DocumentFault]:
+        ordinals = batch.ordinal.astype(np.int64)  # -1 for one that began before a restart
+        numbers = zip(ordinals.tolist(), batch.source.tolist(), batch.offset.tolist(), strict=True)
         rows = zip(numbers, batch.doc_ids, batch.cut_off.tolist(), strict=True)
         return [
-            Fault(
+            DocumentFault(
                 ordinal,
                 "overlong",
                 too_many(cut_off, self._overlong.seq_len),

@@ -1,16 +1,16 @@
 """What became of a document: the samples it went to, and its text, put together again from them."""
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from millstream.corpus.kinds import place
 from millstream.errors import RequestError, RunError, setting
-from millstream.formats.dataset import Dataset, Located, Placement
-from millstream.formats.dataset import open as open_run
-from millstream.formats.kinds import place
-from millstream.formats.manifest import TOKENIZER
-from millstream.records import Fault
+from millstream.folder.dataset import Dataset, Located, Placement
+from millstream.folder.dataset import open as open_run
+from millstream.folder.manifest import TOKENIZER
+from millstream.records import DocumentFault
+from millstream.store import File, at
 from millstream.stream.tokenizers import Tokenizer, from_definition, load_tokenizer
 
 
@@ -20,7 +20,7 @@ class Provenance:
 
     document_id: str
     documents: list[tuple[Dataset, Located]]
-    faults: list[Fault]
+    faults: list[DocumentFault]
 
     def only(self, number: int) -> "Provenance":
         """What became of the one of them with this number in the corpus. Raises RequestError if there is none."""
@@ -72,11 +72,11 @@ def _placement(dataset: Dataset, placement: Placement) -> dict[str, Any]:
 def provenance(folder: str, document_id: str) -> Provenance:
     """What became of the documents of this id, in all subsets. Raises RequestError if the run knows of none."""
     first = open_run(folder)
-    others = [open_run(folder, name) for name in first.manifest["subsets"] if name != first.subset]
+    others = [open_run(folder, name) for name in first.manifest.subsets if name != first.subset]
     documents = [(dataset, found) for dataset in [first, *others] for found in dataset.locate(document_id)]
     faults = first.faults_of(document_id)
     if not documents and not faults:
-        name = first.manifest["inputs"][0]["name"] if first.manifest["inputs"] else "corpus.jsonl"
+        name = first.manifest.inputs[0].name if first.manifest.inputs else "corpus.jsonl"
         named = name if place(name, 0) == name else f"{name}#0"
         raise RequestError(
             f"{folder} has no document with the id {document_id!r}; those without one are named for their place, as "
@@ -108,27 +108,23 @@ def text_of(dataset: Dataset, document: str | int | Located) -> str:
         kept = f"{document.length:,} of its {document.length + document.cut_off:,} ids"
         raise RunError(f"document {document.id!r} was longer than a sample, so the run has only {kept}")
     ids = dataset.document_ids(document).tolist()
-    settings = dataset.settings
-    if ids and settings["bos_id"] is not None and ids[0] == settings["bos_id"]:
+    settings = dataset.manifest.settings
+    if ids and settings.bos_id is not None and ids[0] == settings.bos_id:
         del ids[0]
-    if ids and settings["eos_id"] is not None and ids[-1] == settings["eos_id"]:
+    if ids and settings.eos_id is not None and ids[-1] == settings.eos_id:
         del ids[-1]
     return tokenizer.engine.decode(ids)
 
 
 def tokenizer_of(dataset: Dataset) -> Tokenizer | None:
     """The tokenizer that a run was made with: from the folder itself, or by name. Raises RunError if it has changed."""
-    named = dataset.settings["tokenizer"]
+    named = dataset.manifest.settings.tokenizer
     if not named:
         return None
-    path = os.path.join(dataset.folder, TOKENIZER)
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            tokenizer = _from_definition(named["name"], file.read())
-    else:
-        tokenizer = load_tokenizer(named["name"])
-    if tokenizer.sha256 != named["sha256"]:
-        raise RunError(f"tokenizer {named['name']} has changed: {dataset.folder} was packed with another one")
+    kept = File(at(dataset.folder), TOKENIZER)
+    tokenizer = _from_definition(named.name, kept.text()) if kept.exists() else load_tokenizer(named.name)
+    if tokenizer.sha256 != named.sha256:
+        raise RunError(f"tokenizer {named.name} has changed: {dataset.folder} was packed with another one")
     return tokenizer
 
 

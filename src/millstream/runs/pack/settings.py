@@ -1,18 +1,20 @@
 """What a pack run is asked for: checked, and split into what decides the bytes and what does not."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import re
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from typing import Any
 
 from millstream.errors import RequestError, setting, sized
-from millstream.formats.exports import FORMATS, check_formats
+from millstream.exports import FORMATS, check_formats
+from millstream.folder.entries import ChatEntry, Identity, MaxDocument, TokenizerEntry
+from millstream.options import Kind, is_count, is_number, misfits, one_of, or_none
+from millstream.store import file_at
 from millstream.stream.bestfit import WINDOW
 from millstream.stream.chat import FIELDS, LOSSES, Chat
-from millstream.stream.line import STRATEGIES
-from millstream.stream.overlong import OVERLONG
+from millstream.stream.line import KINDS as PACKING_KINDS
 from millstream.stream.tokenizers import Tokenizer
 
 MIB = 1 << 20
@@ -27,7 +29,11 @@ class Settings:
     what becomes of documents of more than `seq_len` ids: cut, truncate, drop or fault. `format` is npy or parquet, and
     with commas any other in which samples are written as well. With `chat` rows are conversations, and
     `loss` says what of them is to be learned; `chat_template` is the path of a template to take instead of the
-    tokenizer's; with `allow_specials`, a text in them that spells a special token is that token.
+    tokenizer's; with `allow_specials`, a text in them that spells a special token is that token. `spill` is the folder
+    for what several workers leave for one another (None: within
+    the run folder, or in Ray's object store). `on` says where the workers are: local, ray, or the address of a Ray
+    cluster. With `join` others may run the same at once, in the same folder; one of them that is not heard of
+    for `lease` seconds is taken for dead.
     """
 
     tokenizer: str | None = None
@@ -60,9 +66,13 @@ class Settings:
 
     workers: int | None = None
     memory: int | None = None
+    spill: str | None = None
+    on: str = "local"
     on_error: str = "stop"
     engine: str = "fast"
     overwrite: bool = False
+    join: bool = False
+    lease: float = 30.0
     block: int = MIB
 
     @property
@@ -90,56 +100,64 @@ def with_named(call: str, settings: Settings | None, named: dict[str, Any]) -> S
     return replace(settings or Settings(), **named)
 
 
+_ADDRESS = re.compile(r"(ray://)?[^/\s]+:\d+")
+SIZES = ("memory", "shard_size", "max_document")
+KINDS = {
+    **PACKING_KINDS,
+    "on": Kind(
+        lambda on: isinstance(on, str) and (on in ("local", "ray") or bool(_ADDRESS.fullmatch(on))),
+        "give local, ray, HOST:PORT or ray://HOST:PORT",
+    ),
+    "on_error": one_of(("stop", "skip")),
+    "engine": one_of(("fast", "reference")),
+    "loss": one_of(LOSSES),
+    "workers": or_none(Kind(is_count, "give at least 1")),
+    **dict.fromkeys(SIZES, or_none(Kind(is_count, "give a size such as 64MiB"))),
+    "validation": Kind(
+        lambda fraction: is_number(fraction) and 0 <= fraction < 1, "give a fraction from 0 to below 1, such as 0.01"
+    ),
+    "lease": Kind(lambda lease: is_number(lease) and lease >= 1, "give at least 1, in seconds, such as 30"),
+    "limit": or_none(Kind(lambda limit: is_count(limit, 0), "give a number of documents")),
+}
+"""What each may be; the rest is looked at where it is read."""
+
+
 def check_settings(settings: Settings) -> None:
     """Raises RequestError that says what to give instead."""
     formats(settings)
-
-    def wrong(name: str, want: str) -> RequestError:
-        value = getattr(settings, name)
-        shown = sized(name, value) if name in SIZES else setting(name, value)
-        return RequestError(f"{shown} does not work: {want}")
-
-    if settings.seq_len < 1:
-        raise wrong("seq_len", "a sample needs at least one id")
+    values = {each.name: getattr(settings, each.name) for each in fields(settings)}
+    for name, _, want in misfits(KINDS, values):
+        raise _wrong(settings, name, want)
     memory = DEFAULT_MEMORY if settings.memory is None else settings.memory
     if settings.seq_len * 32 > memory:
-        raise wrong("seq_len", f"such samples do not fit into {sized('memory', memory)}")
-    for name, known in CHOICES.items():
-        if getattr(settings, name) not in known:
-            raise wrong(name, f"give {' or '.join(known)}")
+        raise _wrong(settings, "seq_len", f"such samples do not fit into {sized('memory', memory)}")
+    _check_owners(settings)
+    _check_fields(settings)
+
+
+def _wrong(settings: Settings, name: str, want: str) -> RequestError:
+    value = getattr(settings, name)
+    shown = sized(name, value) if name in SIZES and isinstance(value, int) else setting(name, value)
+    return RequestError(f"{shown} does not work: {want}")
+
+
+def _check_owners(settings: Settings) -> None:
+    """Settings that say how something is done that is not wanted."""
+    if settings.join and settings.on != "local":
+        raise _wrong(settings, "on", f"with {setting('join', True)} each machine has its own workers; give one of them")
     best_fit, shuffled = settings.strategy == "best-fit", settings.shuffle is not None
-    for name, useful, what in (
+    for name, useful, owner in (
         ("window", best_fit, setting("strategy", "best-fit")),
         ("max_segments", best_fit, setting("strategy", "best-fit")),
         ("shuffle_window", shuffled, setting("shuffle")),
     ):
         if getattr(settings, name) is not None and not useful:
-            raise wrong(name, f"it belongs to {what}")
-    for name in ("window", "max_segments", "shuffle_window", "workers", *SIZES):
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            raise wrong(name, "give a size such as 64MiB" if name in SIZES else "give at least 1")
-    if settings.shuffle is not None and not 0 <= settings.shuffle < 1 << 64:
-        raise wrong("shuffle", "give a seed from 0 to 2^64 - 1")
-    if not 0 <= settings.validation < 1:
-        raise wrong("validation", "give a fraction from 0 to below 1, such as 0.01")
-    if settings.limit is not None and settings.limit < 0:
-        raise wrong("limit", "give a number of documents")
-    _check_fields(settings, wrong)
+            raise _wrong(settings, name, f"it belongs to {owner}")
+    if settings.lease != Settings.lease and not settings.join:
+        raise _wrong(settings, "lease", f"it belongs to {setting('join', True)}")
 
 
-SIZES = ("memory", "shard_size", "max_document")
-CHOICES: dict[str, Sequence[str]] = {
-    "strategy": STRATEGIES,
-    "remainder": ("keep", "drop", "pad"),
-    "overlong": OVERLONG,
-    "pad_side": ("right", "left"),
-    "on_error": ("stop", "skip"),
-    "engine": ("fast", "reference"),
-    "loss": LOSSES,
-}
-
-
-def _check_fields(settings: Settings, wrong: Callable[[str, str], RequestError]) -> None:
+def _check_fields(settings: Settings) -> None:
     chat = setting("chat")
     if settings.chat and settings.ids_field:
         raise RequestError(f"{chat} renders text, and with {setting('ids_field')} there is none; give one of them")
@@ -147,27 +165,68 @@ def _check_fields(settings: Settings, wrong: Callable[[str, str], RequestError])
         names = f"{setting('loss')}, {setting('chat_template')} and {setting('allow_specials')}"
         raise RequestError(f"{names} belong to {chat}")
     if settings.chat and settings.id_field in FIELDS:
-        raise wrong("id_field", f"with {chat} that is a part of the conversation")
+        raise _wrong(settings, "id_field", f"with {chat} that is a part of the conversation")
     if not settings.chat and (settings.ids_field or settings.text_field) == settings.id_field:
-        raise wrong("id_field", "a document's id cannot be its text as well")
+        raise _wrong(settings, "id_field", "a document's id cannot be its text as well")
 
 
 DEFAULT_MAX_DOCUMENT = 32 * MIB
 DEFAULT_MEMORY = 1024 * MIB  # and what the tokenizer needs, see memory.py
 
 
-def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def identity(settings: Settings, tokenizer: Tokenizer | None) -> Identity:
     """What decides the bytes, as the manifest keeps it."""
+    bos = _special(tokenizer, "bos", wanted=settings.bos, named=settings.bos_token)
+    eos = _special(tokenizer, "eos", wanted=settings.eos, named=settings.eos_token)
+    pad = _padding(settings, tokenizer, eos)
+    window, shuffle_window = windows(settings)
+    base, exports = formats(settings)
+    check_formats([base, *exports], tokenizer.vocab_size if tokenizer else None, settings.masked)
+    chat = chat_of(settings, tokenizer)
+    explicit = settings.max_document is not None
+    entry = TokenizerEntry(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size) if tokenizer else None
+    engine = f"{tokenizer.engine_name} {version(tokenizer.engine_name)}" if tokenizer else None
+    return Identity(
+        tokenizer=entry,
+        engine=engine,
+        writer=f"pyarrow {version('pyarrow')}",
+        seq_len=settings.seq_len,
+        strategy=settings.strategy,
+        window=window,
+        max_segments=settings.max_segments,
+        shuffle=settings.shuffle,
+        shuffle_window=shuffle_window,
+        overlong=None if settings.overlong == "cut" else settings.overlong,
+        bos_id=bos,
+        eos_id=eos,
+        remainder=settings.remainder,
+        pad_id=pad,
+        pad_side=settings.pad_side,
+        text_field=settings.text_field,
+        id_field=settings.id_field,
+        ids_field=settings.ids_field,
+        chat=ChatEntry(chat.loss, chat_sha256(chat)) if chat else None,
+        limit=settings.limit,
+        validation=settings.validation,
+        format=base,
+        exports=exports or None,
+        shard_size=settings.shard_size,
+        max_document=MaxDocument(settings.max_document or DEFAULT_MAX_DOCUMENT, explicit),
+    )
 
-    def special(wanted: bool, what: str, named: str | None, own: str | None) -> int | None:
-        if not wanted and named is None:
-            return None
-        if tokenizer is None:
-            raise RequestError(f"{setting(what)} needs a tokenizer that names the token; give {setting('tokenizer')}")
-        return tokenizer.special_id(named or own, what)
 
-    eos = special(settings.eos, "eos", settings.eos_token, tokenizer.eos_token if tokenizer else None)
-    bos = special(settings.bos, "bos", settings.bos_token, tokenizer.bos_token if tokenizer else None)
+def _special(tokenizer: Tokenizer | None, what: str, *, wanted: bool, named: str | None) -> int | None:
+    """The id of BOS or EOS, which a run wants or names. Raises RequestError if there is none."""
+    if not wanted and named is None:
+        return None
+    if tokenizer is None:
+        raise RequestError(f"{setting(what)} needs a tokenizer that names the token; give {setting('tokenizer')}")
+    own = tokenizer.eos_token if what == "eos" else tokenizer.bos_token
+    return tokenizer.special_id(named or own, what)
+
+
+def _padding(settings: Settings, tokenizer: Tokenizer | None, eos: int | None) -> int | None:
+    """The id that pads, if samples can have padding. Raises RequestError if there is none, or it is no id."""
     pad = settings.pad_id
     if pad is None and (settings.strategy != "concat" or settings.remainder == "pad"):
         if tokenizer is None or (tokenizer.eos_token is None and eos is None):
@@ -178,42 +237,7 @@ def identity(settings: Settings, tokenizer: Tokenizer | None) -> dict[str, Any]:
     largest = tokenizer.vocab_size - 1 if tokenizer else 0xFFFFFFFF
     if pad is not None and not 0 <= pad <= largest:
         raise RequestError(f"{setting('pad_id', pad)} is no id of the vocabulary: give one from 0 to {largest:,}")
-    window, shuffle_window = windows(settings)
-    base, exports = formats(settings)
-    check_formats([base, *exports], tokenizer.vocab_size if tokenizer else None, settings.masked)
-    chat = chat_of(settings, tokenizer)
-    explicit = settings.max_document is not None
-    engine = tokenizer and f"{tokenizer.engine_name} {version(tokenizer.engine_name)}"
-    return {
-        "tokenizer": tokenizer
-        and {"name": tokenizer.name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
-        "engine": engine,
-        "seq_len": settings.seq_len,
-        "strategy": settings.strategy,
-        "window": window,
-        "max_segments": settings.max_segments,
-        "shuffle": settings.shuffle,
-        "shuffle_window": shuffle_window,
-        "overlong": None if settings.overlong == "cut" else settings.overlong,
-        "bos_id": bos,
-        "eos_id": eos,
-        "remainder": settings.remainder,
-        "pad_id": pad,
-        "pad_side": settings.pad_side,
-        "text_field": settings.text_field,
-        "id_field": settings.id_field,
-        "ids_field": settings.ids_field,
-        "chat": chat and {"loss": chat.loss, "sha256": chat_sha256(chat)},
-        "limit": settings.limit,
-        "validation": settings.validation,
-        "format": base,
-        "exports": exports or None,
-        "shard_size": settings.shard_size,
-        "max_document": {
-            "bytes": settings.max_document or DEFAULT_MAX_DOCUMENT,
-            "plain_text_too": explicit,
-        },
-    }
+    return pad
 
 
 def chat_of(settings: Settings, tokenizer: Tokenizer | None) -> Chat | None:
@@ -223,8 +247,7 @@ def chat_of(settings: Settings, tokenizer: Tokenizer | None) -> Chat | None:
     chat = replace(tokenizer.chat, loss=settings.loss, allow=settings.allow_specials)
     if settings.chat_template:
         try:
-            with open(settings.chat_template, encoding="utf-8") as file:
-                chat = replace(chat, templates=(("default", file.read()),))
+            chat = replace(chat, templates=(("default", file_at(settings.chat_template).text()),))
         except OSError as error:
             raise RequestError(f"{setting('chat_template', settings.chat_template)}: {error.strerror}") from error
         except UnicodeDecodeError as error:

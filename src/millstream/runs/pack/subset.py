@@ -1,40 +1,27 @@
 """The samples of one subset of a corpus on their way into output shards, and where that can go on."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from millstream.formats.shards import Rows, Shape, ShardWriter, write_remainder
-from millstream.records import LEARNED, Cursor, TokenBatch
+from millstream.folder.documents import Rows
+from millstream.folder.entries import Remainder, ShardEntry, SubsetEntry
+from millstream.folder.records import Mark as Mark
+from millstream.folder.records import Resume, SealedShards
+from millstream.folder.shards import Shape, ShardWriter, write_remainder
+from millstream.records import LEARNED, TokenBatch
 from millstream.stream.line import Line, Strategy
 from millstream.stream.pack import Ended, Packed, State
 
 
-@dataclass(frozen=True)
-class Mark:
-    """The state of the reading side before a unit: what a resumed run goes on with.
+class Sealed(NamedTuple):
+    """An output shard that is written: its manifest entry, and the states from which it, and what follows it, is made;
+    nothing follows where the subset ends with it."""
 
-    `ordinal`: documents read so far; `line`: of the input shard at `cursor`; `text_ids`, `special_ids`: as in the
-    ledger; `fault_bytes`: how long faults.jsonl is; `bytes`: of input; `learned`: ids that are to be learned, and
-    `learned_cut_off`, those of them that documents longer than a sample do not keep.
-    """
-
-    cursor: Cursor = field(default_factory=Cursor)
-    ordinal: int = 0
-    line: int = 0
-    text_ids: int = 0
-    special_ids: int = 0
-    fault_bytes: int = 0
-    faults: dict[str, int] = field(default_factory=dict)
-    bytes: int = 0
-    learned: int = 0
-    learned_cut_off: int = 0
-
-    @classmethod
-    def load(cls, found: dict[str, Any]) -> "Mark":
-        return cls(**{**found, "cursor": Cursor(*found["cursor"])})
+    entry: ShardEntry
+    begin: State
+    end: State | None
 
 
 class Subset:
@@ -42,20 +29,47 @@ class Subset:
 
     `state` is that of the line before the first sample that is in no sealed shard: `mark`, the reading side's state
     before a unit; `ordinal`, the first document from there on that has to be fed again; and what the line itself needs.
+
+    It goes on behind the shards that an earlier run `found`, or from the `state` before shard number `first`; it is
+    `full` once `count` shards are sealed, unless the last of these is the `final` one, which takes what is left.
+    Several can write the same shards at once.
     """
 
     def __init__(
-        self, name: str, folder: str, shape: Shape, strategy: Strategy, found: dict[str, Any] | None = None
+        self,
+        name: str,
+        folder: str,
+        shape: Shape,
+        strategy: Strategy,
+        found: SealedShards | None = None,
+        *,
+        state: State | None = None,
+        first: int = 0,
+        count: int | None = None,
+        final: bool = False,
     ) -> None:
         self.name, self.folder, self.shape = name, folder, shape
-        self.shards: list[dict[str, Any]] = found["shards"] if found else []
-        self.state: State = {"mark": Mark(), "ordinal": 0}
-        if found:
-            self.state = {**found["resume"], "mark": Mark.load(found["resume"]["mark"])}
+        self._earlier = found.entries if found else []
+        self._number = first + len(self._earlier)
+        self._stop = None if count is None else first + count
+        self._final = self._stop - 1 if final and self._stop is not None else None
+        self.sealed: list[Sealed] = []
+        self.recorded = 0  # how many of them have a record
+        self.state: State = state or (found.resume if found else Resume()).state
         self._begin: int = self.state["ordinal"]
         self.line = Line(strategy, np.dtype(np.uint32) if shape.masked else shape.dtype, self.state)
         self.writer: ShardWriter | None = None
-        self.remainder: dict[str, Any] | None = None
+        self.remainder: Remainder | None = None
+        self.rest: int | None = None  # about how many ids are still to come, where somebody can tell
+
+    @property
+    def shards(self) -> list[ShardEntry]:
+        """The manifest entries of all that are sealed."""
+        return [*self._earlier, *(sealed.entry for sealed in self.sealed)]
+
+    @property
+    def full(self) -> bool:
+        return self._stop is not None and self._final is None and self._number >= self._stop
 
     def add(self, batch: TokenBatch, begin: Mark, end: Mark, ordinal: int) -> bool:
         """Pack a batch; whether a shard was sealed.
@@ -76,25 +90,29 @@ class Subset:
 
     def _write(self, some: Iterable[Packed]) -> bool:
         """Write samples and documents, sealing shards as they fill; whether one was sealed."""
-        before = len(self.shards)
+        before = len(self.sealed)
         for packed in some:
             left = packed
             while left.stop >= (bound := self._first + self.shape.per_shard):
                 self._write_part(left.between(left.first, bound))
-                self._seal()
-                self.state = packed.state(bound)
+                self._seal(packed.state(bound))
+                if self.full:
+                    return True
                 left = left.between(bound, packed.stop + 1)
             self._write_part(left)
-        return len(self.shards) > before
+        return len(self.sealed) > before
 
     @property
     def _first(self) -> int:
         """The number of the first sample in the shard that is written."""
-        return len(self.shards) * self.shape.per_shard
+        return self._number * self.shape.per_shard
 
     def _open(self) -> ShardWriter:
         if self.writer is None:
-            self.writer = ShardWriter(self.folder, self.name, len(self.shards), self.shape)
+            fills = self._number != self._final
+            if self.rest is not None:
+                fills = self.rest >= self.shape.per_shard * self.shape.seq_len
+            self.writer = ShardWriter(self.folder, self.name, self._number, self.shape, fills=fills)
         return self.writer
 
     def _write_part(self, packed: Packed) -> None:
@@ -106,19 +124,24 @@ class Subset:
         if len(packed.ended.ordinal):
             self._open().write_documents(_rows(packed.ended))
 
-    def _seal(self) -> None:
+    def _seal(self, end: State | None) -> None:
         assert self.writer
-        self.shards.append(self.writer.seal())
+        self.sealed.append(Sealed(self.writer.seal(), self.state, end))
         self.writer = None
+        self._number += 1
+        self.state = end or self.state
+
+    def flush(self) -> None:
+        """Write what was held back, at the end of the input."""
+        self._write(self.line.flush())
 
     def finish(self, remainder: str, pad_id: int, pad_side: str) -> None:
         """Seal what is left; the ids that fill no sample are kept, padded or dropped."""
-        self._write(self.line.flush())
+        self.flush()
         rest = self.line.finish()
         n = self.shape.seq_len
-        self.remainder = {"policy": remainder, "ids": len(rest.ids)}
-        if self.shape.masked:
-            self.remainder["learned"] = int((rest.ids >= LEARNED).sum())
+        learned = int((rest.ids >= LEARNED).sum()) if self.shape.masked else None
+        self.remainder = Remainder(remainder, len(rest.ids), learned)
         if len(rest.ids):
             segments = rest.segments.copy()
             segments["sample"] = self.line.packer.samples - self._first
@@ -129,20 +152,18 @@ class Subset:
                 self._open().write(row, segments, n - len(rest.ids))
             elif remainder == "keep":
                 self._open().write_segments(segments)
-                self.remainder |= write_remainder(self.folder, self.name, rest.ids, self.shape)
+                self.remainder = write_remainder(self.folder, self.name, self.remainder, rest.ids, self.shape)
         if self.writer:
-            self._seal()
+            self._seal(None)
 
     def close(self) -> None:
         if self.writer:
             self.writer.close()
 
-    def entry(self, complete: bool) -> dict[str, Any]:
-        found: dict[str, Any] = {"shards": self.shards}
-        if complete:
-            return {**found, "remainder": self.remainder}
-        mark = {**asdict(self.state["mark"]), "cursor": list(self.state["mark"].cursor)}
-        return {**found, "resume": {**self.state, "mark": mark}}
+    def entry(self) -> SubsetEntry:
+        """For the manifest, once it is finished."""
+        assert self.remainder
+        return SubsetEntry(self.shards, self.remainder)
 
 
 def _rows(ended: Ended) -> Rows:

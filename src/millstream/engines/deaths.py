@@ -1,0 +1,14 @@
+"""What becomes of a unit whose worker dies again and again."""
+
+from millstream.errors import WorkerDied
+
+PATIENCE = 3
+"""Deaths of the worker of one unit."""
+
+
+def ended_by_itself(why: str, unit: str | None, hint: str = "") -> WorkerDied:
+    """The error that names the unit which did it, if there was one."""
+    where = f" at {unit}" if unit else ""
+    return WorkerDied(
+        f"a worker process ended by itself ({why}), {PATIENCE} times{where}{hint}. Run the same command again to go on"
+    )

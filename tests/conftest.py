@@ -1,0 +1,20 @@
+"""The tests see nothing of what the machine that runs them is set up for: no proxy, account, server or colour; and they
+are interrupted as at a keyboard.
+
+As it is here, what tests share can be imported in the folders below too.
+"""
+
+import os
+import signal
+
+_OTHERS = ("ALL_PROXY", "COLUMNS", "FORCE_COLOR", "HTTPS_PROXY", "HTTP_PROXY", "LINES", "NO_COLOR", "NO_PROXY")
+_FRONTS = ("AWS_", "AZURE_", "GOOGLE_", "HF_", "HUGGING", "MILLSTREAM_", "OPENAI_", "RAY_", "TIKTOKEN_", "TTY_")
+
+for name in list(os.environ):
+    if name.upper() in _OTHERS or name.startswith(_FRONTS):
+        del os.environ[name]
+
+# Whoever starts the tests in the background, or with nohup, may have these ignored, and that is inherited.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)

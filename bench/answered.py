@@ -6,9 +6,9 @@ Run as `python bench/answered.py PROMPTS COUNT MODEL JOURNAL`.
 import json
 import sys
 
-from millstream.formats.corpus import expand
+from millstream.client.bodies import Recipe
+from millstream.corpus.find import expand
 from millstream.runs.ask.answers import AnswerJournal
-from millstream.runs.ask.bodies import Recipe
 from millstream.runs.ask.prompts import batches
 
 TAIL = json.dumps({

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from millstream.records import Ids, TokenBatch
-from millstream.stream.bestfit import assign, plan
+from millstream.stream.bins import assign, plan
 from millstream.stream.line import Line, Strategy
 from millstream.stream.pack import Packed
 

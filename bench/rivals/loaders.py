@@ -1,7 +1,8 @@
 """Batches of the same samples out of one loader: python loaders.py NAME FOLDER EPOCHS BATCH SEQ_LEN.
 
-Shuffled, in one process, as int64 tensors; ours are all arrays of a batch, theirs the ids alone. Prints the ids given,
-the CPU seconds from the second epoch on, and the sum of the first epoch's ids, which tells that they are the same.
+Shuffled, in one process, as int64 tensors; ours are all arrays of a batch, `ids` and theirs the ids alone. Prints the
+ids given, the CPU seconds from the second epoch on, and the sum of the first epoch's ids, which tells that they are the
+same.
 """
 
 import glob
@@ -33,16 +34,22 @@ class Rows:
         return self.shards[which][number - (self.ends[which - 1] if which else 0)].astype(np.int64)
 
 
-def millstream(folder, epochs, batch, seq_len, reuse=False):
+def millstream(folder, epochs, batch, seq_len, **how):
     from millstream.torch import PackedDataset
 
     data = PackedDataset(os.path.join(folder, "run"), seed=1, epochs=epochs)
-    for each in data.loader(batch, reuse=reuse):
+    for each in data.loader(batch, **how):
         yield each["input_ids"]
 
 
 def reuse(folder, epochs, batch, seq_len):
     return millstream(folder, epochs, batch, seq_len, reuse=True)
+
+
+def ids(folder, epochs, batch, seq_len):
+    from millstream.torch import collate_ids
+
+    return millstream(folder, epochs, batch, seq_len, collate=collate_ids)
 
 
 def memmap(folder, epochs, batch, seq_len):

@@ -33,7 +33,7 @@ from millstream.streams import State, Stream
 
 Folder = str | os.PathLike[str] | Dataset
 
-__all__ = ["Loader", "PackedDataset", "Picked", "StreamDataset", "collate", "collate_flat"]
+__all__ = ["Loader", "PackedDataset", "Picked", "StreamDataset", "collate", "collate_flat", "collate_ids"]
 
 
 class Picked(Sequence[Sample]):
@@ -94,6 +94,15 @@ def collate_flat(samples: Iterable[Sample], arrays: Arrays | None = None) -> dic
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def collate_ids(samples: Iterable[Sample], arrays: Arrays | None = None) -> dict[str, Any]:
+    """The ids alone, `input_ids` (B, N) int64, in about half the time, for a model that takes a batch as one text.
+
+    A loss over them also asks for the first id of a document after the last of the one before, for padding, and for
+    what a run's mask leaves out: `collate` has labels that do not.
+    """
+    return {"input_ids": torch.from_numpy(_batch(samples, arrays).token_ids)}
 
 
 class Collate(Protocol):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 import millstream
 from millstream import streams
 from millstream.errors import RequestError, ResumeRefused, RunError
-from millstream.torch import PackedDataset, StreamDataset, collate, collate_flat
+from millstream.torch import PackedDataset, StreamDataset, collate, collate_flat, collate_ids
 
 ARRAYS = {"input_ids": "token_ids", "labels": "labels", "position_ids": "position_ids", "cu_seqlens": "cu_seqlens"}
 
@@ -71,6 +71,9 @@ def test_a_batch_says_what_its_samples_say(mixed):
     assert flat["input_ids"].tolist() == [expected.token_ids.reshape(-1).tolist()]
     assert flat["cu_seq_lens_k"].tolist() == expected.cu_seqlens.tolist()
     assert flat["max_length_q"] == expected.max_seqlen
+    for alone in (collate_ids(samples), next(iter(mixed.loader(6, collate=collate_ids)))):
+        assert list(alone) == ["input_ids"]
+        assert np.array_equal(alone["input_ids"].numpy(), expected.token_ids)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

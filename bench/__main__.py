@@ -20,6 +20,7 @@ from bench import (
     strategies,
     streaming,
     table,
+    two_cores,
     ways,
 )
 
@@ -164,6 +165,7 @@ def packing(options: argparse.Namespace) -> tuple[str, list[rows.Row]]:
         medians(f"{plan.repeats} (rivals: {plan.rival_repeats})"),
     )
     found = rows.measured_rows(plan)
+    found += two_cores.cores_rows(plan) if "cores" in plan.wanted else []
     return told, found + (driving.driver_rows(plan) if "driver" in plan.wanted else [])
 
 

@@ -28,9 +28,8 @@ from bench.contenders import (
 from bench.measure import Failed
 
 TARGET_RATE = 15e6
-TARGET_SHARE = 0.55
+TARGET_SHARE = 0.68
 TARGET_RATIO = 40
-TARGET_CORES = 1.7
 TARGET_PACKER = 300e6
 TARGET_DEFAULT_MEMORY = 1 << 30
 TARGET_ONE_WORKER_MEMORY = 400_000_000
@@ -152,60 +151,6 @@ def verdict(plan: Plan, name: str, ratio: float) -> bool | None:
     return plan.judged(ratio >= TARGET_RATIO) if name == "teaching" else None
 
 
-# --- two cores
-
-
-def cores_row(plan: Plan) -> Row:
-    """Two workers on all cores against one worker bound to a single core, in alternating pairs."""
-    # The larger corpus: a second process has to start and to learn the corpus's words like the first.
-    size = plan.memory_mb[1]
-    what = f"Two workers on two cores against one worker bound to one core: wall-clock rate over {size:,} MB"
-    target = f"at least {TARGET_CORES} times"
-    source = corpus.mixed(plan.folder, size).path
-    cores = measure.usable_cores()
-    if len(cores) < 2:
-        return Row(what, target, could_not(Failed("needs two cores to bind to")), plan.judged(False))
-    busy: list[float] = []
-
-    def one() -> Cost:
-        busy.append(measure.busy_share())
-        return packed(plan, source, "--workers", "1", core=cores[0])
-
-    def two() -> Cost:
-        busy.append(measure.busy_share())
-        return packed(plan, source, "--workers", "2")
-
-    costs = alternate({"one worker on one core": one, "two workers": two}, plan.repeats)
-    single, double = costs.values()
-    if isinstance(single, Failed):
-        return Row(what, target, could_not(single), plan.judged(False))
-    if isinstance(double, Failed):
-        return Row(what, target, could_not(double), plan.judged(False))
-    gains = [alone.wall / both.wall for alone, both in zip(single, double, strict=True)]
-    rates = millions([cost.ids / cost.wall for cost in double])
-    same = len({cost.sha256 for cost in [*single, *double]}) == 1
-    measured = (
-        f"{spread(gains, 2, ' times')}, {'the same ids' if same else 'the ids DIFFER'}; "
-        f"{rates} M ids per second with two; {engine_scaling(plan, cores)}; "
-        f"other load before each run: {spread([100 * share for share in busy], unit=' % of the machine')}"
-    )
-    return Row(what, target, measured, plan.judged(same and median(gains) >= TARGET_CORES))
-
-
-def engine_scaling(plan: Plan, cores: list[int]) -> str:
-    """What two cores of this machine give at best: two independent engine processes against one alone."""
-    command = [sys.executable, str(HERE / "engine.py"), plan.mixed.path, str(plan.tokenizer), str(MIB)]
-    gains = []
-    try:
-        for number in range(plan.rival_repeats):
-            say(f"round {number + 1} of {plan.rival_repeats}: two independent engine processes")
-            alone = measure.wall_together([command], cores)
-            gains.append(2 * alone / measure.wall_together([command, command], cores))
-    except Failed as failure:
-        return f"two independent engine processes {could_not(failure)}"
-    return f"two independent engine processes get {spread(gains, 2, ' times')} on these cores"
-
-
 # --- memory
 
 
@@ -281,8 +226,6 @@ def measured_rows(plan: Plan) -> list[Row]:
         rows += packing_rows(plan)
     if wanted & set(RIVALS):
         rows += rival_rows(plan)
-    if "cores" in wanted:
-        rows.append(cores_row(plan))
     if "memory" in wanted:
         rows += memory_rows(plan)
     if "packer" in wanted:

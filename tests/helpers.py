@@ -1,6 +1,7 @@
 """Corpora on disk, the command line as a user starts it, and what a run folder holds."""
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import importlib
@@ -23,6 +24,7 @@ import zstandard
 from runs import PATIENCE
 
 import millstream
+from millstream.corpus.sources import InputShard
 from millstream.folder.manifest import MANIFEST, sealed
 
 NOBODY = 65534
@@ -172,6 +174,44 @@ def without_fsync():
 def read_little(monkeypatch, size):
     """Read files in pieces of `size` bytes, so that small corpora meet what happens between two reads."""
     monkeypatch.setattr("millstream.corpus.sources.READ", size)
+
+
+@contextlib.contextmanager
+def bad_sector(name, at):
+    """Within, byte `at` of the input that is called so cannot be read, as on a disk that is damaged there."""
+    opened = InputShard.open
+
+    class Damaged(io.RawIOBase):
+        def __init__(self, file):
+            self._file = file
+
+        def readable(self):
+            return True
+
+        seekable = readable
+
+        def close(self):
+            self._file.close()
+            super().close()
+
+        def seek(self, *where):
+            return self._file.seek(*where)
+
+        def readinto(self, buffer):
+            before = at - self._file.tell()
+            if before == 0:
+                raise OSError(errno.EIO, "Input/output error")
+            return self._file.readinto(memoryview(buffer)[: before if before > 0 else None])
+
+    def open_(shard, buffer=-1, **named):
+        if shard.called != name:
+            return opened(shard, buffer, **named)
+        file = Damaged(opened(shard, 0, **named))
+        return file if buffer == 0 else io.BufferedReader(file, buffer if buffer > 0 else io.DEFAULT_BUFFER_SIZE)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InputShard, "open", open_)
+        yield
 
 
 @contextlib.contextmanager

@@ -75,16 +75,17 @@ def as_sent(something):
 
 
 @contextlib.contextmanager
-def pooled(seed, part=100, piece=1000, bound=1 << 30, large=64 << 20, answers=-1, engine="here:Here"):
+def pooled(seed, part=100, piece=1000, bound=1 << 30, large=64 << 20, answers=-1, engine="here:Here", afar=False):
     """Within, runs with several workers have them here: parts of so many bytes of input, pieces of as many of text, and
     `bound` for all of them that lie about. Packed files that are `large` are unpacked by one worker for all. The first
-    of them is interrupted when it was given so many `answers`, and ends with KeyboardInterrupt."""
+    of them is interrupted when it was given so many `answers`, and ends with KeyboardInterrupt. Those that are `afar`
+    are taken for workers on other machines."""
     CHANCE.seed(seed)
     LEFT[0] = answers
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENGINES, "local", engine)
         patch.setattr(driver, "part_size", lambda *_: part)
-        patch.setattr(driver, "site_of", lambda *given: site_of(*given)._replace(piece=piece))
+        patch.setattr(driver, "site_of", lambda *given: site_of(*given)._replace(piece=piece, afar=afar))
         patch.setattr(planning, "LARGE", large)
         patch.setattr(driver, "most_of", lambda *_, piece: bound)
         patch.setattr(driver, "make_room", lambda *_: None)

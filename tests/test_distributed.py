@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import platform
 import random
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import fuzz
 import pytest
 import runs
-from helpers import pack, run_bytes, without_fsync
+from helpers import bad_sector, pack, run_bytes, without_fsync
 from here import pooled
 
 from millstream import distributed
@@ -129,6 +130,20 @@ def test_it_goes_on_and_is_gone_on_with(tmp_path, then, small_parts):
     assert {name: (out / name).stat().st_ino for name in sealed} == sealed
     pack(tmp_path / "whole", source, **wanted)
     assert run_bytes(out) == run_bytes(tmp_path / "whole")
+
+
+def test_what_one_machine_cannot_read_is_no_fault_of_the_corpus(tmp_path, small_parts):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(3):
+        runs.write_plain(folder / f"{number}.jsonl", runs.lines(number, 3_000))
+    wanted = {"seq_len": 16, "shard_size": 512, "on_error": "skip"}
+    with bad_sector("corpus/1.jsonl", 2_000), pytest.raises(RunError) as raised:
+        distributed.pack_with(driving(1), tmp_path / "out", folder, **wanted)
+    assert f"corpus/1.jsonl cannot be read on {platform.node()}: Input/output error; where" in str(raised.value)
+    distributed.pack_with(driving(1), tmp_path / "out", folder, **wanted)
+    pack(tmp_path / "whole", folder, **wanted)
+    assert run_bytes(tmp_path / "out") == run_bytes(tmp_path / "whole")
 
 
 def test_what_is_not_done_is_told(tmp_path, small_parts):

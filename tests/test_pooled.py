@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import random
 import shutil
 from typing import ClassVar
@@ -9,7 +10,7 @@ from typing import ClassVar
 import fuzz
 import pytest
 import runs
-from helpers import pack, run_bytes, without_fsync
+from helpers import bad_sector, faults, pack, read_little, run_bytes, without_fsync
 from here import Here, pooled
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,6 +52,59 @@ def test_any_corpus_by_several_is_that_of_one(tmp_path, seed):
     with pooled(seed, **sizes, bound=chance.choice([0, 5000, 1 << 30])):
         found = bytes_or_error(tmp_path / "several", [tmp_path / "corpus"], **wanted, workers=chance.choice([2, 5]))
     assert found == whole
+
+
+@pytest.fixture(params=["a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt"])
+def middle(tmp_path, request):
+    """(A folder of three files, the name of the one in the middle, a byte in the middle of it.)"""
+    folder, name = tmp_path / "corpus", request.param
+    folder.mkdir()
+    runs.write_plain(folder / "0.jsonl", runs.lines(1, 3_000))
+    write = {"gz": runs.write_gzip, "jsonl": runs.write_plain, "parquet": runs.write_parquet}.get(name.split(".")[-1])
+    if write:
+        write(folder / name, runs.lines(2, 20_000))
+    else:
+        (folder / name).write_text("one word and another " * 1000)
+    runs.write_plain(folder / "z.jsonl", runs.lines(3, 3_000))
+    return folder, f"corpus/{name}", (folder / name).stat().st_size // 2
+
+
+def test_a_disk_that_fails_in_the_middle_of_a_file_is_told_alike_by_one_and_by_several(tmp_path, middle, monkeypatch):
+    """What could be read before is kept, if one goes on; all behind it in that file is left out, and told."""
+    folder, name, at = middle
+    read_little(monkeypatch, 500)
+    with bad_sector(name, at):
+        told = bytes_or_error(tmp_path / "stopped", [folder], seq_len=16, workers=1)
+        whole = bytes_or_error(tmp_path / "one", [folder], seq_len=16, on_error="skip", workers=1)
+        for large in (0, 1 << 30):
+            with pooled(1, part=2000, large=large):
+                several = tmp_path / f"several-{large}"
+                assert bytes_or_error(several, [folder], seq_len=16, on_error="skip", workers=3) == whole
+                assert bytes_or_error(tmp_path / f"stopped-{large}", [folder], seq_len=16, workers=3) == told
+    assert f"{name}" in told
+    assert "cannot be read: Input/output error" in told
+    [fault] = faults(tmp_path / "one")
+    assert (fault["reason"], fault["source"]) == ("unreadable", name)
+    assert pack(tmp_path / "stopped", folder, seq_len=16, workers=1).resumed
+    pack(tmp_path / "good", folder, seq_len=16)
+    assert run_bytes(tmp_path / "stopped") == run_bytes(tmp_path / "good")
+    assert run_bytes(tmp_path / "good") != whole
+
+
+@pytest.mark.parametrize("large", [0, 1 << 30])
+def test_what_another_machine_cannot_read_is_no_fault_of_the_corpus(tmp_path, middle, monkeypatch, large):
+    """It may be read elsewhere, so that the run ends, whatever on_error says, and goes on."""
+    folder, name, at = middle
+    read_little(monkeypatch, 500)
+    wanted = {"seq_len": 16, "on_error": "skip", "shard_size": 512, "memory": 8 << 30}
+    with pooled(1, part=2000, large=large, afar=True):
+        with bad_sector(name, at), pytest.raises(RunError) as raised:
+            pack(tmp_path / "out", folder, **wanted, workers=3)
+        told = f"{name} cannot be read on {platform.node()}: Input/output error; where several machines work on a run"
+        assert told in str(raised.value)
+        assert pack(tmp_path / "out", folder, **wanted, workers=3).resumed
+    pack(tmp_path / "whole", folder, **wanted, workers=1)
+    assert run_bytes(tmp_path / "out") == run_bytes(tmp_path / "whole")
 
 
 def test_it_is_known_before_which_shards_fill(tmp_path, monkeypatch):

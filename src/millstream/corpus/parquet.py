@@ -19,6 +19,7 @@ FAR = 8 << 20
 _MOST_ROWS = 1 << 16
 _PEEK = 1 << 16
 _HEADERS = 1 << 12
+_BUFFER = 1 << 9
 
 
 def record_batches(
@@ -54,7 +55,8 @@ def opened(shard: InputShard, **named: Any) -> Iterator[Any]:
 
     if shard.far and named.get("buffer_size", 0) >= READ:
         named["buffer_size"] = FAR
-    with shard.open(0) as file, pq.ParquetFile(file, pre_buffer=False, **named) as parquet:
+    # Without a buffer, a read that a disk's error cuts off gives what came before it, which Arrow takes for damage.
+    with shard.open(0 if shard.far else _BUFFER) as file, pq.ParquetFile(file, pre_buffer=False, **named) as parquet:
         yield parquet
 
 

@@ -3,6 +3,7 @@
 The cuts never show in the output: lines are cut at line ends, rows between rows, plain text where it can be.
 """
 
+import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -47,8 +48,8 @@ def range_slices(wanted: Range, shard: InputShard, manner: Manner, *, used: Curs
 
 
 def surely(pieces: Iterator[Slice]) -> Iterator[Slice]:
-    """The same slices, each once there is another one. Raises RunError for what this machine cannot read: that is no
-    fault of the input, and whoever can read it cuts the slice before it elsewhere."""
+    """The same slices, each once there is another one. Raises RunError for what this machine cannot read: where others
+    read as well, that is no fault of the input, and whoever can read it cuts the slice before it elsewhere."""
     before: Slice | None = None
     for piece in pieces:
         reason, message = piece.fault or ("", "")
@@ -62,10 +63,10 @@ def surely(pieces: Iterator[Slice]) -> Iterator[Slice]:
 
 
 def not_read(called: str, why: str = "") -> str:
-    """What those are told who cannot read what others can."""
+    """What those are told who cannot read what others may."""
     return (
-        f"{called} {_NOT_READ} here{why}; what joins a run has to read all of its inputs: see that it can, and run the "
-        "same command again"
+        f"{called} {_NOT_READ} on {platform.node()}{why}; where several machines work on a run, each has to read all "
+        "of its inputs: see that this one can, and run the same command again"
     )
 
 

@@ -58,7 +58,8 @@ class PackJob:
         make_room(pieces.store, 0, needed=True)
         pieces.sweep()
         forget_parts(at(run.out))
-        self.tokenize_part = TokenizeWhole(run.reading.tokenize_part(pieces, found.read if found else None))
+        read = found.read if found else None
+        self.tokenize_part = TokenizeWhole(run.reading.tokenize_part(pieces, read, shared=True))
         self.write_shard = run.write_shards(pieces)
         self._spill = Spill(pieces, 0)
         self._shards = Shards(run, found, faults=faults, journal=journal)

@@ -56,7 +56,7 @@ class Pooled:
         for name, shards in found.subsets.items() if found else ():
             self._exports.add(name, (record.entry for record in shards.all))
         self._traffic = Traffic(site.pool, run.tally)
-        tokenize = run.reading.tokenize_part(pieces, self._read, site.piece, afar=site.afar)
+        tokenize = run.reading.tokenize_part(pieces, self._read, site.piece, afar=site.afar, shared=site.afar)
         self._shop = Shop(
             run, self._traffic, tokenize, pieces, self._spill, parts=parts, faults=faults, journal=journal
         )

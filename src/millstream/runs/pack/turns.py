@@ -50,7 +50,7 @@ class PartsInTurn:
         self._shop, self._run, self._spill, self._traffic = shop, run, shop.spill, shop.traffic
         self._parts, self._sealing = shop.parts, sealing
         self._known = read[:2] if read else (0, 0)
-        unpack = run.reading.unpack(shop.pieces.lasting, read, size)
+        unpack = run.reading.unpack(shop.pieces.lasting, read, size, shared=shop.tokenize.shared)
         planned = run.reading.parts(mark.cursor, size)
         self._plan = Planning(planned, run.shards, unpack=unpack, workers=run.workers)
         self._begun: deque[_Begun] = deque()  # in the order of the corpus

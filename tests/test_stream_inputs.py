@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -440,6 +441,49 @@ def test_the_samples_of_a_run_folder(tmp_path):
         assert [values(sample) for sample in pickle.loads(pickle.dumps(again))] == whole[taken:]
     with pytest.raises(ResumeRefused, match="another samples: fingerprint was"):
         streams.samples(tmp_path / "other", state=first.state())
+
+
+RUNS = {
+    "samples": streams.samples,
+    "repeat": lambda folder, *, state=None: streams.repeat(lambda: streams.samples(folder), 2, state=state),
+    "shuffle": lambda folder, *, state=None: streams.shuffle(streams.samples(folder), 64, 7, state=state),
+}
+
+
+def mapped_of(folder):
+    """Bytes of a folder's files that are here because this process looked at them, for which it called no read."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = f" {folder}/" in line
+        elif inside and line.startswith("Rss:"):
+            found += 1024 * int(line.split()[1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def run_of_20_mb(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "a.jsonl").write_text((json.dumps({"text": "word " * 20_000}) + "\n") * 500)
+    millstream.pack_to(folder / "packed", folder / "a.jsonl", seq_len=2048, workers=1, shard_size=4 << 20)
+    return folder / "packed"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="only Linux counts what a process reads")
+@pytest.mark.parametrize("name", RUNS)
+def test_going_on_in_a_run_folder_reads_little(run_of_20_mb, name):
+    """Of 20 MB behind which the place is nothing but what says where it is."""
+    assert sum(path.stat().st_size for path in run_of_20_mb.glob("samples-*")) > 19_000_000
+    made = RUNS[name]
+    stream = made(run_of_20_mb)
+    count = len(millstream.open(run_of_20_mb)) * (2 if name == "repeat" else 1)
+    assert all(sample.token_ids.max() for sample in itertools.islice(stream, count - 100))
+    assert mapped_of(run_of_20_mb) > 10_000_000
+    state = stream.state()
+    del stream
+    assert mapped_of(run_of_20_mb) == 0
+    again = made(run_of_20_mb, state=state)
+    assert read_by(lambda: values(next(again))) + mapped_of(run_of_20_mb) < 3_000_000
 
 
 def test_a_state_of_now_can_be_asked_for_later(tmp_path):

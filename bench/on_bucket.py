@@ -17,6 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.corpus import mixed
+from bench.served import OWN, make_bucket, served
+
 _BLOCK, _BLOCKS = 1 << 20, 256
 
 
@@ -59,27 +62,25 @@ def moved(url: str) -> tuple[float, float]:
     return rates
 
 
-def measure(size: int, repeats: int, workers: int) -> None:
-    from bench.corpus import mixed
-    from bench.ways import BUCKET, bucket_server
+def measure(text: Path, repeats: int, workers: int) -> None:
     from millstream.store import at
 
-    text = str(mixed(Path(tempfile.gettempdir(), "millstream-bench"), size).path)
     found: dict[str, list[float]] = {}
     rates: dict[str, list[tuple[float, float]]] = {}
-    with bucket_server(Path(sys.executable)) as address, tempfile.TemporaryDirectory() as folder:
-        os.environ.update(BUCKET, AWS_ENDPOINT_URL=address)
+    with tempfile.TemporaryDirectory() as folder, served(folder) as address:
+        os.environ.update(OWN, AWS_ENDPOINT_URL=address)
+        bucket = make_bucket(address, "bench")
         for _ in range(repeats):
-            for where, out in (("folder", f"{folder}/run"), ("bucket", "s3://bench/run")):
-                found.setdefault(where, []).append(packed(out, text, "--eos", "--workers", str(workers)))
+            for where, out in (("folder", f"{folder}/run"), ("bucket", f"{bucket}/run")):
+                found.setdefault(where, []).append(packed(out, str(text), "--eos", "--workers", str(workers)))
                 at(out).delete("") if where == "bucket" else shutil.rmtree(out)
                 rates.setdefault(where, []).append(moved(out))
+    size = text.stat().st_size / 1e6
     best = {where: min(seconds) for where, seconds in found.items()}
     for where, seconds in best.items():
         written, read = (max(rate) for rate in zip(*rates[where], strict=True))
-        print(
-            f"{where}: {seconds:.2f} CPU s for {size} MB of text; MB a CPU second: {written:,.0f} out, {read:,.0f} in"
-        )
+        told = f"{where}: {seconds:.2f} CPU s for {size:,.0f} MB of text"
+        print(f"{told}; MB a CPU second: {written:,.0f} out, {read:,.0f} in")
     print(f"packing into a bucket has {best['folder'] / best['bucket']:.2f} of the folder's rate, by CPU seconds")
 
 
@@ -89,7 +90,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    measure(options.size, options.repeats, options.workers)
+    folder = Path(tempfile.gettempdir(), "millstream-bench")
+    folder.mkdir(exist_ok=True)
+    measure(Path(mixed(folder, options.size).path), options.repeats, options.workers)
 
 
 if __name__ == "__main__":

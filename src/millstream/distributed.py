@@ -10,18 +10,22 @@ from millstream.runs.pack.course import Course as Course
 from millstream.runs.pack.course import Start as Start
 from millstream.runs.pack.driven import PackJob as PackJob
 from millstream.runs.pack.packing import pack_with as pack_with
+from millstream.runs.pack.subset import Mark as Mark
 from millstream.runs.pack.tokenizing import PartTask as PartTask
 from millstream.runs.pack.tokenizing import TokenizePart as TokenizePart
 from millstream.runs.pack.writing import WriteShards as WriteShards
 from millstream.runs.pack.writing import Written as Written
+from millstream.stream.line import Strategy as Strategy
 
 __all__ = [
     "Counts",
     "Course",
+    "Mark",
     "PackJob",
     "PartTask",
     "ShardTask",
     "Start",
+    "Strategy",
     "TokenizePart",
     "WriteShards",
     "Written",

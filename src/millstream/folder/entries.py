@@ -176,6 +176,11 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     def vocab_size(self) -> int | None:
         return self.tokenizer.vocab_size if self.tokenizer else None
 
+    @property
+    def dtype(self) -> str:
+        """The type of ids in files."""
+        return "<u2" if self.vocab_size is not None and self.vocab_size <= 1 << 16 else "<u4"
+
 
 class Ledger(msgspec.Struct, frozen=True, omit_defaults=True):
     """What came in and where each of it went, by name; `learned` with a loss mask."""

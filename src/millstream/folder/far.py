@@ -4,7 +4,7 @@ import io
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -12,12 +12,16 @@ from millstream.folder.npy import read_header
 from millstream.records import Ids
 
 Fetch = Callable[[int, int], bytes]
+Form = tuple[tuple[int, ...], "np.dtype[Any]"]
+"""The shape of an array, and its type."""
 
 BLOCK = 1 << 18
 KEPT = 64 << 20
 """Bytes of files far away that are kept at most, of all together."""
 _AHEAD = 16
 """Blocks that are fetched at once at most, where a file is read on and on."""
+_HEAD = 4096
+"""Bytes within which the header ends."""
 
 
 class Blocks:
@@ -78,21 +82,31 @@ class Blocks:
 _BLOCKS = Blocks()
 
 
+def _bytes_of(form: Form) -> int:
+    shape, dtype = form
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+
 class FarRows:
     """The rows of a .npy file: `fetch(start, stop)` gives its bytes, of which there are `size`.
 
-    Rows that are large are fetched as they are; small ones with their neighbours, which are kept for a while.
+    Rows that are large are fetched as they are; small ones with their neighbours, which are kept for a while. Whoever
+    knows shape and type before, as a manifest tells them, saves the request for the header: rows are the file's end.
     """
 
-    def __init__(self, fetch: Fetch, size: int) -> None:
+    def __init__(self, fetch: Fetch, size: int, known: Form | None = None) -> None:
         self._fetch, self._size = fetch, size
         self._owner = object()
-        head = io.BytesIO(self._read(0, min(size, 4096)))
-        shape, self.dtype = read_header(head)
-        self._begin, self.shape = head.tell(), shape
-        self._width = int(np.prod(shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        if self._begin + shape[0] * self._width > size:
-            raise ValueError(f"it has {size} bytes, fewer than {shape[0]} rows take")
+        if known is None or not 0 < size - _bytes_of(known) <= _HEAD:
+            head = io.BytesIO(self._read(0, min(size, _HEAD)))
+            known = read_header(head)
+            self._begin = head.tell()
+        else:
+            self._begin = size - _bytes_of(known)
+        self.shape, self.dtype = known
+        self._width = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        if self._begin + len(self) * self._width > size:
+            raise ValueError(f"it has {size} bytes, fewer than {len(self)} rows take")
 
     def __len__(self) -> int:
         return self.shape[0]

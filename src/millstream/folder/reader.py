@@ -13,8 +13,8 @@ from millstream.errors import RunError
 from millstream.folder import npy
 from millstream.folder.documents import DOCUMENT_ROWS, Rows
 from millstream.folder.entries import FileEntry, Identity, Remainder, ShardEntry
-from millstream.folder.far import FarRows
-from millstream.records import Ids
+from millstream.folder.far import FarRows, Form
+from millstream.records import SEGMENT, Ids
 from millstream.samples import IGNORED
 from millstream.store import Store, is_far
 
@@ -32,12 +32,13 @@ def array(store: Store, name: str) -> Ids:
         raise damaged(store, name, error) from error
 
 
-def rows(store: Store, file: FileEntry) -> "Ids | FarRows":
-    """The rows of a .npy file: mapped, or far away fetched as they are looked at. Raises RunError."""
+def rows(store: Store, file: FileEntry, known: Form | None = None) -> "Ids | FarRows":
+    """The rows of a .npy file: mapped, or far away fetched as they are looked at, where they are by what is `known` of
+    them. Raises RunError."""
     if not is_far(store.url):
         return array(store, file.name)
     try:
-        return FarRows(partial(_range, store, file.name), file.bytes)
+        return FarRows(partial(_range, store, file.name), file.bytes, known)
     except ValueError as error:
         raise damaged(store, file.name, error) from error
 
@@ -104,7 +105,7 @@ class Shard:
 
     @cached_property
     def _far_segments(self) -> "FarRows":
-        found = rows(self.store, self.entry.files.segments)
+        found = rows(self.store, self.entry.files.segments, ((self.entry.segments,), SEGMENT))
         assert isinstance(found, FarRows)
         return found
 
@@ -210,6 +211,13 @@ class Shard:
 
     @cached_property
     def _ids(self) -> "Ids | FarRows":
+        return (
+            rows(self.store, self.entry.files.samples, self._form(self.settings.dtype)) if self._is_far else self._all
+        )
+
+    @cached_property
+    def _all(self) -> "Ids | FarRows":
+        """The ids for who looks at all of them: far away, too, what the file says of itself is compared."""
         found = rows(self.store, self.entry.files.samples)
         if len(found) != len(self):  # an IndexError would end a loop over the samples, as if all had been seen
             raise unusable(self.store, self.name, f"it has {len(found):,} samples instead of {len(self):,}")
@@ -218,7 +226,15 @@ class Shard:
     @cached_property
     def _loss(self) -> "Ids | FarRows | None":
         loss = self.entry.files.loss
+        return rows(self.store, loss, self._form("?")) if loss and self._is_far else self._all_loss
+
+    @cached_property
+    def _all_loss(self) -> "Ids | FarRows | None":
+        loss = self.entry.files.loss
         return rows(self.store, loss) if loss else None
+
+    def _form(self, dtype: str) -> Form:
+        return (len(self), self.settings.seq_len), np.dtype(dtype)
 
     @cached_property
     def _parquet(self) -> Any:
@@ -243,7 +259,7 @@ class Shard:
         if self._is_parquet:
             yield from self._parquet_blocks(low, high, rows, dtype)
             return
-        stored, loss = self._ids, self._loss if self.settings.masked else None
+        stored, loss = self._all, self._all_loss if self.settings.masked else None
         if stored.dtype != dtype:
             raise unusable(self.store, self.name, f"its ids are {stored.dtype}, not {dtype}")
         for start in range(low, min(high, len(stored)), rows):

@@ -169,7 +169,7 @@ class Samples:
         self.padded, self.masked = settings.padded, settings.masked
         self.seq_len, self.vocab_size = settings.seq_len, settings.vocab_size
         self.pad_left = settings.pad_side == "left"
-        self.dtype = np.dtype("<u2" if self.vocab_size is not None and self.vocab_size <= 1 << 16 else "<u4")
+        self.dtype = np.dtype(settings.dtype)
         self.rows = max(1, BLOCK_IDS // self.seq_len)  # samples that are looked at together
 
     def __len__(self) -> int:

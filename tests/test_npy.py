@@ -14,10 +14,11 @@ from millstream.records import SEGMENT
 from millstream.store import at
 
 DTYPES = [np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(bool), SEGMENT]
+NAMED = st.integers(1, 130).map(lambda size: np.dtype([("x" * size, np.uint16)]))  # headers of all lengths
 
 
 @settings(deadline=None)
-@given(st.sampled_from(DTYPES), st.integers(0, 1 << 62), st.integers(1, 1 << 20) | st.none())
+@given(st.sampled_from(DTYPES) | NAMED, st.integers(0, 1 << 62), st.integers(1, 1 << 20) | st.none())
 def test_the_header_is_that_of_numpy(dtype, rows, columns):
     shape = (rows,) if columns is None else (rows, columns)
     file = io.BytesIO()

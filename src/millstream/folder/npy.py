@@ -18,10 +18,11 @@ def header(dtype: "np.dtype[Any]", shape: tuple[int, ...], size: int = 0) -> byt
     >>> np.load(io.BytesIO(header(np.dtype("<u2"), (1, 2), 128) + bytes([7, 0, 8, 0]))).tolist()
     [[7, 8]]
     """
-    # The format: 6 + 2 bytes of magic, u16 length, a dict literal padded with blanks to a multiple of 64 bytes.
+    # The format: 6 + 2 bytes of magic, u16 length, a dict literal padded with blanks to a multiple of 64 bytes. NumPy
+    # has at least one of them, and so 64 where the text alone comes to a multiple.
     descr = np.lib.format.dtype_to_descr(dtype)
     text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
-    size = size or -(-(11 + len(text) + _GROWS - len(repr(shape[0]))) // 64) * 64
+    size = size or ((11 + len(text) + _GROWS - len(repr(shape[0]))) // 64 + 1) * 64
     return b"\x93NUMPY\x01\x00" + (size - 10).to_bytes(2, "little") + text.ljust(size - 11).encode() + b"\n"
 
 

@@ -227,8 +227,8 @@ def test_a_class_has_its_name_alone():
 
 
 NAMED_TWICE = """
-Again Attempt Block Chat Choice Course Embedding Engine Form Found Local Numbered PieceLost Pieces Places Remainder Rows
-Run Runs Shape Shard Span Tally Through Verdict WorkerDied Written
+Again Attempt Block Chat Choice Course Embedding Engine Form Found Local Numbered Pieces Places Remainder Rows
+Run Runs Shape Shard Span Tally Through Verdict Written
 """
 STILL_LONG = {
     "cli/asking.py:ask",

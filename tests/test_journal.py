@@ -29,7 +29,7 @@ from millstream.folder.journal import (
     Started,
     Stopped,
     Used,
-    WorkerDied,
+    WorkerReplaced,
     all_events,
     events,
 )
@@ -42,7 +42,7 @@ EVENTS = [
     Committed(ordinal=9, bytes=800),
     InputUsed(used=Used(0, "a.jsonl", 0, 9, "ab", FileState(1, 2, 3, 4, 5))),
     NotCompared(documents={"d1": "an unknown word"}),
-    WorkerDied(why="out of memory"),
+    WorkerReplaced(why="out of memory"),
     Measured(
         seconds=1.5,
         share=None,
@@ -72,14 +72,14 @@ def test_events_come_back_as_they_were_written(tmp_path):
     names = [event.__struct_fields__[1:] for event in EVENTS]
     told = [[getattr(event, name) for name in fields] for event, fields in zip(found, names, strict=True)]
     assert told == [[getattr(event, name) for name in fields] for event, fields in zip(EVENTS, names, strict=True)]
-    assert [event.why for event in events(at(tmp_path), WorkerDied)] == ["out of memory"]
+    assert [event.why for event in events(at(tmp_path), WorkerReplaced)] == ["out of memory"]
 
 
 def test_lines_that_a_crash_cut_or_that_nobody_knows_are_passed_over(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_text('{"event": "done", "time": 1, "seconds": 2.0}\n{"event": "of another version"}\n{"event": "don')
     journal = Journal(str(tmp_path))
-    journal.write(WorkerDied(why="lone \ud800 and \udcff, of a file's name"))
+    journal.write(WorkerReplaced(why="lone \ud800 and \udcff, of a file's name"))
     journal.close()
     assert next(type(event) for event in all_events(at(tmp_path))) is Finished
     assert path.read_bytes().splitlines()[2] == b'{"event": "don'

@@ -69,7 +69,7 @@ class Finished(_Event, frozen=True, kw_only=True, tag="done"):
     seconds: float
 
 
-class WorkerDied(_Event, frozen=True, kw_only=True, tag="worker died"):
+class WorkerReplaced(_Event, frozen=True, kw_only=True, tag="worker died"):
     """A worker ended by itself, and another one does its work again."""
 
     why: str
@@ -81,7 +81,7 @@ class Spilled(_Event, frozen=True, kw_only=True, tag="spill"):
     folder: str
 
 
-class PieceLost(_Event, frozen=True, kw_only=True, tag="piece lost"):
+class PieceRemade(_Event, frozen=True, kw_only=True, tag="piece lost"):
     """A piece was missing or damaged, and is made again."""
 
     name: str
@@ -159,8 +159,8 @@ Event = (
     | Committed
     | Stopped
     | Finished
-    | WorkerDied
-    | PieceLost
+    | WorkerReplaced
+    | PieceRemade
     | Spilled
     | NotCompared
     | InputUsed

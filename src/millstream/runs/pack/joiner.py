@@ -16,8 +16,7 @@ from millstream.corpus.slices import not_read
 from millstream.corpus.unpacked import Unpacked
 from millstream.engines import Done, engine
 from millstream.errors import RunError
-from millstream.folder.journal import Journal, NotCompared, WorkerDied
-from millstream.folder.journal import PieceLost as LostPiece
+from millstream.folder.journal import Journal, NotCompared, PieceRemade, WorkerReplaced
 from millstream.folder.manifest import MANIFEST
 from millstream.folder.records import Joint
 from millstream.folder.told import InputTold, ToldCounts, ToldShards, ToldUnpacked, tell
@@ -129,7 +128,7 @@ class Joiner:
             run.workers,
             depth=1,
             named=partial(named, shards=run.shards),
-            on_death=lambda why: journal.write(WorkerDied(why=why)),
+            on_death=lambda why: journal.write(WorkerReplaced(why=why)),
         )
         self._traffic = Traffic(pool, run.tally)
         self.close = self._traffic.close
@@ -370,7 +369,7 @@ class Joiner:
         self._lost[lost.name] += 1
         if self._lost[lost.name] > _PATIENCE:
             raise lost
-        self._journal.write(LostPiece(name=lost.name))
+        self._journal.write(PieceRemade(name=lost.name))
         self.did.again += 1
 
         def came(done: Done) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 
 from millstream.engines import Done
 from millstream.folder.entries import ShardEntry
-from millstream.folder.journal import PieceLost as LostPiece
+from millstream.folder.journal import PieceRemade
 from millstream.runs.pack.counts import Counts, ShardTask
 from millstream.runs.pack.course import Course
 from millstream.runs.pack.folder import Found
@@ -93,7 +93,7 @@ class Sealing:
         part = self._spill.part_of(lost.name)
         if self._lost[lost.name] > _PATIENCE or part.data:  # what was unpacked for it is gone, too
             raise lost
-        self._shop.journal.write(LostPiece(name=lost.name))
+        self._shop.journal.write(PieceRemade(name=lost.name))
 
         def came(done: Done) -> None:
             if done.error:

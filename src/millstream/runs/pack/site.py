@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from millstream.corpus.sources import InputShard
 from millstream.engines import Engine, engine
-from millstream.folder.journal import Journal, WorkerDied
+from millstream.folder.journal import Journal, WorkerReplaced
 from millstream.folder.manifest import PIECES
 from millstream.runs.pack.machine import cores, memory
 from millstream.runs.pack.memory import share_of
@@ -50,7 +50,7 @@ def site_of(run: Run, journal: Journal) -> Site:
     how = {
         "depth": DEPTH,
         "named": partial(named, shards=run.shards),
-        "on_death": lambda why: journal.write(WorkerDied(why=why)),
+        "on_death": lambda why: journal.write(WorkerReplaced(why=why)),
     }
     if run.settings.on == "local":
         return Site(engine("local")(run.workers, **how), pieces_of(run))

@@ -14,13 +14,12 @@ from millstream.folder.shards import Shape
 from millstream.records import Cursor, Part, Ref, TokenBatch
 from millstream.runs.pack import subset as subset_module
 from millstream.runs.pack.counts import Counts, SubsetCounts
-from millstream.runs.pack.course import Course as RunCourse
-from millstream.runs.pack.course import Start
+from millstream.runs.pack.course import Course, Start
 from millstream.runs.pack.pieces import joined
 from millstream.runs.pack.subset import Mark, Subset
 from millstream.stream import bestfit, shuffle
 from millstream.stream.bins import opened, plan
-from millstream.stream.course import Course, Lengths
+from millstream.stream.lengths import Lengths, LineOfLengths
 from millstream.stream.line import STRATEGIES, Line, Strategy
 
 U32 = np.dtype(np.uint32)
@@ -114,7 +113,7 @@ def test_states_from_lengths_are_states_from_ids(data, strategy, cuts, chunk):
         for module in (bestfit, shuffle):
             patch.setattr(module, "CHUNK", chunk)  # what is handed out at once changes nothing
         expected, counts = told(Line(strategy, U32), some, places, lambda batch: batch)
-        assert told(Course(strategy), some, places, without_ids) == (expected, counts)
+        assert told(LineOfLengths(strategy), some, places, without_ids) == (expected, counts)
         for number in data.draw(st.sets(st.sampled_from(sorted(expected)), max_size=5)) if expected else ():
             state = expected[number]
             mark, ordinal = state["mark"], state["ordinal"]
@@ -124,7 +123,7 @@ def test_states_from_lengths_are_states_from_ids(data, strategy, cuts, chunk):
             where = wheres(rest, [max(m - mark, 0) for m in marks[mark:]])
             where = [where[k] for k in kept]
             both = [told(Line(strategy, U32, state), later, where, lambda batch: batch)]
-            both += [told(Course(strategy, state), later, where, without_ids)]
+            both += [told(LineOfLengths(strategy, state), later, where, without_ids)]
             assert both[0] == both[1]
             assert max(both[1][1]) in (counts[-1], 0)
 
@@ -145,13 +144,13 @@ def test_the_order_of_a_permutation_is_that_of_its_numbers(raw):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_course_holds_few_lengths(name):
+def test_a_line_holds_few_lengths(name):
     """Best-fit a histogram, the others nothing, whatever came before."""
-    course = Course(Strategy(name, 64, window=1 << 40))
+    line = LineOfLengths(Strategy(name, 64, window=1 << 40))
     batch = replace(Lengths.of(np.full(5000, 100)))
     for _ in range(50):
-        list(course.feed(batch))
-    held = [value for value in vars(course._counting).values() if isinstance(value, np.ndarray)]
+        list(line.feed(batch))
+    held = [value for value in vars(line._counting).values() if isinstance(value, np.ndarray)]
     assert sum(value.size for value in held) <= 65
 
 
@@ -277,7 +276,7 @@ def done(task, start, rows):
 
 def tasks_of(corpus, starts, mark=None):
     """(the tasks of a course, what pieces it lets go), where it begins with the piece behind `mark`."""
-    course, tasks, gone = RunCourse(starts), [], []
+    course, tasks, gone = Course(starts), [], []
     before = Mark()
     for number, counts in enumerate([*corpus.counts, None]):
         after = before.plus(counts.mark) if counts else before

@@ -7,7 +7,7 @@ import numpy as np
 from millstream.records import Ids
 from millstream.stream.bestfit import WINDOW, Windows
 from millstream.stream.bins import assign
-from millstream.stream.course import Lengths
+from millstream.stream.lengths import Lengths
 from millstream.stream.pack import Places
 
 

@@ -10,8 +10,7 @@ import numpy as np
 from millstream.records import Ref
 from millstream.runs.pack.counts import Counts, ShardTask, SubsetCounts, TaskPiece
 from millstream.runs.pack.subset import Mark
-from millstream.stream import course
-from millstream.stream.course import Lengths, Span
+from millstream.stream.lengths import Lengths, LineOfLengths, Span
 from millstream.stream.line import Strategy
 from millstream.stream.pack import State
 
@@ -144,7 +143,7 @@ class _Subset:
         self._first: int = self._state["ordinal"]
         # A shuffle has to see a document that goes on from its beginning.
         self._whole = start.strategy.shuffle is not None
-        self._course = course.Course(start.strategy, self._state)
+        self._line = LineOfLengths(start.strategy, self._state)
         self._pieces = _Pieces()
         self._at = 0
         self._group: _Group | None = None
@@ -161,12 +160,12 @@ class _Subset:
                 return {"mark": piece.end, "ordinal": piece.next}
             return {"mark": piece.begin, "ordinal": int(rows.ordinal[row])}
 
-        tasks = self._completed(self._course.feed(rows, where))
+        tasks = self._completed(self._line.feed(rows, where))
         self._pieces.drop_before(self._group.at if self._group else self._at)
         return tasks
 
     def finish(self) -> list[ShardTask]:
-        tasks = self._completed(self._course.flush(), over=True)
+        tasks = self._completed(self._line.flush(), over=True)
         final = self._number not in self._sealed
         if final:
             tasks += self._complete(over=True)

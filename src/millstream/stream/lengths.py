@@ -197,14 +197,14 @@ def _counting(strategy: Strategy, samples: int) -> Counting:
     return _BestFit(strategy.seq_len, strategy.window, strategy.max_segments, samples)
 
 
-class Course(InLine[Lengths, Span]):
+class LineOfLengths(InLine[Lengths, Span]):
     """What `Line` gives, without ids: the numbers of the samples, and the states between them.
 
     Fed the same documents in the same batches, states are equal; `samples` have come out so far. Memory: the lengths of
     one window of `shuffle`, and one number for each length below `seq_len` for best-fit.
 
-    >>> course = Course(Strategy("concat", 2))
-    >>> [span] = course.feed(Lengths.of(np.array([3, 0, 4])), lambda row: {"row": row})
+    >>> line = LineOfLengths(Strategy("concat", 2))
+    >>> [span] = line.feed(Lengths.of(np.array([3, 0, 4])), lambda row: {"row": row})
     >>> span.first, span.stop, span.state(2)
     (0, 3, {'row': 2, 'used': 1, 'samples': 2, 'drop': 0})
     """

@@ -228,7 +228,7 @@ def test_a_class_has_its_name_alone():
 
 NAMED_TWICE = """
 Again Attempt Block Chat Choice Embedding Engine Form Found Local Numbered Pieces Places Remainder Rows
-Run Runs Shape Shard Span Tally Through Verdict Written
+Run Runs Shape Span Tally Through Verdict Written
 """
 STILL_LONG = {
     "cli/asking.py:ask",

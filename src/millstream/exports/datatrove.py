@@ -3,11 +3,11 @@
 import numpy as np
 
 from millstream.exports.out import Out
-from millstream.folder.samples import Runs, Shard
+from millstream.folder.samples import Runs, ShardSamples
 from millstream.records import Ids
 
 
-def shard(given: Shard, out: Out) -> int:
+def shard(given: ShardSamples, out: Out) -> int:
     """train/00000.ds; .ds.index: u64 ends in ids; with padding or a loss mask also .ds.loss: a byte an id, 0 for
     padding and what is not to be learned."""
     samples, written = given.samples, 0

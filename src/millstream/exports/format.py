@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from millstream.exports.out import Out
-from millstream.folder.samples import Samples, Shard
+from millstream.folder.samples import Samples, ShardSamples
 from millstream.records import Ids
 
 
@@ -30,9 +30,9 @@ class Format:
     """
 
     bits: int
-    shard: Callable[[Shard, Out], int] | None = None
+    shard: Callable[[ShardSamples, Out], int] | None = None
     file: Callable[[Samples], str] | None = None
-    append: Callable[[Shard], Iterator[Ids]] | None = None
+    append: Callable[[ShardSamples], Iterator[Ids]] | None = None
     index: Callable[[Samples, list[Wrote], Out], None] | None = None
     flat: bool = False
     masked: bool = False

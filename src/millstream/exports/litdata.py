@@ -6,7 +6,7 @@ import numpy as np
 
 from millstream.exports.format import Wrote
 from millstream.exports.out import Out
-from millstream.folder.samples import Samples, Shard, narrow
+from millstream.folder.samples import Samples, ShardSamples, narrow
 
 CODES = {"<u2": 5, "<i4": 2}
 """The numbers that litdata gives to NumPy's types."""
@@ -15,7 +15,7 @@ LEAF = json.dumps([1, {"type": None, "context": None, "children_spec": []}])
 """PyTorch's description of an item that is one array."""
 
 
-def shard(given: Shard, out: Out) -> int:
+def shard(given: ShardSamples, out: Out) -> int:
     """train/chunk-0-0.bin and so on: u32 samples, u32 offsets of each and of the end, ids."""
     samples, rows, written = given.samples, len(given), 0
     with out.create(f"{samples.subset}/{_chunk(given.number)}") as file:

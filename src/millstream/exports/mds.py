@@ -11,7 +11,7 @@ import numpy as np
 from millstream.exports.format import Wrote
 from millstream.exports.out import Out
 from millstream.folder.columns import labels
-from millstream.folder.samples import Samples, Shard, narrow
+from millstream.folder.samples import Samples, ShardSamples, narrow
 from millstream.records import Ids
 
 
@@ -30,7 +30,7 @@ def config(masked: bool) -> dict[str, Any]:
     }
 
 
-def shard(given: Shard, out: Out) -> int:
+def shard(given: ShardSamples, out: Out) -> int:
     """train/shard.00000.mds and so on: u32 samples, u32 offsets of each and of the end, the configuration, the
     samples."""
     samples, described = given.samples, config(given.samples.masked)

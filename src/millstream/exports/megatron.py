@@ -10,7 +10,7 @@ import numpy as np
 
 from millstream.exports.format import Wrote
 from millstream.exports.out import Out
-from millstream.folder.samples import BLOCK_IDS, Samples, Shard, narrow
+from millstream.folder.samples import BLOCK_IDS, Samples, ShardSamples, narrow
 from millstream.records import Ids
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -25,7 +25,7 @@ def file(samples: Samples) -> str:
     return f"{samples.subset}.bin"
 
 
-def append(given: Shard) -> Iterator[Ids]:
+def append(given: ShardSamples) -> Iterator[Ids]:
     """All ids in order, the remainder last."""
     dtype = _dtype(given.samples)
     return (narrow(ids, dtype) for ids in given.flat())

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from millstream.folder.samples import Samples, Shard
+from millstream.folder.samples import Samples, ShardSamples
 from millstream.records import Ids
 
 NAMES = {"train": "train.bin", "validation": "val.bin"}
@@ -12,6 +12,6 @@ def file(samples: Samples) -> str:
     return NAMES[samples.subset]
 
 
-def append(given: Shard) -> Iterator[Ids]:
+def append(given: ShardSamples) -> Iterator[Ids]:
     """All ids in order, the remainder last."""
     return given.flat()

@@ -5,11 +5,11 @@ import numpy as np
 
 from millstream.exports.out import Out
 from millstream.folder.npy import header
-from millstream.folder.samples import Shard
+from millstream.folder.samples import ShardSamples
 from millstream.records import SEGMENT
 
 
-def shard(given: Shard, out: Out) -> int:
+def shard(given: ShardSamples, out: Out) -> int:
     """samples-00000.npy; loss-00000.npy, if there is a mask; segments-00000.npy, numbered from its first sample."""
     samples, written = given.samples, 0
     with out.create(f"{samples.subset}/samples-{given.number:05d}.npy") as file:

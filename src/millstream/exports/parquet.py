@@ -2,10 +2,10 @@
 
 from millstream.exports.out import Out
 from millstream.folder.columns import batch, schema
-from millstream.folder.samples import Shard
+from millstream.folder.samples import ShardSamples
 
 
-def shard(given: Shard, out: Out) -> int:
+def shard(given: ShardSamples, out: Out) -> int:
     """samples-00000.parquet with the columns of `schema`."""
     import pyarrow.parquet as pq
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from millstream.errors import LedgerError
 from millstream.exports.format import Format, Wrote
 from millstream.exports.out import Out, Place
-from millstream.folder.samples import Samples, Shard
+from millstream.folder.samples import Samples, ShardSamples
 from millstream.records import Ids
 from millstream.store import Store
 
@@ -55,7 +55,7 @@ class WriteShard:
 
     format: Format
     place: Place
-    shard: Shard
+    shard: ShardSamples
 
     @property
     def words(self) -> str:
@@ -74,7 +74,7 @@ class Append:
 
     format: Format
     place: Place
-    shards: tuple[Shard, ...]
+    shards: tuple[ShardSamples, ...]
     size: int
     last: bool
 
@@ -132,8 +132,8 @@ class _Subset:
         self.index: Wrote | None = None
         self._seen = 0  # output shards
         self._numbers = 0
-        self._held: Shard | None = None  # perhaps the last one, which is to have the remainder
-        self._ready: deque[Shard] = deque()
+        self._held: ShardSamples | None = None  # perhaps the last one, which is to have the remainder
+        self._ready: deque[ShardSamples] = deque()
         self._size = 0  # of the one file
         self._out = 0
         self._index_is_out = False
@@ -147,7 +147,7 @@ class _Subset:
             self._held = samples.with_rest(self._held)
             self._hold(None)
 
-    def _hold(self, shard: Shard | None) -> None:
+    def _hold(self, shard: ShardSamples | None) -> None:
         if self._held is not None:
             self._ready.append(self._held)
         self._held = shard

@@ -20,7 +20,7 @@ from millstream.corpus.kinds import place
 from millstream.errors import RequestError, RunError
 from millstream.folder.manifest import FAULTS, read_manifest
 from millstream.folder.opened import MOST_DECODED, OPEN, places
-from millstream.folder.reader import Shard, remainder
+from millstream.folder.reader import OutputShard, remainder
 from millstream.records import DocumentFault, Ids
 from millstream.samples import Arrays, Batch, Columns, Sample, Segment, Segments, side_by_side
 from millstream.store import at
@@ -266,7 +266,7 @@ class Dataset(Sequence[Sample]):
         column = "id" if by_id else "ordinal"
         found: list[dict[str, Any]] = []
         for number, entry in enumerate(self._shards):
-            hits = Shard(self._store, self.manifest.settings, entry).documents_with(column, document)
+            hits = OutputShard(self._store, self.manifest.settings, entry).documents_with(column, document)
             found += [{**row, "shard": number} for row in hits]
             if found and not by_id:
                 break
@@ -328,7 +328,7 @@ class Dataset(Sequence[Sample]):
         part = (segment.document, source, row["offset"], segment.start, segment.length, length, self._place(row))
         return DocumentPart(row["id"], *part)
 
-    def _by_shard(self, numbers: Ids) -> Iterator[tuple[Shard, Ids, Ids]]:
+    def _by_shard(self, numbers: Ids) -> Iterator[tuple[OutputShard, Ids, Ids]]:
         """The output shards that samples are in, in order; of each, which of `numbers` these are, and the numbers that
         the samples have there."""
         count, order = len(self), np.argsort(numbers)
@@ -351,7 +351,7 @@ class Dataset(Sequence[Sample]):
         """The padding before segments of these lengths in a sample."""
         return n - int(length.sum()) if self._pads_left else 0
 
-    def _at(self, index: int) -> tuple[Shard, int]:
+    def _at(self, index: int) -> tuple[OutputShard, int]:
         """The output shard that a sample is in, and its number there."""
         number = index + len(self) if index < 0 else index
         if not 0 <= number < len(self):
@@ -359,14 +359,14 @@ class Dataset(Sequence[Sample]):
         which = bisect_right(self._ends, number)
         return self._shard(which), number - (self._ends[which - 1] if which else 0)
 
-    def _shard(self, number: int) -> Shard:
+    def _shard(self, number: int) -> OutputShard:
         settings = self.manifest.settings
         most = {"most": MOST_DECODED} if settings.format == "parquet" else {}
-        return OPEN.get(self._owner, number, lambda: Shard(self._store, settings, self._shards[number]), **most)
+        return OPEN.get(self._owner, number, lambda: OutputShard(self._store, settings, self._shards[number]), **most)
 
     def _documents(self, number: int) -> Any:
         if number not in self._tables:
-            table = Shard(self._store, self.manifest.settings, self._shards[number]).table()
+            table = OutputShard(self._store, self.manifest.settings, self._shards[number]).table()
             # Best-fit and shuffled documents end in another order than they began.
             if (np.diff(table["ordinal"].to_numpy().astype(np.int64)) < 0).any():
                 table = table.sort_by("ordinal")

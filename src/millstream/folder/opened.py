@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 
-from millstream.folder.reader import Shard
+from millstream.folder.reader import OutputShard
 from millstream.records import Ids
 
 _SCAN = 1 << 20  # segments looked at together
@@ -18,7 +18,9 @@ MOST_DECODED = 64
 _FILES = 3  # of an open shard: samples, segments, loss mask
 
 
-def places(shard: Shard, documents: Collection[int], *, ordered: bool) -> Iterator[tuple[int, int, int, int, int]]:
+def places(
+    shard: OutputShard, documents: Collection[int], *, ordered: bool
+) -> Iterator[tuple[int, int, int, int, int]]:
     """(ordinal, sample, start, length, place of the first id in the sample) of these documents' segments.
 
     `ordered`: segments stand in the order of their documents, so that they need not all be looked at.
@@ -48,7 +50,7 @@ class OpenShards:
     those of a process, to 256 or 1,024 as a rule. Half of them are left to others."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[object, int], Shard] = OrderedDict()
+        self._kept: OrderedDict[tuple[object, int], OutputShard] = OrderedDict()
 
     def owner_of(self, dataset: object) -> object:
         """A name for a dataset's shards; with the dataset, they go."""
@@ -56,7 +58,7 @@ class OpenShards:
         weakref.finalize(dataset, self._drop, owner).atexit = False
         return owner
 
-    def get(self, owner: object, number: int, make: Callable[[], Shard], most: int = _MOST) -> Shard:
+    def get(self, owner: object, number: int, make: Callable[[], OutputShard], most: int = _MOST) -> OutputShard:
         """A shard, opened by `make` unless it still is; then no more than `most` are. Threads may do this at once: each
         step here is one for them."""
         known = self._kept.pop((owner, number), None)

@@ -53,7 +53,7 @@ def _range(store: Store, name: str, start: int, stop: int) -> bytes:
     return data
 
 
-class Shard:
+class OutputShard:
     """One output shard; its files are opened on first use."""
 
     def __init__(self, store: Store, settings: Identity, entry: ShardEntry) -> None:

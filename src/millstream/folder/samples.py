@@ -61,7 +61,7 @@ def runs_of(segments: Ids, samples: int, seq_len: int, first: int = 0, pad_left:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardSamples:
     """Samples `low` to `high` of one output shard, `number` counting from 0 over the subset.
 
     The subset's last one has the kept remainder (fewer than N ids) as `rest`, and no samples if there are none at all.
@@ -153,8 +153,8 @@ class Shard:
             yield self.samples.rest_runs
 
     @cached_property
-    def _shard(self) -> reader.Shard:
-        return reader.Shard(self.samples.store, self.samples.settings, self.entry)
+    def _shard(self) -> reader.OutputShard:
+        return reader.OutputShard(self.samples.store, self.samples.settings, self.entry)
 
     def documents(self) -> Iterator[Rows]:
         """The documents of the output shard."""
@@ -191,7 +191,7 @@ class Samples:
         return len(self) * self.seq_len + self.kept
 
     @property
-    def shards(self) -> Iterator[Shard]:
+    def shards(self) -> Iterator[ShardSamples]:
         """All of them in order; none without samples, unless there is a remainder and nothing else."""
         held = None
         for shard in self.sealed():
@@ -206,23 +206,23 @@ class Samples:
         """How many are sealed."""
         return len(self.entry.shards)
 
-    def sealed(self, first: int = 0, number: int = 0) -> Iterator[Shard]:
+    def sealed(self, first: int = 0, number: int = 0) -> Iterator[ShardSamples]:
         """The samples of the output shards from `first` on, numbered from `number`; none has the remainder yet."""
         limit, nothing = max(1, SHARD_IDS // self.seq_len), np.empty(0, self.dtype)
         for entry in self.entry.shards[first:]:
             alone = self.alone(entry)
             for low in range(0, entry.samples, limit):
-                yield Shard(alone, number, entry, low, min(low + limit, entry.samples), nothing)
+                yield ShardSamples(alone, number, entry, low, min(low + limit, entry.samples), nothing)
                 number += 1
 
-    def with_rest(self, last: Shard | None) -> Shard:
+    def with_rest(self, last: ShardSamples | None) -> ShardSamples:
         """The last of all with the remainder, if there is one; its segments may be in an output shard without samples.
 
         Without a last one the remainder is all there is.
         """
         entry = self.entry.shards[-1]
         if last is None:
-            last = Shard(self, 0, entry, 0, 0, np.empty(0, self.dtype))
+            last = ShardSamples(self, 0, entry, 0, 0, np.empty(0, self.dtype))
         return replace(last, samples=self.alone(last.entry, entry), rest=self._rest())
 
     def alone(self, *entries: ShardEntry) -> "Samples":
@@ -232,7 +232,7 @@ class Samples:
     @property
     def rest_runs(self) -> Runs:
         """Whose ids the remainder is; its segments stand in the last output shard, after those of the samples."""
-        shard = reader.Shard(self.store, self.settings, self.entry.shards[-1])
+        shard = reader.OutputShard(self.store, self.settings, self.entry.shards[-1])
         return runs_of(shard.segments_of(len(shard), len(shard) + 1), 1, self.kept, len(shard))
 
     @property

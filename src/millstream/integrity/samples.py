@@ -7,7 +7,7 @@ import numpy as np
 from millstream.folder.columns import batch, schema
 from millstream.folder.entries import Identity
 from millstream.folder.reader import parquet
-from millstream.folder.samples import Samples, Shard
+from millstream.folder.samples import Samples, ShardSamples
 from millstream.integrity.documents import Spans
 from millstream.records import Ids
 
@@ -78,7 +78,7 @@ class Block:
             yield "documents are not in order in a sample"
 
 
-def segment_problems(shard: Shard, segments: Ids, kept: bool) -> Iterator[str]:
+def segment_problems(shard: ShardSamples, segments: Ids, kept: bool) -> Iterator[str]:
     """Whether a shard's segments can be used at all: in the order of samples that are there, each with ids.
 
     `kept`: the remainder's segments may follow, in the sample after the last.
@@ -103,7 +103,7 @@ def segment_problems(shard: Shard, segments: Ids, kept: bool) -> Iterator[str]:
             return
 
 
-def column_problems(shard: Shard) -> Iterator[str]:
+def column_problems(shard: ShardSamples) -> Iterator[str]:
     """A Parquet shard's other columns are what its ids, segments and mask make."""
     samples = shard.samples
     columns = schema(samples.padded or samples.masked, {})

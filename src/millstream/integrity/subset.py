@@ -11,7 +11,7 @@ from millstream.folder.documents import Rows as Documents
 from millstream.folder.entries import Files, Manifest
 from millstream.folder.manifest import FORMAT
 from millstream.folder.reader import remainder
-from millstream.folder.samples import Samples, Shard
+from millstream.folder.samples import Samples, ShardSamples
 from millstream.integrity.documents import Matching, Ordinals, Rows, Rules, Wrong
 from millstream.integrity.samples import Block, column_problems, segment_problems
 from millstream.records import Ids
@@ -52,7 +52,7 @@ class SubsetCheck:
     def problems(self) -> Iterator[str]:
         entries = self._entry.shards
         for number, entry in enumerate(entries):
-            shard = Shard(self._samples, number, entry, 0, entry.samples, np.empty(0, self._samples.dtype))
+            shard = ShardSamples(self._samples, number, entry, 0, entry.samples, np.empty(0, self._samples.dtype))
             yield from self._shard(shard, last=number == len(entries) - 1)
         left = self._entry.remainder
         dropped = left.ids if left.policy == "drop" else 0
@@ -64,7 +64,7 @@ class SubsetCheck:
         if left.ids and not entries:
             yield f"{self._name}: a remainder of {left.ids} ids, and no shard with its segments"
 
-    def _shard(self, shard: Shard, *, last: bool) -> Iterator[str]:
+    def _shard(self, shard: ShardSamples, *, last: bool) -> Iterator[str]:
         names, segments = _Names.of(shard.entry.files), shard.all_segments
         kept = last and self._samples.kept > 0
         wrong = next(segment_problems(shard, segments, kept), None)
@@ -87,7 +87,7 @@ class SubsetCheck:
                 self._matched = False
                 yield f"{names.documents}: {problem}"
 
-    def _blocks(self, shard: Shard, names: _Names, table: Iterator[str], last: bool) -> Iterator[str]:
+    def _blocks(self, shard: ShardSamples, names: _Names, table: Iterator[str], last: bool) -> Iterator[str]:
         padding = rows = learned = 0
         pads = self._entry.remainder.policy == "pad" and last
         for first, ids, marks in shard.blocks():
@@ -133,7 +133,7 @@ class SubsetCheck:
             if problem:
                 yield problem
 
-    def _remainder(self, shard: Shard, names: _Names, segments: Ids, table: Iterator[str]) -> Iterator[str]:
+    def _remainder(self, shard: ShardSamples, names: _Names, segments: Ids, table: Iterator[str]) -> Iterator[str]:
         """The kept remainder is as a last sample, shorter than the others."""
         kept, store = self._entry.remainder, self._samples.store
         ids, marks = remainder(store, kept)
@@ -155,7 +155,7 @@ class SubsetCheck:
             yield f"{kept.name}: {problem}"
         yield from self._match(block, names, table)
 
-    def _table(self, shard: Shard) -> Iterator[str]:
+    def _table(self, shard: ShardSamples) -> Iterator[str]:
         """Hand the rows of a documents table to the matching, some at each step; a step's problem, or nothing ("")."""
         counts: Counter[str] = Counter()
         for rows in shard.documents():

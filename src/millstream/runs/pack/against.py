@@ -16,7 +16,7 @@ from millstream.folder.dataset import open as open_run
 from millstream.folder.entries import Identity, Manifest
 from millstream.folder.manifest import TOKENIZER
 from millstream.folder.reader import remainder
-from millstream.folder.samples import Samples, Shard, samples_of
+from millstream.folder.samples import Samples, ShardSamples, samples_of
 from millstream.records import Cursor, DocumentFault, Ids, TokenBatch, ids_and_learned
 from millstream.runs.pack.encode import Encode, Encoded
 from millstream.runs.pack.fingerprint import Fingerprint, Key, hashed
@@ -339,7 +339,7 @@ def _without_dropped(batch: TokenBatch, dropped: dict[int, int]) -> TokenBatch:
     return replace(batch, ids=batch.ids[within < np.repeat(keep, batch.length)], length=keep)
 
 
-def _stretches(shard: Shard) -> Iterator[tuple[Ids, Ids, Ids | None]]:
+def _stretches(shard: ShardSamples) -> Iterator[tuple[Ids, Ids, Ids | None]]:
     """(segments, their ids back to back, which of them are to be learned) of a shard's samples, a block at a time."""
     samples = shard.samples
     for first, ids, learned in shard.blocks():
@@ -350,10 +350,10 @@ def _stretches(shard: Shard) -> Iterator[tuple[Ids, Ids, Ids | None]]:
         yield segments, ids[own], None if learned is None else learned[own]
 
 
-def _shards(samples: Samples) -> Iterator[Shard]:
+def _shards(samples: Samples) -> Iterator[ShardSamples]:
     """The output shards of a subset, as they are."""
     for number, entry in enumerate(samples.entry.shards):
-        yield Shard(samples, number, entry, 0, entry.samples, np.empty(0, samples.dtype))
+        yield ShardSamples(samples, number, entry, 0, entry.samples, np.empty(0, samples.dtype))
 
 
 def _remainder(samples: Samples) -> tuple[Ids, Ids, Ids | None]:

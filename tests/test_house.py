@@ -227,7 +227,7 @@ def test_a_class_has_its_name_alone():
 
 
 NAMED_TWICE = """
-Again Attempt Block Chat Choice Embedding Engine Form Found Local Numbered Pieces Places Remainder Rows
+Again Attempt Block Chat Choice Embedding Engine Form Found Local Numbered Pieces Places Remainder 
 Run Runs Shape Span Tally Through Verdict Written
 """
 STILL_LONG = {

@@ -10,7 +10,7 @@ DOCUMENT_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
-class Rows:
+class DocumentTable:
     """Documents, in columns, as documents-K.parquet keeps them; `length` and `cut_off` in ids, `offset` in bytes or
     rows."""
 

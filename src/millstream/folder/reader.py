@@ -11,7 +11,7 @@ import numpy as np
 
 from millstream.errors import RunError
 from millstream.folder import npy
-from millstream.folder.documents import DOCUMENT_ROWS, Rows
+from millstream.folder.documents import DOCUMENT_ROWS, DocumentTable
 from millstream.folder.entries import FileEntry, Identity, Remainder, ShardEntry
 from millstream.folder.far import FarRows, Form
 from millstream.records import SEGMENT, Ids
@@ -123,7 +123,7 @@ class OutputShard:
             raise unusable(self.store, self.entry.files.segments.name, "a sample has no segments in it")
         return [lengths[begin:end] for begin, end in bounds.tolist()]
 
-    def documents(self) -> Iterator[Rows]:
+    def documents(self) -> Iterator[DocumentTable]:
         """Its documents, `DOCUMENT_ROWS` at a time."""
         import pyarrow as pa
 
@@ -136,7 +136,7 @@ class OutputShard:
                     length = numbers["length"].astype(np.int64)
                     cut_off = numbers.get("cut_off", np.zeros(len(length))).astype(np.int64)  # millstream/1 has none
                     fields = (numbers["ordinal"], batch["id"].to_pylist(), numbers["source"], numbers["offset"])
-                    yield Rows(*fields, length, numbers["split"].astype(bool), cut_off)
+                    yield DocumentTable(*fields, length, numbers["split"].astype(bool), cut_off)
         except (KeyError, OSError, ValueError, pa.ArrowException) as error:
             raise damaged(self.store, name, error) from error
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from millstream.errors import RequestError
 from millstream.folder import reader
-from millstream.folder.documents import Rows
+from millstream.folder.documents import DocumentTable
 from millstream.folder.entries import Identity, Manifest, ShardEntry, SubsetEntry
 from millstream.folder.reader import unusable
 from millstream.records import Ids
@@ -156,7 +156,7 @@ class ShardSamples:
     def _shard(self) -> reader.OutputShard:
         return reader.OutputShard(self.samples.store, self.samples.settings, self.entry)
 
-    def documents(self) -> Iterator[Rows]:
+    def documents(self) -> Iterator[DocumentTable]:
         """The documents of the output shard."""
         return self._shard.documents()
 

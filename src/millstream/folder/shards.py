@@ -10,7 +10,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from millstream.folder.columns import batch, schema
-from millstream.folder.documents import COUNTS, DOCUMENT_ROWS, Rows, count_documents, documents_schema
+from millstream.folder.documents import COUNTS, DOCUMENT_ROWS, DocumentTable, count_documents, documents_schema
 from millstream.folder.entries import FileEntry, Files, Remainder, ShardEntry
 from millstream.folder.manifest import remainder_name, shard_names
 from millstream.folder.npy import NpyWriter
@@ -151,7 +151,7 @@ class ShardWriter:
         """Segments of the remainder, which belong to the sample after the last one."""
         self._segments.write(segments)
 
-    def write_documents(self, rows: Rows) -> None:
+    def write_documents(self, rows: DocumentTable) -> None:
         columns = [rows.ordinal, rows.id, rows.source, rows.offset, rows.length, rows.split, rows.cut_off]
         self._documents.write(columns)
         self._counts.update(count_documents(rows.length, rows.split, rows.cut_off))

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from millstream.folder.documents import COUNTS, count_documents
-from millstream.folder.documents import Rows as Documents
+from millstream.folder.documents import COUNTS, DocumentTable, count_documents
 from millstream.folder.entries import Files, Manifest
 from millstream.folder.manifest import FORMAT
 from millstream.folder.reader import remainder
@@ -173,7 +172,7 @@ class SubsetCheck:
             if counts[key] != (told := getattr(shard.entry, key)):
                 yield f"{counts[key]} {key} instead of {told}"
 
-    def _row_problems(self, rows: Documents) -> Iterator[str]:
+    def _row_problems(self, rows: DocumentTable) -> Iterator[str]:
         """What the rows of documents are by themselves: each from an input there is, in its order, and as asked."""
         settings, n = self._settings, self._samples.seq_len
         inputs, fraction = len(self._manifest.inputs), settings.validation
@@ -191,7 +190,7 @@ class SubsetCheck:
         if settings.strategy == "best-fit" and (rows.split != (rows.length > n)).any():
             yield f"not just the documents of more than {n} ids are split"
 
-    def _order_problems(self, rows: Documents) -> Iterator[str]:
+    def _order_problems(self, rows: DocumentTable) -> Iterator[str]:
         """Documents of the same input are numbered in the order in which they stand there."""
         columns = [rows.ordinal.astype(np.int64), rows.source.astype(np.int64), rows.offset.astype(np.int64)]
         if self._in_order:

@@ -10,9 +10,9 @@ from millstream.stream.bins import assign, ordered
 from millstream.stream.pack import (
     CHUNK,
     Ended,
+    HasLengths,
     Packed,
     Remainder,
-    Rows,
     Runs,
     State,
     Where,
@@ -65,7 +65,7 @@ class Windows:
         self._weight = 0
         self._held = 0  # ids of the unfinished piece of a document that goes on
 
-    def take(self, batch: Rows) -> Iterator[Taken]:
+    def take(self, batch: HasLengths) -> Iterator[Taken]:
         """The batch in pieces, each for the window that is open then."""
         whole = (batch.start + batch.length)[: len(batch) - batch.open]
         weights = np.cumsum(weight(whole))
@@ -80,7 +80,7 @@ class Windows:
             self._weight = 0 if closes else self._weight + upto - counted
             low, counted = high, upto
 
-    def _taken(self, batch: Rows, low: int, high: int, *, closes: bool, room: int) -> Taken:
+    def _taken(self, batch: HasLengths, low: int, high: int, *, closes: bool, room: int) -> Taken:
         """These rows, of which the last one has `room` ids in the window."""
         n = self._n
         length, start = with_held(self._held, batch.length[low:high], batch.start[low:high])

@@ -38,7 +38,7 @@ def weight(length: Ids) -> Ids:
     return np.maximum(length, LEAST)
 
 
-class Rows(Protocol):
+class HasLengths(Protocol):
     """What decides how documents are packed: their lengths, without the ids. See `TokenBatch`, which is such."""
 
     length: Ids
@@ -301,7 +301,7 @@ class Places(NamedTuple):
         return cls.of(stops - length, length, n)
 
 
-def split_up(rows: Rows, n: int) -> tuple[Places, int]:
+def split_up(rows: HasLengths, n: int) -> tuple[Places, int]:
     """(the places of rows of which each begins with a new sample, how many ids of an open one fill none).
 
     These are taken off its length.
@@ -342,7 +342,7 @@ def _ended(batch: TokenBatch, last_sample: Ids, split: Ids) -> Ended:
     return Ended(*columns, length, last_sample[:end], split[:end], batch.cut_off[:end])
 
 
-def states(rows: Rows, where: Where, at: Places, first: int, n: int) -> Callable[[int], State]:
+def states(rows: HasLengths, where: Where, at: Places, first: int, n: int) -> Callable[[int], State]:
     """`Packed.state` where nothing is held back, and the rows lie `at` these places from sample `first` on."""
 
     def state(number: int) -> State:

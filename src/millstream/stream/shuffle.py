@@ -9,7 +9,7 @@ import numpy as np
 
 from millstream.records import Ids, TokenBatch
 from millstream.stream.bins import ordered
-from millstream.stream.pack import CHUNK, Rows, Runs, State, Where, nowhere, take_names, weight
+from millstream.stream.pack import CHUNK, HasLengths, Runs, State, Where, nowhere, take_names, weight
 
 _PURPOSES = {"bins": 0, "documents": 1}
 
@@ -41,7 +41,7 @@ def _order(raw: Ids) -> Ids:
     return order
 
 
-class Cuttable(Rows, Protocol):
+class Cuttable(HasLengths, Protocol):
     """Rows of which some can be taken: with ids, or without."""
 
     def rows(self, low: int, high: int) -> Any: ...

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from millstream.folder.documents import Rows
+from millstream.folder.documents import DocumentTable
 from millstream.folder.entries import Remainder, ShardEntry, SubsetEntry
 from millstream.folder.records import Mark as Mark
 from millstream.folder.records import Resume, SealedShards
@@ -166,6 +166,6 @@ class Subset:
         return SubsetEntry(self.shards, self.remainder)
 
 
-def _rows(ended: Ended) -> Rows:
+def _rows(ended: Ended) -> DocumentTable:
     columns = (ended.source, ended.offset, ended.length, ended.split, ended.cut_off)
-    return Rows(ended.ordinal, ended.doc_ids, *columns)
+    return DocumentTable(ended.ordinal, ended.doc_ids, *columns)

@@ -23,7 +23,7 @@ from millstream.exports import FORMATS, check_formats, npy
 from millstream.exports.format import Format
 from millstream.exports.tasks import Exporting, do
 from millstream.folder import samples
-from millstream.folder.entries import Remainder, SubsetEntry
+from millstream.folder.entries import RemainderEntry, SubsetEntry
 from millstream.folder.samples import Samples
 from millstream.runs.pack import convert
 from millstream.runs.pack.convert import convert_to
@@ -537,7 +537,7 @@ def ordered_by_chance(exporting, subsets, chance):
             entry = whole.entry
             if (so_far := sealed[number]) <= whole.output_shards and chance.random() < 0.7:
                 over = so_far == whole.output_shards
-                known = SubsetEntry(entry.shards[:so_far], entry.remainder if over else Remainder("keep", 0))
+                known = SubsetEntry(entry.shards[:so_far], entry.remainder if over else RemainderEntry("keep", 0))
                 exporting.add(Samples(whole.store.url, whole.subset, whole.settings, known), over=over)
                 sealed[number] = so_far + 1
         open_tasks += exporting.tasks()

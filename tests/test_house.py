@@ -227,8 +227,8 @@ def test_a_class_has_its_name_alone():
 
 
 NAMED_TWICE = """
-Again Attempt Block Chat Choice Embedding Engine Form Found Local Numbered Pieces Places Remainder 
-Run Runs Shape Span Tally Through Verdict Written
+Again Attempt Block Chat Choice Embedding Engine Form Found Local Numbered Pieces Places 
+Runs Shape Span Tally Through Verdict Written
 """
 STILL_LONG = {
     "cli/asking.py:ask",

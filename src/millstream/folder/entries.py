@@ -49,7 +49,7 @@ class ShardEntry(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     files: Files
 
 
-class Remainder(msgspec.Struct, frozen=True, omit_defaults=True):
+class RemainderEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     """The ids that filled no sample: `policy` says what became of them, and they have a file where they were kept."""
 
     policy: str
@@ -89,7 +89,7 @@ class SubsetEntry(msgspec.Struct, frozen=True):
     """The output shards of a subset, in order, and what became of the ids that fill no sample."""
 
     shards: list[ShardEntry]
-    remainder: Remainder
+    remainder: RemainderEntry
 
     @property
     def samples(self) -> int:

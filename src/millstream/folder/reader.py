@@ -12,7 +12,7 @@ import numpy as np
 from millstream.errors import RunError
 from millstream.folder import npy
 from millstream.folder.documents import DOCUMENT_ROWS, DocumentTable
-from millstream.folder.entries import FileEntry, Identity, Remainder, ShardEntry
+from millstream.folder.entries import FileEntry, Identity, RemainderEntry, ShardEntry
 from millstream.folder.far import FarRows, Form
 from millstream.records import SEGMENT, Ids
 from millstream.samples import IGNORED
@@ -288,7 +288,7 @@ class OutputShard:
             raise damaged(self.store, self.name, error) from error
 
 
-def remainder(store: Store, kept: Remainder) -> tuple[Ids, Ids | None]:
+def remainder(store: Store, kept: RemainderEntry) -> tuple[Ids, Ids | None]:
     """The ids of a kept remainder, and which of them are to be learned; None without a mask."""
     assert kept.name is not None
     return array(store, kept.name), array(store, kept.loss.name) if kept.loss else None

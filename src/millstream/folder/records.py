@@ -18,7 +18,7 @@ import msgspec
 
 from millstream.corpus.objects import side_by_side
 from millstream.errors import RequestError, RunError, setting
-from millstream.folder.entries import FileEntry, Identity, InputEntry, Remainder, ShardEntry
+from millstream.folder.entries import FileEntry, Identity, InputEntry, RemainderEntry, ShardEntry
 from millstream.folder.journal import FileState
 from millstream.folder.manifest import FORMAT, RECORDS, RUN, read_sealed, sealed
 from millstream.records import Cursor, Range
@@ -121,7 +121,7 @@ class Joint(msgspec.Struct, frozen=True):
     unpack: bool = False
 
 
-class Run(msgspec.Struct, frozen=True, kw_only=True):
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     """`run.json`: what was asked for. `inputs` by name and kind, as the first call found them; those of a run that is
     joined, with their sizes."""
 
@@ -146,7 +146,7 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     begin: Resume
     end: Resume
     read: Cursor
-    remainder: Remainder | None = None
+    remainder: RemainderEntry | None = None
 
     @property
     def files(self) -> list[FileEntry]:
@@ -197,7 +197,7 @@ def part_name(ranges: Sequence[Range]) -> str:
 # Writing
 
 
-def begin_run(store: Store, run: Run) -> bool:
+def begin_run(store: Store, run: RunRecord) -> bool:
     """Write `run.json`, with which the folder is this run's; False if it was there."""
     return store.create(RUN, sealed(msgspec.to_builtins(run)))
 
@@ -225,7 +225,7 @@ def record_part(store: Store, record: PartRecord) -> None:
 # Reading
 
 
-def read_run(store: Store) -> Run | None:
+def read_run(store: Store) -> RunRecord | None:
     """`run.json`, or None if there is none. Raises RequestError if it is none of ours or of another form, RunError if
     it is damaged."""
     told = read_sealed(store, RUN)
@@ -237,7 +237,7 @@ def read_run(store: Store) -> Run | None:
             f"{store.url} was begun by millstream {by}, and this version cannot go on with it: finish it with that "
             f"one, or pack it anew with {setting('overwrite', True)}"
         )
-    return _converted(store, RUN, told, Run)
+    return _converted(store, RUN, told, RunRecord)
 
 
 def read_shards(store: Store) -> list[ShardRecord]:

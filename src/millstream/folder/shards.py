@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from millstream.folder.columns import batch, schema
 from millstream.folder.documents import COUNTS, DOCUMENT_ROWS, DocumentTable, count_documents, documents_schema
-from millstream.folder.entries import FileEntry, Files, Remainder, ShardEntry
+from millstream.folder.entries import FileEntry, Files, RemainderEntry, ShardEntry
 from millstream.folder.manifest import remainder_name, shard_names
 from millstream.folder.npy import NpyWriter
 from millstream.folder.samples import runs_of
@@ -175,7 +175,7 @@ class ShardWriter:
             file.close()
 
 
-def write_remainder(folder: str, subset: str, rest: Remainder, ids: Ids, shape: Shape) -> Remainder:
+def write_remainder(folder: str, subset: str, rest: RemainderEntry, ids: Ids, shape: Shape) -> RemainderEntry:
     """Write the ids of a remainder, and their loss mask, if there is one; its manifest entry with these files."""
     loss = None
     if shape.masked:

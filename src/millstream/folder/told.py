@@ -13,7 +13,7 @@ import msgspec
 
 from millstream.corpus.unpacked import Unpacked
 from millstream.errors import RunError
-from millstream.folder.entries import InputEntry, Remainder, ShardEntry
+from millstream.folder.entries import InputEntry, RemainderEntry, ShardEntry
 from millstream.folder.manifest import RECORDS
 from millstream.records import Part
 from millstream.store import Store
@@ -41,7 +41,7 @@ class ToldShards(msgspec.Struct, frozen=True, kw_only=True):
 
     by: str
     shards: list[ShardEntry]
-    remainder: Remainder | None = None
+    remainder: RemainderEntry | None = None
 
 
 class ToldUnpacked(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from millstream.exports import FORMATS
 from millstream.exports.format import Wrote
 from millstream.exports.out import Place
 from millstream.exports.tasks import Export, Exporting, Number, Task, do, named
-from millstream.folder.entries import Identity, Remainder, ShardEntry, SubsetEntry
+from millstream.folder.entries import Identity, RemainderEntry, ShardEntry, SubsetEntry
 from millstream.folder.samples import Samples
 from millstream.runs.pack.machine import cores
 from millstream.runs.pack.traffic import Traffic
@@ -98,7 +98,7 @@ class ExportsBeside:
     """
 
     def __init__(self, names: Sequence[str], folder: str, settings: Identity, subsets: Iterable[str]) -> None:
-        nothing = Remainder(settings.remainder, 0)
+        nothing = RemainderEntry(settings.remainder, 0)
         # Each knows of as many as have all those before them.
         self._sealed = {name: Samples(folder, name, settings, SubsetEntry([], nothing)) for name in subsets}
         self._early: dict[str, dict[int, ShardEntry]] = {name: {} for name in self._sealed}

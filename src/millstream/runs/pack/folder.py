@@ -31,7 +31,7 @@ from millstream.folder.manifest import (
 )
 from millstream.folder.records import (
     Mark,
-    Run,
+    RunRecord,
     SealedShards,
     ShardRecord,
     begin_run,
@@ -181,7 +181,7 @@ def _place(cursor: Cursor) -> tuple[int, int]:
 
 def begin(out: str, identity: Identity, inputs: list[InputEntry]) -> None:
     """Make the folder that of an unfinished run. Raises RequestError if it has become another one's meanwhile."""
-    if not begin_run(at(out), Run(millstream=this_version(), settings=identity, inputs=inputs)):
+    if not begin_run(at(out), RunRecord(millstream=this_version(), settings=identity, inputs=inputs)):
         raise RequestError(f"another millstream has begun a run in {out}; give another {setting('out')}")
 
 

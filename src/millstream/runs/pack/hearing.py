@@ -10,7 +10,7 @@ import msgspec
 
 from millstream.corpus.objects import AT_ONCE, side_by_side
 from millstream.errors import RunError, setting
-from millstream.folder.entries import InputEntry, Remainder, ShardEntry, SubsetEntry
+from millstream.folder.entries import InputEntry, RemainderEntry, ShardEntry, SubsetEntry
 from millstream.folder.records import Joint
 from millstream.folder.told import InputTold, T, ToldCounts, ToldShards, ToldUnpacked, part_label, told
 from millstream.records import DocumentFault, Part
@@ -69,7 +69,7 @@ class Hearing:
         self.tasks: dict[str, ShardTask] = {}
         self._largest = self._waiting = 0  # bytes of the pieces of one part, and of all that have not had their turn
         self._shards: dict[str, dict[int, ShardEntry]] = {name: {} for name in run.forms}
-        self._remainders: dict[str, Remainder] = {}
+        self._remainders: dict[str, RemainderEntry] = {}
         self.inputs: dict[int, InputEntry] = {}
         self._late = True  # whether much may have been told before we came
         self._all_given = False  # whether the course has no more tasks to give

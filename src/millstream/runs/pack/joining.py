@@ -30,8 +30,7 @@ from millstream.folder.manifest import (
     read_manifest,
     write_manifest,
 )
-from millstream.folder.records import Joint, begin_run, delete_records, read_run, this_version
-from millstream.folder.records import Run as Begun
+from millstream.folder.records import Joint, RunRecord, begin_run, delete_records, read_run, this_version
 from millstream.folder.samples import samples_of
 from millstream.records import DocumentFault
 from millstream.runs.pack.ending import (
@@ -196,7 +195,7 @@ class JoinedRun:
             )
         return begun.joint
 
-    def _read(self) -> Begun | None:
+    def _read(self) -> RunRecord | None:
         """`run.json`; None, too, while it is made where a disk has no links: then it is empty for a moment."""
         try:
             return read_run(self._store)
@@ -205,10 +204,10 @@ class JoinedRun:
                 raise
             return None
 
-    def _ours(self) -> Begun:
+    def _ours(self) -> RunRecord:
         run = self._run
         inputs = [InputEntry(shard.name, shard.kind, _size_of(run, number)) for number, shard in enumerate(run.shards)]
-        return Begun(millstream=this_version(), settings=run.identity, inputs=inputs, joint=self._joint())
+        return RunRecord(millstream=this_version(), settings=run.identity, inputs=inputs, joint=self._joint())
 
     def _joint(self) -> Joint:
         size = part_size(rough_total(self._run.shards), JOINED_PART)
@@ -221,7 +220,7 @@ class JoinedRun:
             unpack=0 < packed < PARTS,  # more of them keep all workers busy as they are
         )
 
-    def _begin(self) -> Begun | None:
+    def _begin(self) -> RunRecord | None:
         """Begin the run, under the lock of those that do not join; None if it was finished meanwhile."""
         late = time.monotonic() + self._run.settings.lease + _BEGINNING
         while True:

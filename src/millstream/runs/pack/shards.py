@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from millstream.folder.entries import Remainder, ShardEntry, SubsetEntry
+from millstream.folder.entries import RemainderEntry, ShardEntry, SubsetEntry
 from millstream.folder.journal import Committed, Journal
 from millstream.folder.records import SealedShards
 from millstream.runs.pack.counts import ShardTask
@@ -43,7 +43,7 @@ class Shards:
             name: {record.entry.number: record.entry for record in shards.all} for name, shards in earlier.items()
         }
         self._fronts = {name: _Front(shards) for name, shards in earlier.items()}
-        self._remainders: dict[str, Remainder] = {}
+        self._remainders: dict[str, RemainderEntry] = {}
         self._unrecorded: list[tuple[str, Sealed]] = []
 
     @property

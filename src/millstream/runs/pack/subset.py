@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from millstream.folder.documents import DocumentTable
-from millstream.folder.entries import Remainder, ShardEntry, SubsetEntry
+from millstream.folder.entries import RemainderEntry, ShardEntry, SubsetEntry
 from millstream.folder.records import Mark as Mark
 from millstream.folder.records import Resume, SealedShards
 from millstream.folder.shards import Shape, ShardWriter, write_remainder
@@ -59,7 +59,7 @@ class Subset:
         self._begin: int = self.state["ordinal"]
         self.line = Line(strategy, np.dtype(np.uint32) if shape.masked else shape.dtype, self.state)
         self.writer: ShardWriter | None = None
-        self.remainder: Remainder | None = None
+        self.remainder: RemainderEntry | None = None
         self.rest: int | None = None  # about how many ids are still to come, where somebody can tell
 
     @property
@@ -141,7 +141,7 @@ class Subset:
         rest = self.line.finish()
         n = self.shape.seq_len
         learned = int((rest.ids >= LEARNED).sum()) if self.shape.masked else None
-        self.remainder = Remainder(remainder, len(rest.ids), learned)
+        self.remainder = RemainderEntry(remainder, len(rest.ids), learned)
         if len(rest.ids):
             segments = rest.segments.copy()
             segments["sample"] = self.line.packer.samples - self._first

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from millstream.folder.entries import Remainder
+from millstream.folder.entries import RemainderEntry
 from millstream.folder.shards import Shape
 from millstream.records import TokenBatch
 from millstream.runs.pack.counts import ShardTask, TaskPiece
@@ -26,7 +26,7 @@ class Written(NamedTuple):
     so many `seconds`."""
 
     shards: list[Sealed]
-    remainder: Remainder | None
+    remainder: RemainderEntry | None
     seconds: float
 
 

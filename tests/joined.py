@@ -11,7 +11,7 @@ from millstream.runs.pack import hearing, joiner, joining
 from millstream.runs.pack.joining import JoinedRun
 from millstream.runs.pack.run import Run
 from millstream.runs.pack.settings import Settings
-from millstream.store.local import Local
+from millstream.store.local import LocalStore
 
 PATIENCE = 30
 
@@ -104,10 +104,10 @@ def several(seed, world, *, part=100, piece=1000, bound=1 << 30, section=2, larg
     names = ("create", "put", "write", "delete", "publish")
     with pooled(seed, large=large), pytest.MonkeyPatch.context() as patch:
         for name in names:
-            patch.setattr(Local, name, _counted(world, getattr(Local, name)))
-        patch.setattr(Local, "list", _listed(world, Local.list))
+            patch.setattr(LocalStore, name, _counted(world, getattr(LocalStore, name)))
+        patch.setattr(LocalStore, "list", _listed(world, LocalStore.list))
         for name in ("read", "create"):
-            patch.setattr(Local, name, _asked(world, name, getattr(Local, name)))
+            patch.setattr(LocalStore, name, _asked(world, name, getattr(LocalStore, name)))
         patch.setattr(joining, "part_size", lambda total, most: part)
         patch.setattr(joining, "PIECE", piece)
         patch.setattr(hearing, "is_far", lambda url: seed % 2)

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 from hypothesis import strategies as st
 
-from millstream.store import Written
+from millstream.store import WrittenFile
 
 
 def is_read_as_written(store, parts, head, late):
@@ -17,7 +17,7 @@ def is_read_as_written(store, parts, head, late):
         assert not store.exists("a/b")
         written = file.finish(head)
     whole = head + b"".join(parts)
-    assert written == file.written == Written(len(whole), hashlib.sha256(whole).hexdigest())
+    assert written == file.written == WrittenFile(len(whole), hashlib.sha256(whole).hexdigest())
     assert store.read("a/b") == bytes(store.map("a/b")) == whole
     assert store.read("a/b", 1, 3) == whole[1:3]
     assert store.read("a/b", 2) == whole[2:]

@@ -11,7 +11,7 @@ from runs import wait_until
 from millstream.errors import RequestError, RunError
 from millstream.store.held import held, own_name
 from millstream.store.lease import Leases
-from millstream.store.local import Local
+from millstream.store.local import LocalStore
 
 ELSEWHERE = "elsewhere.7.boot.space.start.token"
 PATIENCE = 0.4
@@ -19,7 +19,7 @@ PATIENCE = 0.4
 
 @pytest.fixture
 def store(tmp_path):
-    return Local(str(tmp_path))
+    return LocalStore(str(tmp_path))
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def test_one_on_another_machine_is_waited_for_and_then_taken_for_dead(store):
     assert store.list() == []
 
 
-class _Beats(Local):
+class _Beats(LocalStore):
     """A folder in which the process elsewhere has beaten again whenever one looks."""
 
     def read(self, name, *between):
@@ -87,7 +87,7 @@ def test_one_on_another_machine_that_beats_is_refused(tmp_path):
 def test_who_cannot_be_seen_for_too_long_says_so(store, monkeypatch):
     """A beat that succeeds counts from its own time, and one that fails does not."""
     now, tried, away = [0.0], [], []
-    put = Local.put
+    put = LocalStore.put
 
     def putting(*given):
         tried.append(now[0])
@@ -95,7 +95,7 @@ def test_who_cannot_be_seen_for_too_long_says_so(store, monkeypatch):
             raise OSError("away")
         return put(*given)
 
-    monkeypatch.setattr(Local, "put", putting)
+    monkeypatch.setattr(LocalStore, "put", putting)
     monkeypatch.setattr("millstream.store.held.Leases", partial(Leases, clock=lambda: now[0]))
     with held(store, "to it", PATIENCE) as mine:
         mine.check()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millstream.store.lease import Leases, beating
-from millstream.store.local import Local
+from millstream.store.local import LocalStore
 
 quick = pytest.fixture(autouse=True, scope="module")(without_fsync)
 PATIENCE = 30
@@ -21,7 +21,7 @@ class Process:
     def __init__(self, world, number):
         self.world, self.alive, self.stopped = world, True, False
         skew = number * 1e8
-        self.leases = Leases(Local(world.folder), f"p{number}", patience=PATIENCE, clock=lambda: world.now + skew)
+        self.leases = Leases(LocalStore(world.folder), f"p{number}", patience=PATIENCE, clock=lambda: world.now + skew)
         self.leases.beat()
         self.mine = set()
 
@@ -96,7 +96,7 @@ def test_one_holder_at_a_time_and_none_for_ever(tmp_path_factory, processes, ste
 
 
 def pair(folder, now):
-    made = [Leases(Local(str(folder)), name, patience=PATIENCE, clock=lambda: now[0]) for name in ("one", "two")]
+    made = [Leases(LocalStore(str(folder)), name, patience=PATIENCE, clock=lambda: now[0]) for name in ("one", "two")]
     for leases in made:
         leases.beat()
     return made
@@ -142,7 +142,7 @@ def test_a_lease_that_was_begun_by_a_process_killed_in_it_is_taken_in_time(tmp_p
 
 
 def test_beats_are_seen_until_the_block_ends(tmp_path):
-    leases = Leases(Local(str(tmp_path)), "me", patience=0.003)
+    leases = Leases(LocalStore(str(tmp_path)), "me", patience=0.003)
     with beating(leases):
         first = (tmp_path / "beats" / "me").read_bytes()
         while (tmp_path / "beats" / "me").read_bytes() == first:

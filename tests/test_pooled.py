@@ -22,7 +22,7 @@ from millstream.folder.shards import ShardWriter
 from millstream.runs.pack import run, subset
 from millstream.runs.pack.writing import WriteShards
 from millstream.store import at
-from millstream.store.local import Local
+from millstream.store.local import LocalStore
 
 quick = pytest.fixture(autouse=True, scope="module")(without_fsync)
 
@@ -265,7 +265,7 @@ def test_pieces_of_a_killed_run_are_deleted_wherever_they_lie(tmp_path, monkeypa
 
 def test_a_disk_without_room_for_pieces_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     source = runs.write_plain(tmp_path / "corpus.jsonl", runs.lines(1, 60_000))
-    monkeypatch.setattr(Local, "free", lambda self: 50_000)
+    monkeypatch.setattr(LocalStore, "free", lambda self: 50_000)
     with pytest.raises(RequestError, match="give a folder on another one as spill, or workers=1, which needs none"):
         pack(tmp_path / "out", source, seq_len=32, workers=2)
     assert "manifest.json" not in os.listdir(tmp_path / "out")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from stores import is_read_as_written, is_whole_whoever_writes_on
 
 from millstream.errors import RequestError, RunError
-from millstream.store import Written, at, file_at, leftovers, written_now
+from millstream.store import WrittenFile, at, file_at, leftovers, written_now
 from millstream.store.credentials import S3Keys
 from millstream.store.held import refuse_without_claims
 
@@ -48,7 +48,7 @@ def test_what_is_large_goes_up_in_parts(store, late):
             file.write(block)
         written = file.finish(head)
     whole = head + (block * 20)[4:]
-    assert written == Written(20 << 20, hashlib.sha256(whole).hexdigest()) == written_now(store, "big")
+    assert written == WrittenFile(20 << 20, hashlib.sha256(whole).hexdigest()) == written_now(store, "big")
     with store.open("big") as file:
         assert b"".join(iter(lambda: file.read(3_000_001), b"")) == whole
         assert file.seek(-5, 2) == len(whole) - 5

@@ -10,7 +10,7 @@ from helpers import cli
 
 import millstream
 from millstream.errors import RequestError
-from millstream.store import Written, at, written_now
+from millstream.store import WrittenFile, at, written_now
 
 KINDS = ("500", "503", "slow", "cut", "lost")
 
@@ -27,7 +27,7 @@ def test_faults_are_survived(bucket, proxy, kind):
     data = os.urandom(9 << 20)
     with store.write("big") as file:
         file.write(data)
-    assert store.put("small", b"12") == Written(2, written_now(store, "small").sha256)
+    assert store.put("small", b"12") == WrittenFile(2, written_now(store, "small").sha256)
     assert [store.create(f"claim-{number}", b"%d" % number) for number in range(8)] == [True] * 8
     assert [store.create(f"claim-{number}", b"%d" % number) for number in range(8)] == [False] * 8
     assert store.read("big") == data

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from millstream.store import Onward, Store, Writer, Written, written_now
+from millstream.store import Onward, Store, Writer, WrittenFile, written_now
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Out:
         self._draft.finish(name, size)
         self._name(name, written_now(self._draft, name))
 
-    def _name(self, name: str, written: Written) -> None:
+    def _name(self, name: str, written: WrittenFile) -> None:
         self.files.append({"name": f"{self._place.name}/{name}", **written._asdict()})
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from millstream.records import Ids
-from millstream.store import Store, Written, file_at
+from millstream.store import Store, WrittenFile, file_at
 
 _GROWS = 21  # digits that NumPy leaves room for in the number of rows
 
@@ -46,7 +46,7 @@ class NpyWriter:
         if rows.size:
             self._file.write(np.ascontiguousarray(rows, self._dtype).view(np.uint8).data)
 
-    def finish(self) -> Written:
+    def finish(self) -> WrittenFile:
         return self._file.finish(None if self.rows == self._expected else self._header(self.rows))
 
     def close(self) -> None:

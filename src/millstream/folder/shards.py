@@ -16,7 +16,7 @@ from millstream.folder.manifest import remainder_name, shard_names
 from millstream.folder.npy import NpyWriter
 from millstream.folder.samples import runs_of
 from millstream.records import SEGMENT, Ids, ids_and_learned
-from millstream.store import Store, Written, at
+from millstream.store import Store, WrittenFile, at
 
 SAMPLE_ROWS = 1 << 10
 
@@ -52,7 +52,7 @@ class _Parquet:
 
         self._writer.write_table(pa.Table.from_batches(batches, self._schema).combine_chunks(), self._rows)
 
-    def finish(self) -> Written:
+    def finish(self) -> WrittenFile:
         if self._held:
             self._write(self._held)
         self._writer.close()

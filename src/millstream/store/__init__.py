@@ -36,9 +36,9 @@ from millstream.store.contract import (
     State,
     Store,
     Writer,
-    Written,
+    WrittenFile,
 )
-from millstream.store.local import Local
+from millstream.store.local import LocalStore
 
 __all__ = [
     "TEMPORARY",
@@ -51,7 +51,7 @@ __all__ = [
     "State",
     "Store",
     "Writer",
-    "Written",
+    "WrittenFile",
     "as_path",
     "at",
     "file_at",
@@ -111,7 +111,7 @@ def at(url: str | os.PathLike[str]) -> Store:
         if there and scheme.lower() in (*BUCKETS, "hf"):  # else a folder of this machine would be made
             right = f"{scheme.lower()}://{rest.lstrip('/')}"
             raise RequestError(f"{path} is no address: give {right}, with two slashes")
-        return Local(path)
+        return LocalStore(path)
     if path.startswith(HUB):
         raise RequestError(f"{path} can only be read: write to a folder, and upload that")
     if scheme not in _STORES:
@@ -119,7 +119,7 @@ def at(url: str | os.PathLike[str]) -> Store:
     if "@" in rest.partition("/")[0]:
         raise RequestError(f"an address has no credentials in it: {scheme}://BUCKET/..., and them in the environment")
     if scheme == "file":
-        return Local(rest)
+        return LocalStore(rest)
     _, prefix = root_of(path)
     if {"", ".", ".."} & set(prefix.rstrip("/").split("/")) and prefix.strip("/"):
         raise RequestError(f"{path} does not work: in a bucket no folder has the name '', '.' or '..'")
@@ -141,7 +141,7 @@ def _bucket(url: str) -> Store:
     return Objects(url)
 
 
-_STORES: dict[str, Callable[[str], Store]] = {"file": Local} | dict.fromkeys(BUCKETS, _bucket)
+_STORES: dict[str, Callable[[str], Store]] = {"file": LocalStore} | dict.fromkeys(BUCKETS, _bucket)
 
 
 def readable(url: str | os.PathLike[str]) -> Readable:
@@ -261,8 +261,8 @@ def temporary() -> str:
     return tempfile.gettempdir()
 
 
-def written_now(store: Store, name: str) -> Written:
+def written_now(store: Store, name: str) -> WrittenFile:
     """What a file is now, by all its bytes."""
     with store.open(name) as file:
         digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]  # what is opened to read has readinto
-        return Written(file.tell(), digest.hexdigest())
+        return WrittenFile(file.tell(), digest.hexdigest())

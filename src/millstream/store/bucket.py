@@ -16,11 +16,11 @@ from typing import Any, BinaryIO
 
 from millstream.errors import RequestError, RunError
 from millstream.store.client import T, asked, client_of, code_of
-from millstream.store.contract import UNNAMED, Entry, Listed, State, Store, Written
+from millstream.store.contract import UNNAMED, Entry, Listed, State, Store, WrittenFile
 from millstream.store.growing import Growing
 from millstream.store.held import Held, held
 from millstream.store.leftovers import abort_uploads
-from millstream.store.local import Local
+from millstream.store.local import LocalStore
 from millstream.store.onward import BucketOnward, make_whole
 from millstream.store.ranges import opened
 from millstream.store.uploads import AT_ONCE, PART, BucketWriter, part_of
@@ -158,9 +158,9 @@ class Objects:
 
         self._written(name, put)
 
-    def put(self, name: str, data: bytes) -> Written:
+    def put(self, name: str, data: bytes) -> WrittenFile:
         self._put(name, data, use_multipart=False)
-        return Written(len(data), hashlib.sha256(data).hexdigest())
+        return WrittenFile(len(data), hashlib.sha256(data).hexdigest())
 
     def create(self, name: str, data: bytes) -> bool:
         attempt = secrets.token_hex(8)
@@ -217,7 +217,7 @@ class Objects:
     def turn(self, name: str) -> AbstractContextManager[None]:
         """Among the processes of this machine, whose memory it is about."""
         own = hashlib.blake2b(self.url.encode(), digest_size=8).hexdigest()
-        return Local(tempfile.gettempdir()).turn(f"millstream-{own}-{os.path.basename(name)}")
+        return LocalStore(tempfile.gettempdir()).turn(f"millstream-{own}-{os.path.basename(name)}")
 
     def free(self) -> int | None:
         return None

@@ -20,7 +20,7 @@ SHORTER = "it became shorter"
 """What is told of a file that is to go on behind its end."""
 
 
-class Written(NamedTuple):
+class WrittenFile(NamedTuple):
     """What a file has become: its bytes, and the SHA-256 of them in hexadecimal digits."""
 
     bytes: int
@@ -58,7 +58,7 @@ class Writer(Protocol):
     def closed(self) -> bool: ...
 
     @property
-    def written(self) -> Written:
+    def written(self) -> WrittenFile:
         """What the file has become; once it is finished."""
 
     def write(self, data: "bytes | bytearray | memoryview", /) -> int: ...
@@ -72,7 +72,7 @@ class Writer(Protocol):
     def settle(self, head: bytes | None = None) -> None:
         """All of it is durable, and no descriptor is held for it; it has no name before it is finished."""
 
-    def finish(self, head: bytes | None = None) -> Written:
+    def finish(self, head: bytes | None = None) -> WrittenFile:
         """Give the file its name, durably. `head` comes in place of as many bytes at its beginning, which were written
         before it was known; then the file is read once more for its hash."""
 
@@ -167,7 +167,7 @@ class Store(Readable, Protocol):
         `head` of `finish`, so that it is hashed only then. `brief`: it may be garbage after the machine's end, and
         is not hashed; whoever reads it has to see whether it is whole."""
 
-    def put(self, name: str, data: bytes) -> Written:
+    def put(self, name: str, data: bytes) -> WrittenFile:
         """A small file at once, in place of what has the name. What was finished before it, in its folder or in one
         above it in this store, has its name durably before it has: what it names is there, if it is."""
 

@@ -34,11 +34,11 @@ class Leases:
     is told of elsewhere before it is `done` here: after a `take`, look whether it is, as somebody may have finished it
     just before.
 
-    >>> from millstream.store.local import Local
+    >>> from millstream.store.local import LocalStore
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     now = 0.0
-    ...     one, two = (Leases(Local(folder), name, patience=30, clock=lambda: now) for name in ("one", "two"))
+    ...     one, two = (Leases(LocalStore(folder), name, patience=30, clock=lambda: now) for name in ("one", "two"))
     ...     one.beat(), two.beat()
     ...     print(one.take("part-7"), two.take("part-7"))
     ...     now = 30.0

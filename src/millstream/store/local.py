@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from millstream.store.appender import LocalAppender, LocalOnward, locked
-from millstream.store.contract import SHORTER, TEMPORARY, UNNAMED, Entry, Listed, State, Store, Written
+from millstream.store.contract import SHORTER, TEMPORARY, UNNAMED, Entry, Listed, State, Store, WrittenFile
 from millstream.store.writer import LocalWriter
 
 _UNNAMED = re.compile(r".+\.[0-9a-f]{8}" + re.escape(UNNAMED))
@@ -23,7 +23,7 @@ _KINDS = ((stat.S_ISREG, "file"), (stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pip
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalStore:
     """A folder, as `millstream.store.contract.Store` says."""
 
     url: str
@@ -60,7 +60,7 @@ class Local:
             os.makedirs(os.path.dirname(path), exist_ok=True)
         return path
 
-    def put(self, name: str, data: bytes) -> Written:
+    def put(self, name: str, data: bytes) -> WrittenFile:
         with self.write(name) as file:
             file.write(data)
             self._sync_above(name)
@@ -194,15 +194,16 @@ class Local:
     # Folders --------------------------------------------------------------------------------------------------------
 
     def below(self, name: str) -> Store:
-        return Local(self._path(name))
+        return LocalStore(self._path(name))
 
     def draft(self, name: str) -> Store:
-        return Local(self._path(name) + TEMPORARY)
+        return LocalStore(self._path(name) + TEMPORARY)
 
     def publish(self, name: str) -> None:
         path = self._path(name)
         for folder, _, _ in os.walk(path + TEMPORARY):
-            Local(folder).sweep()  # what was left by a worker that was killed, and whose work another has done again
+            # what was left by a worker that was killed, and whose work another has done again
+            LocalStore(folder).sweep()
             sync_folder(folder)
         self.withdraw(name)
         os.rename(path + TEMPORARY, path)

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from typing import IO, Any
 
-from millstream.store.contract import Written
+from millstream.store.contract import WrittenFile
 
 PART = 8 << 20
 """Bytes of an upload's part; what is shorter goes up at once, and is kept in memory until then."""
@@ -35,14 +35,14 @@ class BucketWriter:
         self._file: IO[bytes] = io.BytesIO()
         self._hash = hashlib.sha256()
         self._size = 0
-        self._written: Written | None = None
+        self._written: WrittenFile | None = None
 
     @property
     def closed(self) -> bool:
         return self._file.closed
 
     @property
-    def written(self) -> Written:
+    def written(self) -> WrittenFile:
         assert self._written is not None, "it is not finished"
         return self._written
 
@@ -72,13 +72,13 @@ class BucketWriter:
             self._file.seek(0)
             self._file.write(head)
 
-    def finish(self, head: bytes | None = None) -> Written:
+    def finish(self, head: bytes | None = None) -> WrittenFile:
         self.settle(head)
         data = self._whole()
         if self._late and not self._brief:
             self._hash = hashlib.sha256(data)
         self._put(data)
-        self._written = Written(self._size, "" if self._brief else self._hash.hexdigest())
+        self._written = WrittenFile(self._size, "" if self._brief else self._hash.hexdigest())
         self.close()
         return self._written
 

@@ -8,7 +8,7 @@ import os
 import secrets
 from typing import Any
 
-from millstream.store.contract import UNNAMED, Written
+from millstream.store.contract import UNNAMED, WrittenFile
 
 _BUFFER = 1 << 18
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -22,7 +22,7 @@ class LocalWriter:
         self._temporary = f"{path}.{secrets.token_hex(4)}{UNNAMED}"
         self._raw = _Hashing(self._temporary, hashed=not (late or brief))
         self._buffered = io.BufferedWriter(self._raw, _BUFFER)
-        self._written: Written | None = None
+        self._written: WrittenFile | None = None
         self._named = False
         self.write, self.tell = self._buffered.write, self._buffered.tell
 
@@ -31,7 +31,7 @@ class LocalWriter:
         return self._written is not None or self._raw.given_up
 
     @property
-    def written(self) -> Written:
+    def written(self) -> WrittenFile:
         assert self._written is not None, "it is not finished"
         return self._written
 
@@ -42,7 +42,7 @@ class LocalWriter:
         if self._written is None:
             self._end(head)
 
-    def finish(self, head: bytes | None = None) -> Written:
+    def finish(self, head: bytes | None = None) -> WrittenFile:
         self.settle(head)
         os.replace(self._temporary, self._path)
         self._named = True
@@ -76,12 +76,12 @@ class LocalWriter:
         if head is not None:
             os.pwrite(file, head, 0)
         if self._brief:
-            self._written = Written(size, "")
+            self._written = WrittenFile(size, "")
         else:
             if head is not None or self._late:
                 self._raw.hash = _hash_of(file, size)
             os.fsync(file)
-            self._written = Written(size, self._raw.hash.hexdigest())
+            self._written = WrittenFile(size, self._raw.hash.hexdigest())
         self._buffered.close()
 
     def close(self) -> None:

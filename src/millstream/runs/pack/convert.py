@@ -16,7 +16,7 @@ from millstream.folder.dataset import open as open_run
 from millstream.folder.manifest import MANIFEST
 from millstream.folder.samples import samples_of
 from millstream.runs.pack.exporting import export_all
-from millstream.store import Store, Written, at, written_now
+from millstream.store import Store, WrittenFile, at, written_now
 
 LIST = "exports.json"
 """Names what a folder of exports holds, and of which run."""
@@ -161,7 +161,7 @@ def _write_list(out: Store, run: str, exports: dict[str, Export], begun: Sequenc
 def _is_whole(out: Store, done: Export) -> bool:
     try:
         return out.exists(done.format) and all(
-            written_now(out, file["name"]) == Written(file["bytes"], file["sha256"]) for file in done.files
+            written_now(out, file["name"]) == WrittenFile(file["bytes"], file["sha256"]) for file in done.files
         )
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return False

@@ -10,7 +10,7 @@ from test_asking import command, journalled, prompts_file, rows_of, serving, set
 
 from millstream.aio import Fault
 from millstream.client.client import Client
-from millstream.client.purse import Shape, shape_of
+from millstream.client.purse import RequestShape, shape_of
 from millstream.client.requests import Reply, Request
 from millstream.errors import RequestError
 from millstream.llm.simulator import Behaviour, parse_fault, parse_latency
@@ -178,13 +178,13 @@ def test_after_a_kill_it_is_exceeded_by_at_most_what_was_in_flight(tmp_path):
 
 
 SHAPES = {
-    b'{"messages":[{"content":"max_tokens","role":"user"}]}': Shape(53, 0, 1, None),
-    b'{"max_tokens":5,"max_completion_tokens":7,"n":2}': Shape(48, 0, 2, 7),
-    b'{"max_output_tokens":9,"best_of":3,"n":2}': Shape(41, 0, 3, 9),
-    b'{"max_tokens":-1,"n":null}': Shape(26, 0, 1, None),
-    b'{"max_tokens":"5"}': Shape(18, 0, 1, None),
-    b'{"messages":[{"content":"\\"max_tokens\\":5","role":"user"}]}': Shape(59, 0, 1, None),
-    b'{"url":"data:image/png;base64,iVBORw0KGgo="}': Shape(24, 1, 1, None),
+    b'{"messages":[{"content":"max_tokens","role":"user"}]}': RequestShape(53, 0, 1, None),
+    b'{"max_tokens":5,"max_completion_tokens":7,"n":2}': RequestShape(48, 0, 2, 7),
+    b'{"max_output_tokens":9,"best_of":3,"n":2}': RequestShape(41, 0, 3, 9),
+    b'{"max_tokens":-1,"n":null}': RequestShape(26, 0, 1, None),
+    b'{"max_tokens":"5"}': RequestShape(18, 0, 1, None),
+    b'{"messages":[{"content":"\\"max_tokens\\":5","role":"user"}]}': RequestShape(59, 0, 1, None),
+    b'{"url":"data:image/png;base64,iVBORw0KGgo="}': RequestShape(24, 1, 1, None),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from wires import FINE, SENT, STREAMED, answering, body, faulty, http, told
 
-from millstream.client.pieces import Pieces
+from millstream.client.pieces import StreamedReply
 from millstream.client.requests import Reply
 from millstream.llm.sdk import SdkWire
 from millstream.llm.simulator import Behaviour, parse_latency, running
@@ -214,7 +214,7 @@ def test_a_hanging_server_is_left_when_the_request_is_cancelled(begin):
 def test_pieces_go_through_it_too():
     async def main():
         async with wired(faulty("503:1:times=1")) as (_, _, wire):
-            async with Pieces(wire, ASKED, draw=random.Random(1)) as pieces:
+            async with StreamedReply(wire, ASKED, draw=random.Random(1)) as pieces:
                 text = "".join([piece async for piece in pieces])
             return text, pieces.outcome
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from wires import FINE, STREAMED, answering, body, faulty, http, told
 
 from millstream.aio import Fault
-from millstream.client.pieces import Pieces
+from millstream.client.pieces import StreamedReply
 from millstream.client.requests import Reply
 from millstream.llm.events import ReplyPieces
 from millstream.llm.peers import Peer
@@ -290,7 +290,7 @@ def told_story(behaviour, **options):
 
     async def main():
         async with wired(behaviour) as (server, wire):
-            pieces = Pieces(wire, STORY, draw=random.Random(0), **options)
+            pieces = StreamedReply(wire, STORY, draw=random.Random(0), **options)
             found = await all_of(pieces)
             assert pieces.text == "".join(piece for piece, _ in found)
             return found, pieces.outcome, server.stats.requests
@@ -350,7 +350,7 @@ def test_a_wait_that_would_end_too_late_is_not_waited_for():
 def test_a_server_that_is_not_there():
     async def main():
         async with Wire("http://127.0.0.1:1/v1") as wire:
-            pieces = Pieces(wire, STORY, attempts=2)
+            pieces = StreamedReply(wire, STORY, attempts=2)
             return await all_of(pieces), pieces.outcome
 
     found, fault = virtual_sockets.run(main())
@@ -360,7 +360,7 @@ def test_a_server_that_is_not_there():
 def test_leaving_early_is_a_fault_and_leaves_nothing():
     async def main():
         async with wired(Behaviour(**SLOWLY)) as (server, wire):
-            async with Pieces(wire, STORY) as pieces:
+            async with StreamedReply(wire, STORY) as pieces:
                 async for _ in pieces:
                     break
                 assert pieces.outcome is None
@@ -375,7 +375,7 @@ def test_leaving_early_is_a_fault_and_leaves_nothing():
 def test_pieces_that_nobody_reads_ask_nothing():
     async def main():
         async with wired() as (server, wire):
-            async with Pieces(wire, STORY) as pieces:
+            async with StreamedReply(wire, STORY) as pieces:
                 pass
             return pieces.outcome, server.stats.requests
 
@@ -386,7 +386,7 @@ def test_pieces_that_nobody_reads_ask_nothing():
 def test_a_reader_that_is_cancelled_stays_cancelled():
     async def main():
         async with wired(Behaviour(**SLOWLY)) as (server, wire):
-            pieces = Pieces(wire, STORY)
+            pieces = StreamedReply(wire, STORY)
             task = asyncio.create_task(all_of(pieces))
             await asyncio.sleep(2.2)
             task.cancel()
@@ -409,7 +409,7 @@ def test_an_error_of_the_reader_is_its_own():
 
     async def main():
         async with wired(Behaviour()) as (_, wire):
-            pieces = Pieces(wire, STORY, timeout=60)
+            pieces = StreamedReply(wire, STORY, timeout=60)
             with pytest.raises(TimeoutError, match="mine"):
                 await refusing(pieces)
             return pieces.outcome
@@ -420,7 +420,7 @@ def test_an_error_of_the_reader_is_its_own():
 def test_a_reader_that_takes_too_long_times_out_although_all_is_here():
     async def main():
         async with wired(Behaviour()) as (_, wire):
-            async with Pieces(wire, STORY, timeout=3) as pieces:
+            async with StreamedReply(wire, STORY, timeout=3) as pieces:
                 async for _ in pieces:
                     await asyncio.sleep(2)
             return pieces

@@ -30,7 +30,7 @@ from millstream.client.checks import check_options
 from millstream.client.embedding import Embedder, Embedding, Texts
 from millstream.client.given import Given, Prompt, is_one, several
 from millstream.client.outcomes import Outcomes, collected, leave_with
-from millstream.client.pieces import Pieces
+from millstream.client.pieces import StreamedReply
 from millstream.client.purse import Guess, Price, Purse
 from millstream.client.requests import Reply, Request, outcome_of
 from millstream.client.retrying import LONGEST_ASKED, Retrying
@@ -225,7 +225,7 @@ class Client:
         self._refuse_outside()
         return outcome_of(await race(self.attempt, requests, **{**self._flows, **_whole(timeout)}))
 
-    def stream(self, prompt: Prompt, *, timeout: float | None = _DEFAULT) -> Pieces:
+    def stream(self, prompt: Prompt, *, timeout: float | None = _DEFAULT) -> StreamedReply:
         """One reply piece by piece: ``async with client.stream("...") as pieces: async for piece in pieces``.
 
         Then `pieces.outcome` is the Reply or the Fault. `timeout` bounds all of it, in seconds.
@@ -235,7 +235,7 @@ class Client:
         whole = _whole(timeout).get("deadline", self._flows["deadline"] or self._flows["timeout"])
         body = self._given.data(prompt)
         longest_wait: float = self._flows["longest_wait"]
-        return Pieces(
+        return StreamedReply(
             wire,
             body,
             timeout=whole,

@@ -17,7 +17,7 @@ from millstream.llm.usage import NOT_TOLD, paid_ids
 from millstream.llm.wire import WireError, wait_before_retry
 
 
-class Pieces(AsyncIterator[str]):
+class StreamedReply(AsyncIterator[str]):
     """The pieces of one reply: ``async with client.stream("...") as pieces: async for piece in pieces: ...``.
 
     After the last one, `outcome` is the Reply or the Fault; a request that fails raises nothing, the pieces just end.
@@ -56,7 +56,7 @@ class Pieces(AsyncIterator[str]):
         """What was handed out."""
         return "".join(self._said)
 
-    async def __aenter__(self) -> "Pieces":
+    async def __aenter__(self) -> "StreamedReply":
         self._began = _now()
         self._until = None if self._timeout is None else self._began + self._timeout
         return self

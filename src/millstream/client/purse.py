@@ -67,7 +67,7 @@ _asked = msgspec.json.Decoder(_Asked).decode
 _BOUNDS = (b'_tokens"', b'"n"', b'"best_of"')
 
 
-class Shape(NamedTuple):
+class RequestShape(NamedTuple):
     """What one can see of a request: `letters` of its body in bytes, `media` in it, `choices` of its reply, `limit` of
     each in ids."""
 
@@ -77,26 +77,26 @@ class Shape(NamedTuple):
     limit: int | None
 
 
-def shape_of(request: Request) -> Shape:
+def shape_of(request: Request) -> RequestShape:
     """
     >>> shape_of(Request(0, None, b"", b'{"max_tokens":20,"messages":[],"n":3}'))
-    Shape(letters=37, media=0, choices=3, limit=20)
+    RequestShape(letters=37, media=0, choices=3, limit=20)
     """
     data, media, letters = request.data, 0, len(request.data)
     if b";base64," in data or b"_audio" in data:
         found = _MEDIUM.findall(data)
         media, letters = len(found), letters - sum(map(len, found))
     if request.path in _SILENT:
-        return Shape(letters, media, 1, 0)
+        return RequestShape(letters, media, 1, 0)
     if not (any(name in data for name in _BOUNDS) or request.path == "/completions"):
-        return Shape(letters, media, 1, None)
+        return RequestShape(letters, media, 1, None)
     try:
         asked = _asked(data)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return Shape(letters, media, 1, None)
+        return RequestShape(letters, media, 1, None)
     limits = filter(is_count, (asked.max_tokens, asked.max_completion_tokens, asked.max_output_tokens))
     choices = max([1, *filter(is_count, (asked.n, asked.best_of))])
-    return Shape(letters, media, choices * _prompts_in(asked.prompt), max(limits, default=None))
+    return RequestShape(letters, media, choices * _prompts_in(asked.prompt), max(limits, default=None))
 
 
 def _prompts_in(prompt: msgspec.Raw) -> int:
@@ -125,7 +125,7 @@ class Guess:
         self._ids_per_choice = _FIRST_GUESS
         self._most_per_choice = 0.0  # of replies
         self._more_given = self._more_told = 0.0  # than there ought to be
-        self._last: tuple[Request | None, Shape] = (None, Shape(0, 0, 1, None))
+        self._last: tuple[Request | None, RequestShape] = (None, RequestShape(0, 0, 1, None))
 
     def learn(self, request: Request, usage: Usage) -> None:
         shape = self._shape(request)
@@ -154,7 +154,7 @@ class Guess:
             return Usage(math.ceil(given), math.ceil(choices * (self._most_per_choice or _FIRST_GUESS)))
         return Usage(math.ceil(given), math.ceil(choices * limit + self._more_told))
 
-    def _shape(self, request: Request) -> Shape:
+    def _shape(self, request: Request) -> RequestShape:
         """It is asked for several times before one and the same attempt."""
         last, shape = self._last
         if last is not request:

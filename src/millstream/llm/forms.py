@@ -12,7 +12,7 @@ from millstream.errors import RequestError
 from millstream.llm.schema import checker, line, response_format
 
 
-class Form(NamedTuple):
+class ReplyForm(NamedTuple):
     """What the server is asked for, why a text does not fit (None: it does), and the value in one that does."""
 
     response_format: dict[str, Any]
@@ -20,14 +20,14 @@ class Form(NamedTuple):
     parse: Callable[[str], Any]
 
 
-def form_of(schema: Any) -> Form:
+def form_of(schema: Any) -> ReplyForm:
     """The form that a JSON schema (a mapping) or a pydantic model (a class) asks for. Raises RequestError for others.
 
     >>> form_of({"type": "object"}).parse('{"people": 2100000}')
     {'people': 2100000}
     """
     if isinstance(schema, Mapping):
-        return Form(response_format(schema), checker(schema), msgspec.json.decode)
+        return ReplyForm(response_format(schema), checker(schema), msgspec.json.decode)
     if not (isinstance(schema, type) and hasattr(schema, "model_json_schema")):
         raise RequestError(f"a schema is a JSON schema or a pydantic model, not {schema!r:.80}")
     model: Any = schema
@@ -43,7 +43,7 @@ def form_of(schema: Any) -> Form:
             return _reason(error)
         return None
 
-    return Form(response_format(asked), misfit, model.model_validate_json)
+    return ReplyForm(response_format(asked), misfit, model.model_validate_json)
 
 
 def model_named(name: str) -> Any:

@@ -42,7 +42,7 @@ class _Format(msgspec.Struct):
 _Count = Annotated[int, msgspec.Meta(ge=1)] | None
 
 
-class Chat(msgspec.Struct):
+class ChatRequest(msgspec.Struct):
     model: str
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
     stream: bool | None = None
@@ -67,7 +67,7 @@ class Chat(msgspec.Struct):
         return _reply_to(self, behaviour, "chatcmpl-", key)
 
 
-class Completion(msgspec.Struct):
+class CompletionRequest(msgspec.Struct):
     model: str
     prompt: str | list[int]
     stream: bool | None = None
@@ -87,7 +87,7 @@ class Completion(msgspec.Struct):
         return _reply_to(self, behaviour, "cmpl-", key)
 
 
-class Embedding(msgspec.Struct):
+class EmbeddingRequest(msgspec.Struct):
     model: str
     input: str | list[Any]
     dimensions: _Count = None
@@ -115,10 +115,10 @@ def _are_ids(given: Any) -> bool:
     return isinstance(given, list) and all(isinstance(one, int) for one in given)
 
 
-Asked: TypeAlias = Chat | Completion | Embedding
+Asked: TypeAlias = ChatRequest | CompletionRequest | EmbeddingRequest
 
 
-class Choice(NamedTuple):
+class ReplyChoice(NamedTuple):
     """One choice of a reply; `text` is None where something else, or nothing, stands in its place."""
 
     text: str | None
@@ -132,9 +132,9 @@ class Choice(NamedTuple):
         more: dict[str, Any] = {} if self.refusal is None else {"refusal": self.refusal}
         return more if self.calls is None else {**more, "tool_calls": self.calls}
 
-    def half(self, finish: str) -> "Choice":
+    def half(self, finish: str) -> "ReplyChoice":
         text = self.text or ""
-        return Choice(text[: len(text) // 2], finish)
+        return ReplyChoice(text[: len(text) // 2], finish)
 
 
 class Content(NamedTuple):
@@ -143,7 +143,7 @@ class Content(NamedTuple):
 
     name: str
     model: str
-    choices: tuple[Choice, ...]
+    choices: tuple[ReplyChoice, ...]
     ids_in: int
     ids_out: int
     thought: int = 0
@@ -191,13 +191,13 @@ class Content(NamedTuple):
         kind = f"chat.completion{of_a_piece}" if self._is_chat else "text_completion"
         return {"id": self.name, "object": kind, "created": CREATED, "model": self.model}
 
-    def _choice(self, at: int, choice: Choice) -> dict[str, Any]:
+    def _choice(self, at: int, choice: ReplyChoice) -> dict[str, Any]:
         head: dict[str, Any] = {"index": at, "logprobs": None, "finish_reason": choice.finish}
         if not self._is_chat:
             return {**head, "text": choice.text}
         return {**head, "message": {"role": "assistant", "content": choice.text, **choice.said}}
 
-    def _pieces(self, choice: Choice) -> list[tuple[dict[str, Any], str | None]]:
+    def _pieces(self, choice: ReplyChoice) -> list[tuple[dict[str, Any], str | None]]:
         """What each event says of a choice, and its finish_reason."""
         text = choice.text
         ending = None if text is None else ""
@@ -219,14 +219,16 @@ def altered(reply: Content, kind: str) -> Content:
 
 _CALL = {"id": "call_1", "type": "function", "function": {"name": "grind", "arguments": '{"grain": "wheat"}'}}
 _CHANGES: dict[str, Callable[[Content], Content]] = {
-    "null-content": lambda reply: _with(reply, lambda choice: Choice(None, choice.finish)),
-    "bad-schema": lambda reply: _with(reply, lambda choice: Choice('["not", "what", "was", "asked"]', choice.finish)),
+    "null-content": lambda reply: _with(reply, lambda choice: ReplyChoice(None, choice.finish)),
+    "bad-schema": lambda reply: _with(
+        reply, lambda choice: ReplyChoice('["not", "what", "was", "asked"]', choice.finish)
+    ),
     "length": lambda reply: _with(reply, lambda choice: choice.half("length")),
-    "filtered": lambda reply: _with(reply, lambda choice: Choice(None, "content_filter")),
+    "filtered": lambda reply: _with(reply, lambda choice: ReplyChoice(None, "content_filter")),
     "half-filtered": lambda reply: _with(reply, lambda choice: choice.half("content_filter")),
-    "refused": lambda reply: _with(reply, lambda choice: Choice(None, "stop", refusal="I cannot help with that.")),
-    "tool-calls": lambda reply: _with(reply, lambda choice: Choice(None, "tool_calls", calls=[_CALL])),
-    "all-thought": lambda reply: _with(reply, lambda choice: Choice(None, "length")),
+    "refused": lambda reply: _with(reply, lambda choice: ReplyChoice(None, "stop", refusal="I cannot help with that.")),
+    "tool-calls": lambda reply: _with(reply, lambda choice: ReplyChoice(None, "tool_calls", calls=[_CALL])),
+    "all-thought": lambda reply: _with(reply, lambda choice: ReplyChoice(None, "length")),
     "aborted": lambda reply: _with(reply, lambda choice: choice.half("abort")),
     "no-usage": lambda reply: reply._replace(naming=None),
     "other-usage": lambda reply: reply._replace(naming="other"),
@@ -237,11 +239,11 @@ _CHANGES: dict[str, Callable[[Content], Content]] = {
 }
 
 
-def _with(reply: Content, change: Callable[[Choice], Choice]) -> Content:
+def _with(reply: Content, change: Callable[[ReplyChoice], ReplyChoice]) -> Content:
     return reply._replace(choices=tuple(map(change, reply.choices)))
 
 
-def _reply_to(asked: Chat | Completion, behaviour: Behaviour, prefix: str, key: bytes) -> Content:
+def _reply_to(asked: ChatRequest | CompletionRequest, behaviour: Behaviour, prefix: str, key: bytes) -> Content:
     message, letters = asked.said()
     limit = asked.max_completion_tokens or asked.max_tokens
     choices, ids_out = [], 0
@@ -249,7 +251,7 @@ def _reply_to(asked: Chat | Completion, behaviour: Behaviour, prefix: str, key: 
         text, finish = _formed(reply_to(message, behaviour.reply_ids, key[0], number), asked.response_format), "stop"
         if limit and letters_in(text) > limit * LETTERS_PER_ID:
             text, finish = begin_of(text, limit * LETTERS_PER_ID), "length"
-        choices.append(Choice(text, finish))
+        choices.append(ReplyChoice(text, finish))
         ids_out += count_ids(letters_in(text))
     return Content(prefix + key.hex(), asked.model, tuple(choices), count_ids(letters), ids_out)
 

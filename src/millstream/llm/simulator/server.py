@@ -13,7 +13,16 @@ from yarl import URL
 
 from millstream.errors import RequestError
 from millstream.llm.simulator.behaviour import Behaviour, Treatment, key_of, treatment_of
-from millstream.llm.simulator.bodies import CREATED, Asked, Chat, Completion, Content, Embedding, altered, error_body
+from millstream.llm.simulator.bodies import (
+    CREATED,
+    Asked,
+    ChatRequest,
+    CompletionRequest,
+    Content,
+    EmbeddingRequest,
+    altered,
+    error_body,
+)
 from millstream.llm.simulator.faults import ERRORS
 from millstream.llm.simulator.sending import JSON, PAGE, answered, closed, page
 from millstream.llm.simulator.stats import Quota, Stats
@@ -37,7 +46,7 @@ class _Simulator:
         self.connections: weakref.WeakSet[asyncio.Task[None]] = weakref.WeakSet()
         self.doomed: weakref.WeakSet[asyncio.Task[None]] = weakref.WeakSet()
         self.decoders: dict[type[Asked], msgspec.json.Decoder[Any]] = {
-            form: msgspec.json.Decoder(form) for form in (Chat, Completion, Embedding)
+            form: msgspec.json.Decoder(form) for form in (ChatRequest, CompletionRequest, EmbeddingRequest)
         }
         self._forget()
 
@@ -49,13 +58,13 @@ class _Simulator:
     # --- what the routes call ---
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._tracked(request, Chat)
+        return await self._tracked(request, ChatRequest)
 
     async def completion(self, request: web.Request) -> web.StreamResponse:
-        return await self._tracked(request, Completion)
+        return await self._tracked(request, CompletionRequest)
 
     async def embedding(self, request: web.Request) -> web.StreamResponse:
-        return await self._tracked(request, Embedding)
+        return await self._tracked(request, EmbeddingRequest)
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         if not self._allowed(request):

@@ -37,7 +37,7 @@ class Output(Protocol):
         """
 
 
-class Through:
+class Unbuffered:
     """Standard output, a device or a named pipe: lines are written through at once."""
 
     former: int | None = None
@@ -121,7 +121,7 @@ def opened(out: str, *, advice: str = "") -> Iterator[Output]:
         return RunError(f"cannot write {place}: {error.strerror}{advice}")
 
     if out == "-":
-        yield Through(standard_output(), failed)
+        yield Unbuffered(standard_output(), failed)
     elif _is_file(out):
         file = Replacing(out, failed)
         try:
@@ -136,7 +136,7 @@ def opened(out: str, *, advice: str = "") -> Iterator[Output]:
             raise failed(error) from error
     else:
         with _opened_through(out) as pipe:
-            yield Through(pipe.write, failed)
+            yield Unbuffered(pipe.write, failed)
 
 
 def _opened_through(out: str) -> Pipe:

@@ -25,7 +25,7 @@ from millstream.runs.ask.lineup import Lineup, Slot
 from millstream.runs.ask.output import Output
 from millstream.runs.ask.rows import batch_line, row_of, row_of_none, with_input
 from millstream.runs.ask.settings import AskSettings
-from millstream.runs.ask.tally import Tally
+from millstream.runs.ask.tally import RowTally
 from millstream.runs.progress import AskProgress, AskReport
 
 INTERRUPTED = "interrupted"
@@ -82,7 +82,7 @@ class AskRun:
         # Whether each row of an earlier run has to be looked at, or changed, before it is put out.
         self.in_parts = bool(settings.batch_format or settings.keep_input or settings.retry_finish)
         self.lineup = Lineup(output, in_order=self.in_order, prefix=out == "-" and journal is not None)
-        self.tally = Tally(client, on_progress)
+        self.tally = RowTally(client, on_progress)
         self.tally.tells_unknown = bool(settings.retry_finish)
         self.tripwire = Tripwire(lambda: self.flow.stop())
         self.told_to_wait = False

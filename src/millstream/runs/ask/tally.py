@@ -16,7 +16,7 @@ from millstream.runs.progress import IN_VAIN, AskProgress, AskReport
 _PROGRESS_EVERY = 0.1  # seconds
 
 
-class Tally:
+class RowTally:
     """Counts the rows of a run: `requests`, `again` (of earlier runs), and the faults by kind."""
 
     def __init__(self, client: Client, on_progress: Callable[[AskProgress], None] | None) -> None:

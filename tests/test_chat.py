@@ -22,7 +22,7 @@ from millstream.errors import DataError, RequestError, Unusable
 from millstream.exports import FORMATS
 from millstream.records import LEARNED
 from millstream.runs.pack.convert import convert_to
-from millstream.stream.chat import Chat, Rendered, Span
+from millstream.stream.chat import Chat, Letters, Rendered
 from millstream.stream.encoders import HuggingFace
 from millstream.stream.tokenize import encode_rendered
 from millstream.stream.tokenizers import load_tokenizer
@@ -81,7 +81,7 @@ def test_the_other_templates():
 
 def test_prompts_and_completions():
     assert Chat().render({"prompt": "2 + 2 =", "completion": " 4"}) == Rendered(
-        "2 + 2 = 4", (Span(7, 9),), (Span(0, 9),)
+        "2 + 2 = 4", (Letters(7, 9),), (Letters(0, 9),)
     )
     found = chat("turns").render({"prompt": [USER, REPLY, AGAIN], "completion": [YES]})
     assert found.text == chat("turns").render({"messages": [USER, REPLY, AGAIN, YES]}).text
@@ -92,7 +92,7 @@ def test_prompts_and_completions():
 def test_all_is_learned_if_asked_for():
     for row in ({"messages": [USER, REPLY]}, {"prompt": "a", "completion": "b"}):
         found = chat("forgetful", loss="all").render(row)
-        assert found.learned == (Span(0, len(found.text)),)
+        assert found.learned == (Letters(0, len(found.text)),)
 
 
 def test_tools_and_what_else_a_row_gives_a_template():
@@ -333,7 +333,7 @@ def test_prefixed_blanks_are_not_taken_for_bytes_of_the_text(tmp_path):
         token["rstrip"] = token["content"] == "</s>"
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     tokenizer = load_tokenizer(str(tmp_path))
-    found = Rendered("so</s> mill so", (Span(7, 11),))
+    found = Rendered("so</s> mill so", (Letters(7, 11),))
     ids, _ = encode_rendered(tokenizer, [found])
     assert tokenizer.engine.decode((ids[ids >= LEARNED] & np.uint32(LEARNED - 1)).tolist()).strip() == "mill"
 
@@ -350,7 +350,7 @@ def test_text_that_is_normalized_first(folders):
 
 def test_an_id_is_learned_if_some_of_its_letters_are():
     tokenizer = load_tokenizer("gpt2")
-    ids, _ = encode_rendered(tokenizer, [Rendered("Hello world", (Span(8, 9),)), Rendered("a🙂b", (Span(1, 2),))])
+    ids, _ = encode_rendered(tokenizer, [Rendered("Hello world", (Letters(8, 9),)), Rendered("a🙂b", (Letters(1, 2),))])
     marks = [(tokenizer.engine.decode([i & (LEARNED - 1)]), i >= LEARNED) for i in ids.tolist()]
     assert marks[:2] == [("Hello", False), (" world", True)]
     assert [mark for _, mark in marks[2:]] == [False, *[True] * (len(marks) - 4), False]  # every byte of the letter

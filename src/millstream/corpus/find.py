@@ -29,7 +29,7 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundInputs:
     """The input shards of some sources, in order, and what was left out.
 
     `ignored` counts, by ending and the like, what folders and globs hold besides; `unreadable` has the folders that
@@ -75,7 +75,7 @@ def expand(sources: Iterable[str | os.PathLike[str]]) -> list[InputShard]:
     return found.shards
 
 
-def find_inputs(sources: Iterable[str | os.PathLike[str]], *, besides: str | None = None) -> Found:
+def find_inputs(sources: Iterable[str | os.PathLike[str]], *, besides: str | None = None) -> FoundInputs:
     """The input shards of `sources`, in order; within a folder or a glob, sorted by path.
 
     A source is a file, a folder (its .jsonl, .ndjson, .parquet, .txt and .md files, the first two and plain text also
@@ -98,7 +98,7 @@ def find_inputs(sources: Iterable[str | os.PathLike[str]], *, besides: str | Non
         raise RequestError("standard input ('-') can be read only once")
     names = called([shard.name for shard in shards])
     shards = [replace(shard, alias=alias) for shard, alias in zip(shards, names, strict=True)]
-    return Found(shards, walk.ignored, walk.unreadable)
+    return FoundInputs(shards, walk.ignored, walk.unreadable)
 
 
 def ignored_files(counts: dict[str, int]) -> str:
@@ -151,7 +151,7 @@ def _folder(root: str, walk: Walk) -> list[InputShard]:
 
 
 def _nothing_to_read(root: str, ignored: "Counter[str]") -> str:
-    told = ignored_files(Found([], ignored).ignored_by_kind())
+    told = ignored_files(FoundInputs([], ignored).ignored_by_kind())
     return (
         f"nothing to read in {root}: a folder is searched for {' '.join(KINDS)} (and .gz, .zst of them)"
         f"{f'; there are {told}' if told else ''}. For other files name a glob such as '{root}/**/*.log'"

@@ -18,7 +18,7 @@ _ENOUGH = 20
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verification:
     """What `verify` found: `problems` is empty if the folder is whole.
 
     `compared` documents were compared with the sources, of `documents`; `not_compared` of them could only be encoded by
@@ -47,7 +47,7 @@ def verify(
     tokenizer: str | None = None,
     chat_template: str | None = None,
     workers: int | None = None,
-) -> Verdict:
+) -> Verification:
     """Check a finished run folder: all files there, none foreign, every SHA-256, ids within the vocabulary, segments
     and documents that fit the samples, and the ledger.
 
@@ -77,15 +77,15 @@ def verify(
             on_file(f"{name} counts")
             problems += islice(_subset_problems(folder, manifest, name, ordinals), _ENOUGH)
         problems += ledger_problems(folder, manifest, ordinals)
-    verdict = Verdict(problems, len(files), manifest.samples, size)
+    whole = Verification(problems, len(files), manifest.samples, size)
     if against is None or problems:  # what does not fit in itself cannot be compared
-        return verdict
+        return whole
     from millstream.runs.pack.against import compare_with
 
     where = {"tokenizer": tokenizer, "chat_template": chat_template}
     found = compare_with(folder, against, sample=sample, **where, workers=workers)
     counts = {"compared": found.documents, "documents": found.of, "not_compared": found.not_compared}
-    return replace(verdict, problems=found.problems, **counts)
+    return replace(whole, problems=found.problems, **counts)
 
 
 def _foreign(folder: str, known: set[str]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from millstream.integrity.documents import Spans
 from millstream.records import Ids
 
 
-class Block:
+class BlockOfSamples:
     """Samples that are looked at together: `ids` (samples, N or fewer for the remainder), `learned` (None without a
     mask), and their `segments`, in which samples count from this block's first."""
 

@@ -12,7 +12,7 @@ from millstream.folder.manifest import FORMAT
 from millstream.folder.reader import remainder
 from millstream.folder.samples import Samples, ShardSamples
 from millstream.integrity.documents import Matching, Ordinals, Rows, Rules, Wrong
-from millstream.integrity.samples import Block, column_problems, segment_problems
+from millstream.integrity.samples import BlockOfSamples, column_problems, segment_problems
 from millstream.records import Ids
 from millstream.runs.pack.encode import in_validation
 
@@ -92,7 +92,7 @@ class SubsetCheck:
         for first, ids, marks in shard.blocks():
             segments = shard.segments(first, len(ids))
             segments["sample"] -= first
-            block = Block(self._samples, ids, marks, segments)
+            block = BlockOfSamples(self._samples, ids, marks, segments)
             only = pads and first + len(ids) == len(shard)  # the last sample of all may be padded
             if only and (block.used[:-1] < self._samples.seq_len).any():
                 only = False
@@ -111,7 +111,7 @@ class SubsetCheck:
         if self._settings.format == "parquet":
             yield from (f"{names.samples}: {problem}" for problem in column_problems(shard))
 
-    def _match(self, block: Block, names: _Names, table: Iterator[str]) -> Iterator[str]:
+    def _match(self, block: BlockOfSamples, names: _Names, table: Iterator[str]) -> Iterator[str]:
         """Hand a block's segments to the matching, and rows of the documents table until these are what is missing."""
         if self._matched:
             try:
@@ -149,7 +149,7 @@ class SubsetCheck:
             self._matched = False
             yield f"{names.segments}: {int(rest['length'].sum())} ids of the remainder instead of {len(ids)}"
             return
-        block = Block(self._samples, ids[None], None if marks is None else marks[None], rest)
+        block = BlockOfSamples(self._samples, ids[None], None if marks is None else marks[None], rest)
         for problem in block.problems(self._settings, pads=False):
             yield f"{kept.name}: {problem}"
         yield from self._match(block, names, table)

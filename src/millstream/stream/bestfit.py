@@ -11,9 +11,9 @@ from millstream.stream.pack import (
     CHUNK,
     Ended,
     HasLengths,
+    IdRuns,
     Packed,
     Remainder,
-    Runs,
     State,
     Where,
     continued,
@@ -166,7 +166,7 @@ class BestFit:
         ended, open_row = len(batch) - batch.open, slice(len(batch) - batch.open, None)
         all_full = taken.length // n
         ids = np.concatenate([self._held, batch.ids]) if len(self._held) else batch.ids
-        runs = Runs(ids, np.concatenate([[0], np.cumsum(np.stack([all_full * n, rest], axis=1))]))
+        runs = IdRuns(ids, np.concatenate([[0], np.cumsum(np.stack([all_full * n, rest], axis=1))]))
         samples = runs.take(np.flatnonzero(all_full) * 2).reshape(-1, n)
         inside = len(samples) - beyond
         self._full[self._samples : self._samples + inside] = samples[:inside]
@@ -211,7 +211,7 @@ class BestFit:
         assert self._first
         n, base = self.seq_len, self.samples
         window = _Window(self._parts, n, self._most, self._seed, self._first[0])
-        runs = Runs(self._pieces[: self._filled], np.concatenate([[0], np.cumsum(window.rest)]))
+        runs = IdRuns(self._pieces[: self._filled], np.concatenate([[0], np.cumsum(window.rest)]))
         state = states_within(*self._first[1:], base + window.count, behind)
         step = max(1, CHUNK // n)
         for low in range(0, max(window.count, 1), step):

@@ -30,7 +30,7 @@ _ENDS = {_BEGIN: _END, _OPEN: _CLOSE}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-class Span(NamedTuple):
+class Letters(NamedTuple):
     """Letters `start` to `stop` of a text."""
 
     start: int
@@ -42,8 +42,8 @@ class Rendered(NamedTuple):
     `plain` letters spell."""
 
     text: str
-    learned: tuple[Span, ...] = ()
-    plain: tuple[Span, ...] = ()
+    learned: tuple[Letters, ...] = ()
+    plain: tuple[Letters, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Chat:
 
     >>> row = {"prompt": "2 + 2 =", "completion": " 4"}
     >>> Chat().render(row)
-    Rendered(text='2 + 2 = 4', learned=(Span(start=7, stop=9),), plain=(Span(start=0, stop=9),))
+    Rendered(text='2 + 2 = 4', learned=(Letters(start=7, stop=9),), plain=(Letters(start=0, stop=9),))
     >>> template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     >>> template += "{% if add_generation_prompt %}<assistant>{% endif %}"
     >>> messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
     >>> Chat((("default", template),)).render({"messages": messages})
-    Rendered(text='<user>2 + 2?<assistant>4', learned=(Span(start=23, stop=24),), plain=())
+    Rendered(text='<user>2 + 2?<assistant>4', learned=(Letters(start=23, stop=24),), plain=())
     """
 
     templates: tuple[tuple[str, str], ...] = ()
@@ -141,8 +141,8 @@ class Chat:
         return named.get("default") or next(iter(named.values()))
 
 
-def _spans(*found: tuple[int, int]) -> tuple[Span, ...]:
-    return tuple(Span(*span) for span in found if span[0] < span[1])
+def _spans(*found: tuple[int, int]) -> tuple[Letters, ...]:
+    return tuple(Letters(*span) for span in found if span[0] < span[1])
 
 
 def _turn(text_of: Any, whole: str, turn: tuple[int, int], count: int) -> tuple[int, int]:
@@ -261,7 +261,7 @@ def _around(found: "re.Match[str]") -> str:
 def _unmarked(text: str) -> Rendered:
     """
     >>> _unmarked("a" + _BEGIN + "bc" + _OPEN + "d" + _CLOSE + _END + "e")
-    Rendered(text='abcde', learned=(Span(start=1, stop=4),), plain=(Span(start=3, stop=4),))
+    Rendered(text='abcde', learned=(Letters(start=1, stop=4),), plain=(Letters(start=3, stop=4),))
     """
     begun: dict[str, int] = {}  # by the mark that will end it
     spans: dict[str, list[tuple[int, int]]] = {_END: [], _CLOSE: []}

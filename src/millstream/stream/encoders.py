@@ -15,7 +15,7 @@ from millstream.records import Ids
 os.environ["FASTOKENS_BPE_THREADS"] = "1"
 
 
-class Engine(Protocol):
+class TokenizerEngine(Protocol):
     name: str
 
     def encode(self, texts: Sequence[str], specials: bool = False) -> tuple[Ids, Ids]:
@@ -113,7 +113,7 @@ class Tiktoken:
         return self.encoding.decode(list(ids))
 
 
-def fastokens_of(definition: str) -> Engine | None:
+def fastokens_of(definition: str) -> TokenizerEngine | None:
     """The fast engine for a tokenizer.json; None if it cannot load it."""
     import fastokens
 

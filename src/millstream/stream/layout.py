@@ -8,7 +8,7 @@ from millstream.records import Ids
 from millstream.stream.bestfit import WINDOW, Windows
 from millstream.stream.bins import assign
 from millstream.stream.lengths import Lengths
-from millstream.stream.pack import Places
+from millstream.stream.pack import SamplePlaces
 
 
 class Layout(NamedTuple):
@@ -58,7 +58,7 @@ def layout(length: Ids, n: int, strategy: str, window: int | None = None, max_se
 
 
 def _concat(length: Ids, n: int) -> Layout:
-    starts, stops, first, last = Places.joined(length, 0, n)
+    starts, stops, first, last = SamplePlaces.joined(length, 0, n)
     total = int(length.sum())
     filled = length > 0
     shared = filled & ((starts % n > 0) | ((stops % n > 0) & (stops < total)))

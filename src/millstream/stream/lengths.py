@@ -14,7 +14,7 @@ from millstream.records import Ids, not_used
 from millstream.stream.bestfit import Windows, states_within
 from millstream.stream.bins import opened
 from millstream.stream.line import InLine, Strategy
-from millstream.stream.pack import Places, State, Where, nowhere, split_up, states, with_held
+from millstream.stream.pack import SamplePlaces, State, Where, nowhere, split_up, states, with_held
 from millstream.stream.shuffle import ShuffleWindows, permutation, shuffled, through
 
 
@@ -83,7 +83,7 @@ class _Concat:
         @cache
         def told() -> Callable[[int], State]:
             # Most batches have no boundary that matters, so that nobody asks, and nothing is summed up.
-            return states(batch, where, Places.joined(batch.length, before, self._n), number, self._n)
+            return states(batch, where, SamplePlaces.joined(batch.length, before, self._n), number, self._n)
 
         yield Span(number, self.samples, lambda sample: told()(sample))
 

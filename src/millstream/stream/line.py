@@ -32,7 +32,7 @@ class Usable(Cuttable, Protocol):
     def without(self, used: int) -> Any: ...
 
 
-class Numbered(Protocol):
+class Completed(Protocol):
     """Samples that became complete, from `first` to before `stop`: with ids, or without."""
 
     @property
@@ -45,9 +45,9 @@ class Numbered(Protocol):
 
 
 B = TypeVar("B", bound=Usable)
-P = TypeVar("P", bound=Numbered)
+P = TypeVar("P", bound=Completed)
 Taken = TypeVar("Taken", bound=Usable, contravariant=True)
-Given = TypeVar("Given", bound=Numbered, covariant=True)
+Given = TypeVar("Given", bound=Completed, covariant=True)
 
 
 @dataclass(frozen=True)

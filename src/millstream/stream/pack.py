@@ -162,7 +162,7 @@ class Concat:
 
     def feed(self, batch: TokenBatch, where: Where = nowhere) -> Iterator[Packed]:
         n = self.seq_len
-        at = Places.joined(batch.length, self._filled, n)
+        at = SamplePlaces.joined(batch.length, self._filled, n)
         segments = self._with_held(_cut(batch, at, n))
         complete = (self._filled + len(batch.ids)) // n
         done = segments["sample"] < complete
@@ -274,7 +274,7 @@ def with_held(held: int, length: Ids, start: Ids) -> tuple[Ids, Ids]:
     return length, start
 
 
-class Places(NamedTuple):
+class SamplePlaces(NamedTuple):
     """Where rows lie in a stream that is cut every n ids: from `starts` to `stops`, in the samples `first` to `last`.
 
     An empty one is in the sample of the next id.
@@ -286,22 +286,22 @@ class Places(NamedTuple):
     last: Ids
 
     @classmethod
-    def of(cls, starts: Ids, length: Ids, n: int) -> "Places":
+    def of(cls, starts: Ids, length: Ids, n: int) -> "SamplePlaces":
         stops = starts + length
         return cls(starts, stops, starts // n, np.maximum(stops - 1, starts) // n)
 
     @classmethod
-    def joined(cls, length: Ids, before: int, n: int) -> "Places":
+    def joined(cls, length: Ids, before: int, n: int) -> "SamplePlaces":
         """Those of rows that lie one behind the other, from `before` on.
 
-        >>> Places.joined(np.array([3, 0, 2]), 1, 4).last.tolist()
+        >>> SamplePlaces.joined(np.array([3, 0, 2]), 1, 4).last.tolist()
         [0, 1, 1]
         """
         stops = np.cumsum(length) + before
         return cls.of(stops - length, length, n)
 
 
-def split_up(rows: HasLengths, n: int) -> tuple[Places, int]:
+def split_up(rows: HasLengths, n: int) -> tuple[SamplePlaces, int]:
     """(the places of rows of which each begins with a new sample, how many ids of an open one fill none).
 
     These are taken off its length.
@@ -316,7 +316,7 @@ def split_up(rows: HasLengths, n: int) -> tuple[Places, int]:
     rows.length[-1] -= left
     pieces = -(-rows.length // n)
     # A virtual position in which every document begins with a new sample makes this the case of `Concat`.
-    return Places.of((np.cumsum(pieces) - pieces) * n, rows.length, n), left
+    return SamplePlaces.of((np.cumsum(pieces) - pieces) * n, rows.length, n), left
 
 
 def padded(ids: Ids, used: Ids, n: int, pad_id: int, pad_side: str) -> Ids:
@@ -342,7 +342,7 @@ def _ended(batch: TokenBatch, last_sample: Ids, split: Ids) -> Ended:
     return Ended(*columns, length, last_sample[:end], split[:end], batch.cut_off[:end])
 
 
-def states(rows: HasLengths, where: Where, at: Places, first: int, n: int) -> Callable[[int], State]:
+def states(rows: HasLengths, where: Where, at: SamplePlaces, first: int, n: int) -> Callable[[int], State]:
     """`Packed.state` where nothing is held back, and the rows lie `at` these places from sample `first` on."""
 
     def state(number: int) -> State:
@@ -355,7 +355,7 @@ def states(rows: HasLengths, where: Where, at: Places, first: int, n: int) -> Ca
     return state
 
 
-def _cut(batch: TokenBatch, at: Places, n: int) -> Ids:
+def _cut(batch: TokenBatch, at: SamplePlaces, n: int) -> Ids:
     """The segments of documents at these places of a stream that is cut every `n` ids."""
     counts = np.where(batch.length > 0, at.last - at.first + 1, 0)
     row = np.repeat(np.arange(len(counts)), counts)
@@ -370,11 +370,11 @@ def _cut(batch: TokenBatch, at: Places, n: int) -> Ids:
     return segments
 
 
-class Runs:
+class IdRuns:
     """Runs of ids that lie one behind the other, to be copied out in another order: the k-th is
     ids[bounds[k]:bounds[k + 1]].
 
-    >>> Runs(np.array([1, 2, 3, 4], np.uint16), np.array([0, 2, 3, 4])).take(np.array([2, 0])).tolist()
+    >>> IdRuns(np.array([1, 2, 3, 4], np.uint16), np.array([0, 2, 3, 4])).take(np.array([2, 0])).tolist()
     [4, 1, 2]
     """
 

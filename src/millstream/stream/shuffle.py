@@ -9,7 +9,7 @@ import numpy as np
 
 from millstream.records import Ids, TokenBatch
 from millstream.stream.bins import ordered
-from millstream.stream.pack import CHUNK, HasLengths, Runs, State, Where, nowhere, take_names, weight
+from millstream.stream.pack import CHUNK, HasLengths, IdRuns, State, Where, nowhere, take_names, weight
 
 _PURPOSES = {"bins": 0, "documents": 1}
 
@@ -171,7 +171,7 @@ class Shuffle:
         )
         names = [name for rows in self._rows for name in rows.doc_ids]
         order = permutation(len(length), self._seed, int(ordinal[0]), "documents")
-        runs = Runs(self._ids[: self._filled], np.concatenate([[0], np.cumsum(length)]))
+        runs = IdRuns(self._ids[: self._filled], np.concatenate([[0], np.cumsum(length)]))
         chunk = np.cumsum(length[order]) // CHUNK
         where = shuffled(self._first, len(order), behind)
         for low, high in pairwise([0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(order)]):

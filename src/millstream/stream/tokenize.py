@@ -10,7 +10,7 @@ import numpy as np
 from millstream.errors import EngineMismatch, RequestError, Unusable, setting
 from millstream.records import LEARNED, Ids
 from millstream.stream.chat import Rendered
-from millstream.stream.encoders import Engine, HuggingFace
+from millstream.stream.encoders import HuggingFace, TokenizerEngine
 from millstream.stream.tokenizers import Tokenizer
 
 
@@ -81,14 +81,16 @@ def refuse_twice(ids: Ids, lengths: Ids, bos: int | None, eos: int | None) -> No
             )
 
 
-def encode_rendered(tokenizer: Tokenizer, found: Sequence[Rendered], engine: Engine | None = None) -> tuple[Ids, Ids]:
+def encode_rendered(
+    tokenizer: Tokenizer, found: Sequence[Rendered], engine: TokenizerEngine | None = None
+) -> tuple[Ids, Ids]:
     """(ids u32 of rendered conversations, length i64 of each); LEARNED is set in those that stand for learned letters.
 
     An id that stands for a learned letter and others too is learned. `engine` is the tokenizer's own, or another one.
 
-    >>> from millstream.stream.chat import Span
+    >>> from millstream.stream.chat import Letters
     >>> from millstream.stream.tokenizers import load_tokenizer
-    >>> ids, length = encode_rendered(load_tokenizer("gpt2"), [Rendered("Hello world", (Span(5, 11),))])
+    >>> ids, length = encode_rendered(load_tokenizer("gpt2"), [Rendered("Hello world", (Letters(5, 11),))])
     >>> (ids & (LEARNED - 1)).tolist(), (ids >= LEARNED).tolist(), length.tolist()
     ([15496, 995], [False, True], [2])
     """
@@ -175,11 +177,11 @@ def like_the_last(ids: Ids, lengths: Ids) -> None:
     ids[stops - 1] |= ids[stops - 2] & np.uint32(LEARNED)
 
 
-Encoding = Callable[[Engine, Sequence[Any]], tuple[Ids, Ids]]
+Encoding = Callable[[TokenizerEngine, Sequence[Any]], tuple[Ids, Ids]]
 """Documents to (ids back to back, length of each) with an engine; raises Unusable if it cannot encode one of them."""
 
 
-class Attempt(NamedTuple):
+class Tried(NamedTuple):
     """Documents as ids: those of all rows but `failed`, back to back, and their lengths.
 
     By row, what an engine said: `failed` can be encoded by neither, `rescued` by the other one only.
@@ -191,10 +193,12 @@ class Attempt(NamedTuple):
     rescued: dict[int, str]
 
 
-def attempt(encode: Encoding, items: Sequence[Any], engine: Engine, other: Callable[[], Engine | None]) -> Attempt:
+def attempt(
+    encode: Encoding, items: Sequence[Any], engine: TokenizerEngine, other: Callable[[], TokenizerEngine | None]
+) -> Tried:
     """Encode `items` with `engine`, in one call; those that it cannot encode, found one by one, with the `other`."""
     try:
-        return Attempt(*encode(engine, items), {}, {})
+        return Tried(*encode(engine, items), {}, {})
     except Unusable:
         pass
     made: list[Ids] = []
@@ -213,11 +217,11 @@ def attempt(encode: Encoding, items: Sequence[Any], engine: Engine, other: Calla
             except Unusable as error:
                 failed[row] += f"; {error.message}"
     length = np.fromiter(map(len, made), np.int64, len(made))
-    return Attempt(np.concatenate(made) if made else np.zeros(0, np.uint32), length, failed, rescued)
+    return Tried(np.concatenate(made) if made else np.zeros(0, np.uint32), length, failed, rescued)
 
 
 def compare(
-    tokenizer: Tokenizer, reference: Engine, encode: Encoding, items: Sequence[Any], names: Sequence[str]
+    tokenizer: Tokenizer, reference: TokenizerEngine, encode: Encoding, items: Sequence[Any], names: Sequence[str]
 ) -> dict[int, str]:
     """Encode the same documents with both engines. Raises EngineMismatch, naming the first that differs.
 
@@ -238,7 +242,7 @@ def compare(
 
 
 def _compare(
-    tokenizer: Tokenizer, reference: Engine, encode: Encoding, items: Sequence[Any], names: Sequence[str]
+    tokenizer: Tokenizer, reference: TokenizerEngine, encode: Encoding, items: Sequence[Any], names: Sequence[str]
 ) -> None:
     ours, our_lengths = encode(tokenizer.engine, items)
     theirs, their_lengths = encode(reference, items)

@@ -19,7 +19,7 @@ from millstream.store import as_path, file_at, kind_at
 from millstream.stream import gpt2
 from millstream.stream.chat import Chat, templates_of
 from millstream.stream.definitions import byte_level_lengths, cuts_safely, knows_all_text, lengths_of, refuse_chance
-from millstream.stream.encoders import Engine, Fastokens, HuggingFace, Tiktoken, fastokens_of
+from millstream.stream.encoders import Fastokens, HuggingFace, Tiktoken, TokenizerEngine, fastokens_of
 
 TIKTOKEN_NAMES = ("cl100k_base", "o200k_base")
 
@@ -39,8 +39,8 @@ class Tokenizer:
 
     name: str
     engine_name: str
-    make_engine: Callable[[], Engine]
-    reference: Callable[[], Engine] | None
+    make_engine: Callable[[], TokenizerEngine]
+    reference: Callable[[], TokenizerEngine] | None
     vocab_size: int
     sha256: str
     specials: dict[str, int]
@@ -61,7 +61,7 @@ class Tokenizer:
         return self.token_bytes()
 
     @cached_property
-    def engine(self) -> Engine:
+    def engine(self) -> TokenizerEngine:
         """The engine, made on first use: loading one takes longer than all else, and not every process encodes."""
         return self.make_engine()
 
@@ -78,7 +78,7 @@ class Tokenizer:
         return Tiktoken.name if self.definition is None else HuggingFace.name
 
     @cached_property
-    def reference_engine(self) -> Engine:
+    def reference_engine(self) -> TokenizerEngine:
         """The engine that checks `engine`, made on first use; `engine` itself where there is no other."""
         return self.reference() if self.reference else self.engine
 
@@ -132,12 +132,12 @@ def _gpt2() -> Tokenizer:
     definition = data.decode()
     specials = {"<|endoftext|>": 50256}
 
-    def engine() -> Engine:
+    def engine() -> TokenizerEngine:
         fast = fastokens_of(definition)
         assert fast is not None, "the pinned engine loads GPT-2"
         return fast
 
-    def reference() -> Engine:
+    def reference() -> TokenizerEngine:
         return Tiktoken("gpt2", gpt2.PATTERN, gpt2.ranks_of(tokens), specials)
 
     return Tokenizer(
@@ -177,7 +177,7 @@ def _of_ranks(name: str, pattern: str, ranks: dict[bytes, int], specials: dict[s
 
     lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
 
-    def engine() -> Engine:
+    def engine() -> TokenizerEngine:
         with as_path(lines, ".tiktoken") as path:
             return Fastokens(fastokens.Tokenizer.from_tiktoken(path, encoding=name))
 

@@ -12,7 +12,7 @@ from typing import Any, overload
 import numpy as np
 
 from millstream.corpus.documents import Fields, decode
-from millstream.corpus.find import Found, find_inputs, ignored_files
+from millstream.corpus.find import FoundInputs, find_inputs, ignored_files
 from millstream.corpus.kinds import fault_place
 from millstream.corpus.limits import BLOCK, Limits, Manner
 from millstream.corpus.parquet import check_columns
@@ -125,7 +125,7 @@ def _name_it(ids_field: str | None) -> str:
     return f"name the one to read with {setting('ids_field' if ids_field else 'text_field')}"
 
 
-def _warn_of_the_rest(found: Found) -> None:
+def _warn_of_the_rest(found: FoundInputs) -> None:
     """A stream has no report: what folders hold besides, other than hidden files, is a warning."""
     rest = {what: count for what, count in found.ignored_by_kind().items() if what != "hidden"}
     told = [f"cannot read {folder}" for folder in found.unreadable]

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from millstream.errors import DataError, RequestError, Unusable, setting
 from millstream.options import is_count, size_of
 from millstream.records import Document, Ids, LearnedIds, ids_and_learned
-from millstream.stream.encoders import Engine
-from millstream.stream.tokenize import Attempt, attempt, encode_rendered, like_the_last, refuse_twice, surround
+from millstream.stream.encoders import TokenizerEngine
+from millstream.stream.tokenize import Tried, attempt, encode_rendered, like_the_last, refuse_twice, surround
 from millstream.stream.tokenizers import Tokenizer, load_tokenizer
 from millstream.streams.ahead import Unit, encoded_ahead
 from millstream.streams.base import After, At, Pair, State, Stream, inner
@@ -143,13 +143,13 @@ class _Encoding:
     def _content(self, item: Any) -> Any:
         return self._loaded.chat.render(item) if self._chat else _text_of(item, self._text_field)
 
-    def _encode(self, engine: Engine, texts: Sequence[Any]) -> tuple[Ids, Ids]:
+    def _encode(self, engine: TokenizerEngine, texts: Sequence[Any]) -> tuple[Ids, Ids]:
         return encode_rendered(self._loaded, texts, engine) if self._chat else engine.encode(texts)
 
-    def _reference(self) -> Engine | None:
+    def _reference(self) -> TokenizerEngine | None:
         return self._loaded.reference_engine if self._loaded.reference else None
 
-    def _surrounded(self, found: Attempt, rows: int) -> tuple[Ids, Ids]:
+    def _surrounded(self, found: Tried, rows: int) -> tuple[Ids, Ids]:
         length = found.length[:rows]
         own = found.ids[: length.sum()]
         if self._chat:

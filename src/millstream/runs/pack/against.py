@@ -46,7 +46,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Again:
+class EncodeOrCount:
     """What a worker does with a unit: tokenize it, or only count its documents."""
 
     encode: Encode
@@ -89,7 +89,7 @@ def compare_with(
     encode = replace(reading.encode(), rescues=True)
     if workers is None:
         workers = _workers(settings, loaded, shards, known.max_document.bytes)
-    source = run.source_side(reading, Again(encode), chosen, workers)
+    source = run.source_side(reading, EncodeOrCount(encode), chosen, workers)
     return run.compared(source, run.folder_side(chosen), chosen)
 
 
@@ -196,7 +196,7 @@ class _Run:
         self._count = manifest.ledger.documents["in"]
         self._masked = manifest.settings.masked
 
-    def source_side(self, reading: Reading, again: Again, chosen: _Chosen, workers: int) -> _Side:
+    def source_side(self, reading: Reading, again: EncodeOrCount, chosen: _Chosen, workers: int) -> _Side:
         """What the sources give."""
         side, numbering, afters = _Side(Fingerprint(self._count, self._key)), reading.numbering(), list[Any]()
         dropped, limit = self._dropped(), self._manifest.settings.limit

@@ -13,7 +13,7 @@ from millstream.corpus.documents import Fields, decode, leave_out
 from millstream.errors import RunError, setting
 from millstream.records import LEARNED, DocumentFault, Ids, Slice, TextBatch
 from millstream.runs.pack.counts import Checks
-from millstream.stream.encoders import Engine
+from millstream.stream.encoders import TokenizerEngine
 from millstream.stream.tokenize import (
     Encoding,
     already_there,
@@ -171,7 +171,7 @@ class Encode:
         behind = {row - sum(bad < row for bad in failed): message for row, message in rescued.items()}
         return ids.astype(np.uint32 if self.masked else tokenizer.dtype), length, behind
 
-    def _other_engine(self) -> Engine | None:
+    def _other_engine(self) -> TokenizerEngine | None:
         """The reference, or the fast one where the reference packs; None if the tokenizer has only one engine."""
         assert self.tokenizer
         tokenizer = engine_of(self.tokenizer, self.sha256, "fast")
@@ -180,7 +180,7 @@ class Encode:
         return tokenizer.engine if self.engine == "reference" else _reference(tokenizer)
 
     def _encoding(self, tokenizer: Tokenizer) -> Encoding:
-        def encode(engine: Engine, texts: Sequence[Any]) -> tuple[Ids, Ids]:
+        def encode(engine: TokenizerEngine, texts: Sequence[Any]) -> tuple[Ids, Ids]:
             if not self.fields.of_row:
                 return engine.encode(texts)
             if not self.masked:
@@ -237,7 +237,7 @@ def engine_of(name: str | Callable[[], Tokenizer], sha256: str | None, engine: s
     return tokenizer
 
 
-def _reference(tokenizer: Tokenizer) -> Engine:
+def _reference(tokenizer: Tokenizer) -> TokenizerEngine:
     return tokenizer.reference_engine
 
 

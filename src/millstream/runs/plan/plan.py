@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from millstream.corpus.documents import Fields
-from millstream.corpus.find import Found, find_inputs, ignored_files
+from millstream.corpus.find import FoundInputs, find_inputs, ignored_files
 from millstream.corpus.limits import Limits
 from millstream.corpus.parquet import check_columns
 from millstream.corpus.sources import rough_total
@@ -209,7 +209,7 @@ def _reader(settings: Settings, tokenizer: Tokenizer | None, sample: int, seed: 
     return BlockReader(encode, limits, columns_of(settings), sample, seed)
 
 
-def _left_out(inputs: Found) -> list[str]:
+def _left_out(inputs: FoundInputs) -> list[str]:
     """Notes of what the sources hold besides what is read."""
     ignored, repeated = ignored_files(inputs.ignored_by_kind()), inputs.repeated()
     notes = [f"cannot read {folder}" for folder in inputs.unreadable]

@@ -228,29 +228,29 @@ class TokenBatch:
         begin, end = int(self.length[:low].sum()), int(self.length[:high].sum())
         part = slice(low, high)
         return TokenBatch(
-            self.ids[begin:end],
-            self.length[part],
-            self.ordinal[part],
-            self.start[part],
-            self.doc_ids[part],
-            self.source[part],
-            self.offset[part],
-            self.open and high == len(self),
-            self.cut_off[part],
+            ids=self.ids[begin:end],
+            length=self.length[part],
+            ordinal=self.ordinal[part],
+            start=self.start[part],
+            doc_ids=self.doc_ids[part],
+            source=self.source[part],
+            offset=self.offset[part],
+            open=self.open and high == len(self),
+            cut_off=self.cut_off[part],
         )
 
     def where(self, mask: npt.NDArray[np.bool_]) -> "TokenBatch":
         """The rows for which `mask` is true; copies."""
         return TokenBatch(
-            self.ids[np.repeat(mask, self.length)],
-            self.length[mask],
-            self.ordinal[mask],
-            self.start[mask],
-            [name for name, keep in zip(self.doc_ids, mask.tolist(), strict=True) if keep],
-            self.source[mask],
-            self.offset[mask],
-            self.open and len(mask) > 0 and bool(mask[-1]),
-            self.cut_off[mask],
+            ids=self.ids[np.repeat(mask, self.length)],
+            length=self.length[mask],
+            ordinal=self.ordinal[mask],
+            start=self.start[mask],
+            doc_ids=[name for name, keep in zip(self.doc_ids, mask.tolist(), strict=True) if keep],
+            source=self.source[mask],
+            offset=self.offset[mask],
+            open=self.open and len(mask) > 0 and bool(mask[-1]),
+            cut_off=self.cut_off[mask],
         )
 
     def after(self, ordinal: int, used: int) -> "TokenBatch":

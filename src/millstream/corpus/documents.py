@@ -87,7 +87,18 @@ def _add_fault(
 ) -> None:
     if line:
         line += sum(lines for source, lines in batch.lines if source == piece.source)
-    batch.faults.append(DocumentFault(batch.count, reason, message, piece.name, offset, line, doc_id, piece.source))
+    batch.faults.append(
+        DocumentFault(
+            ordinal=batch.count,
+            reason=reason,
+            message=message,
+            source=piece.name,
+            offset=offset,
+            line=line,
+            id=doc_id,
+            shard=piece.source,
+        )
+    )
     batch.count += 1
 
 
@@ -97,7 +108,18 @@ def leave_out(batch: TextBatch, unit: tuple[Slice, ...], failed: dict[int, str],
         source, offset = batch.source[row], batch.offset[row]
         line, name = _line_of(batch, unit, source, offset), next(p.name for p in unit if p.source == source)
         doc_id = batch.doc_ids[row]
-        batch.faults.append(DocumentFault(batch.position[row], reason, message, name, offset, line, doc_id, source))
+        batch.faults.append(
+            DocumentFault(
+                ordinal=batch.position[row],
+                reason=reason,
+                message=message,
+                source=name,
+                offset=offset,
+                line=line,
+                id=doc_id,
+                shard=source,
+            )
+        )
     batch.faults.sort()
     for column in (batch.texts, batch.doc_ids, batch.position, batch.source, batch.offset):
         for row in sorted(failed, reverse=True):
@@ -153,7 +175,7 @@ def _decode_lines(batch: TextBatch, piece: Slice, fields: Fields, max_document: 
         ends[-1] += 1
     rows = None if fields.of_row else _all_lines(data, bytes_, starts, ends, fields, max_document)
     if rows is None:
-        _line_by_line(batch, piece, data, starts, ends, fields, max_document)
+        _line_by_line(batch, piece, data, starts, ends, fields=fields, max_document=max_document)
     else:
         contents = [np.array(row.content, np.int64) if fields.ids else row.content for row in rows]
         names = [row.id if row.id is None else str(row.id) for row in rows]

@@ -52,7 +52,9 @@ def lines_between(shard: InputShard, low: int, high: int, longest: int) -> Itera
         if data[-1:] != b"\n":
             _pass_line(file)
         if data:
-            yield Slice(0, shard.uri, shard.name, "jsonl", start, file.tell(), data)
+            yield Slice(
+                source=0, uri=shard.uri, name=shard.name, kind="jsonl", start=start, stop=file.tell(), data=data
+            )
 
 
 def _pass_line(file: BinaryIO) -> None:
@@ -72,7 +74,7 @@ def text_front(shard: InputShard, size: int) -> Slice:
     while stop > size - 4 and data[stop] & 0xC0 == 0x80:  # within a character
         stop -= 1
     stop = safe_cut(data[:stop]) or stop
-    return Slice(0, shard.uri, shard.name, shard.kind, 0, stop, data[:stop])
+    return Slice(source=0, uri=shard.uri, name=shard.name, kind=shard.kind, start=0, stop=stop, data=data[:stop])
 
 
 def within(pieces: Iterator[Slice], stop: int) -> Iterator[Slice]:
@@ -263,7 +265,9 @@ def rows_of(group: RowGroup, columns: tuple[str, ...], step: int) -> Iterator[Sl
             step = min(step, rows_at_once(shard, file, group.number, wanted, READ))
             for batch in file.iter_batches(step, row_groups=[group.number], columns=wanted, use_threads=False):
                 start, row = row, row + batch.num_rows
-                yield Slice(0, shard.uri, shard.name, "rows", start, row, as_stream(batch))
+                yield Slice(
+                    source=0, uri=shard.uri, name=shard.name, kind="rows", start=start, stop=row, data=as_stream(batch)
+                )
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         fault = ("corrupt", f"row group {group.number} cannot be read: {error}")
-        yield Slice(0, shard.uri, shard.name, "rows", row, row, b"", fault=fault)
+        yield Slice(source=0, uri=shard.uri, name=shard.name, kind="rows", start=row, stop=row, data=b"", fault=fault)

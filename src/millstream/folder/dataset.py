@@ -208,7 +208,17 @@ class Dataset(Sequence[Sample]):
             where = self._place(row)
             cut_off = row.get("cut_off", 0)  # millstream/1 has no such column
             found.append(
-                Located(self.subset, row["id"], ordinal, source, row["offset"], length, placements, where, cut_off)
+                Located(
+                    subset=self.subset,
+                    id=row["id"],
+                    ordinal=ordinal,
+                    source=source,
+                    offset=row["offset"],
+                    length=length,
+                    placements=placements,
+                    place=where,
+                    cut_off=cut_off,
+                )
             )
         return found
 

@@ -71,16 +71,16 @@ class Mark:
         50
         """
         return Mark(
-            max(more.cursor, self.cursor, key=lambda cursor: cursor[:2]),
-            self.ordinal + more.ordinal,
-            more.line + (self.line if more.cursor.source == self.cursor.source else 0),
-            self.text_ids + more.text_ids,
-            self.special_ids + more.special_ids,
-            self.fault_bytes + more.fault_bytes,
-            dict(sorted((Counter(self.faults) + Counter(more.faults)).items())),
-            self.bytes + more.bytes,
-            self.learned + more.learned,
-            self.learned_cut_off + more.learned_cut_off,
+            cursor=max(more.cursor, self.cursor, key=lambda cursor: cursor[:2]),
+            ordinal=self.ordinal + more.ordinal,
+            line=more.line + (self.line if more.cursor.source == self.cursor.source else 0),
+            text_ids=self.text_ids + more.text_ids,
+            special_ids=self.special_ids + more.special_ids,
+            fault_bytes=self.fault_bytes + more.fault_bytes,
+            faults=dict(sorted((Counter(self.faults) + Counter(more.faults)).items())),
+            bytes=self.bytes + more.bytes,
+            learned=self.learned + more.learned,
+            learned_cut_off=self.learned_cut_off + more.learned_cut_off,
         )
 
 

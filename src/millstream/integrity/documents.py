@@ -59,7 +59,15 @@ class Spans(NamedTuple):
         ends = np.append(begins[1:], len(spans.document)) - 1
         count, at = np.add.reduceat(spans.pieces, begins), np.maximum.reduceat(spans.at, begins)
         document, start = spans.document[begins], spans.start[begins]
-        return Spans(document, start, spans.stop[ends], spans.first[begins], spans.last[ends], count, at)
+        return Spans(
+            document=document,
+            start=start,
+            stop=spans.stop[ends],
+            first=spans.first[begins],
+            last=spans.last[ends],
+            pieces=count,
+            at=at,
+        )
 
 
 NOTHING = Spans(np.zeros(0, np.uint64), *(np.zeros(0, np.int64) for _ in range(6)))

@@ -35,7 +35,15 @@ class BlockOfSamples:
         first = self.ids[some["sample"], self.at].astype(np.int64)
         count = np.ones(len(some), np.int64)
         at = number + np.arange(len(some))
-        return Spans(some["document"], start, start + some["length"], first, last, count, at)
+        return Spans(
+            document=some["document"],
+            start=start,
+            stop=start + some["length"],
+            first=first,
+            last=last,
+            pieces=count,
+            at=at,
+        )
 
     def problems(self, settings: Identity, pads: bool) -> Iterator[str]:
         """What is wrong in this block; `pads`: whether samples of a concat run may be padded here."""

@@ -90,7 +90,7 @@ class Windows:
         beyond = int(full[-1]) - min(max(0, room // n - begun), int(full[-1]))
         full[-1] -= beyond
         self._held = int(rest[-1]) if batch.open and high == len(batch) else 0
-        return Taken(low, high, closes, length, start, full, rest, beyond)
+        return Taken(low=low, high=high, closes=closes, length=length, start=start, full=full, rest=rest, beyond=beyond)
 
 
 def states_within(where: State, samples: int, end: int = -1, behind: State | None = None) -> Callable[[int], State]:
@@ -179,14 +179,14 @@ class BestFit:
         self._parts.append(
             _Documents(
                 Ended(
-                    batch.ordinal[:ended],
-                    batch.doc_ids[:ended],
-                    batch.source[:ended],
-                    batch.offset[:ended],
-                    (taken.start + taken.length)[:ended],
-                    np.zeros(ended, np.int64),
-                    (taken.start + taken.length > n)[:ended],
-                    batch.cut_off[:ended],
+                    ordinal=batch.ordinal[:ended],
+                    doc_ids=batch.doc_ids[:ended],
+                    source=batch.source[:ended],
+                    offset=batch.offset[:ended],
+                    length=(taken.start + taken.length)[:ended],
+                    last_sample=np.zeros(ended, np.int64),
+                    split=(taken.start + taken.length > n)[:ended],
+                    cut_off=batch.cut_off[:ended],
                 ),
                 full[:ended],
             )

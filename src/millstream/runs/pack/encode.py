@@ -132,19 +132,19 @@ class Encode:
 
     def _encoded(self, unit: tuple[Slice, ...], batch: TextBatch, ids: Ids, length: Ids) -> Encoded:
         return Encoded(
-            ids,
-            length,
-            np.array(batch.position, np.int64),
-            batch.doc_ids,
-            np.array(batch.source, np.uint32),
-            np.array(batch.offset, np.uint64),
-            in_validation(batch.doc_ids, self.validation),
-            batch.faults,
-            batch.count,
-            batch.lines,
-            batch.opened,
-            batch.open,
-            sum(piece.size for piece in unit),
+            ids=ids,
+            length=length,
+            position=np.array(batch.position, np.int64),
+            doc_ids=batch.doc_ids,
+            source=np.array(batch.source, np.uint32),
+            offset=np.array(batch.offset, np.uint64),
+            in_validation=in_validation(batch.doc_ids, self.validation),
+            faults=batch.faults,
+            count=batch.count,
+            lines=batch.lines,
+            opened=batch.opened,
+            open=batch.open,
+            size=sum(piece.size for piece in unit),
         )
 
     def _tokenize(

@@ -83,14 +83,14 @@ class Numbering:
         faulty = Counter(mark.faults) + Counter(fault.reason for fault in faults)
         specials = self._special_ids(batch, begun=not (encoded.opened and self._overlong.how == "cut"))
         after = Mark(
-            cursor,
-            mark.ordinal + count,
-            lines[cursor.source],
-            mark.text_ids + len(batch.ids) + int(batch.cut_off.sum()) - specials,
-            mark.special_ids + specials,
-            mark.fault_bytes,
-            dict(sorted(faulty.items())),
-            mark.bytes + encoded.size,
+            cursor=cursor,
+            ordinal=mark.ordinal + count,
+            line=lines[cursor.source],
+            text_ids=mark.text_ids + len(batch.ids) + int(batch.cut_off.sum()) - specials,
+            special_ids=mark.special_ids + specials,
+            fault_bytes=mark.fault_bytes,
+            faults=dict(sorted(faulty.items())),
+            bytes=mark.bytes + encoded.size,
         )
         if self._masked:
             cut_off = 0 if self._faulty else learned_cut_off(read, batch)
@@ -127,14 +127,14 @@ class Numbering:
         rows = zip(numbers, batch.doc_ids, batch.cut_off.tolist(), strict=True)
         return [
             DocumentFault(
-                ordinal,
-                "overlong",
-                too_many(cut_off, self._overlong.seq_len),
-                self._names[source],
-                offset,
-                0,
-                name,
-                source,
+                ordinal=ordinal,
+                reason="overlong",
+                message=too_many(cut_off, self._overlong.seq_len),
+                source=self._names[source],
+                offset=offset,
+                line=0,
+                id=name,
+                shard=source,
             )
             for (ordinal, source, offset), name, cut_off in rows
         ]

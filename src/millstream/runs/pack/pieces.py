@@ -194,15 +194,15 @@ def batch_of(data: memoryview, first: int = 0, start: int = 0) -> TokenBatch:
     starts = np.zeros(len(made), np.int64)
     starts[:1] = start
     return TokenBatch(
-        np.frombuffer(data[len(data) - head.ids :], head.dtype),
-        column("length").astype(np.int64),
-        (column("ordinal") + np.int64(first)).astype(np.uint64),
-        starts,
-        made["id"].to_pylist(),
-        column("source"),
-        column("offset"),
-        head.open,
-        np.zeros(len(made), np.int64) if made["cut_off"].null_count else column("cut_off"),
+        ids=np.frombuffer(data[len(data) - head.ids :], head.dtype),
+        length=column("length").astype(np.int64),
+        ordinal=(column("ordinal") + np.int64(first)).astype(np.uint64),
+        start=starts,
+        doc_ids=made["id"].to_pylist(),
+        source=column("source"),
+        offset=column("offset"),
+        open=head.open,
+        cut_off=np.zeros(len(made), np.int64) if made["cut_off"].null_count else column("cut_off"),
     )
 
 
@@ -227,13 +227,13 @@ def joined(batches: Sequence[TokenBatch]) -> TokenBatch:
 
     length = np.concatenate([batch.length for batch in batches])
     return TokenBatch(
-        batches[0].ids[:0],
-        np.add.reduceat(length, np.flatnonzero(keep)),
-        column("ordinal"),
-        column("start"),
-        [name for batch, more in zip(batches, goes_on, strict=True) for name in batch.doc_ids[more:]],
-        column("source"),
-        column("offset"),
-        batches[-1].open,
-        column("cut_off"),
+        ids=batches[0].ids[:0],
+        length=np.add.reduceat(length, np.flatnonzero(keep)),
+        ordinal=column("ordinal"),
+        start=column("start"),
+        doc_ids=[name for batch, more in zip(batches, goes_on, strict=True) for name in batch.doc_ids[more:]],
+        source=column("source"),
+        offset=column("offset"),
+        open=batches[-1].open,
+        cut_off=column("cut_off"),
     )

@@ -89,21 +89,21 @@ class Reading:
         settings, known, tokenizer = self._settings, self._known, self._tokenizer
         formats = [known.format, *(known.exports or ())]
         return Encode(
-            Fields(
+            fields=Fields(
                 settings.text_field,
                 settings.id_field,
                 settings.ids_field,
                 tokenizer.vocab_size - 1 if tokenizer else largest_id(formats),
                 self._chat.render if self._chat else None,
             ),
-            settings.tokenizer_name,
-            tokenizer.sha256 if tokenizer else None,
-            known.bos_id,
-            known.eos_id,
-            known.max_document.bytes,
-            settings.validation,
-            settings.engine,
-            settings.masked,
+            tokenizer=settings.tokenizer_name,
+            sha256=tokenizer.sha256 if tokenizer else None,
+            bos=known.bos_id,
+            eos=known.eos_id,
+            max_document=known.max_document.bytes,
+            validation=settings.validation,
+            engine=settings.engine,
+            masked=settings.masked,
         )
 
     def numbering(self) -> Numbering:

@@ -865,6 +865,7 @@ def test_a_damaged_parquet_file_is_an_error(tmp_path):
     requests, message = until_it_breaks(path)
     assert requests == []
     assert message.startswith("rows.parquet: damaged or no Parquet")
+    assert "this is not a parquet file. What was asked before is kept" in message
 
 
 # Rows that are kept -------------------------------------------------------------------------------------------------

@@ -85,6 +85,15 @@ def group_sizes(shard: InputShard) -> list[tuple[int, int]]:
         return []  # a fault when it is read
 
 
+def said(error: Exception) -> str:
+    """What Arrow says of a file, without a full stop, which only some of it has: ours goes on behind it.
+
+    >>> said(ValueError("Either it is corrupted or this is not a parquet file."))
+    'Either it is corrupted or this is not a parquet file'
+    """
+    return str(error).rstrip(". ")
+
+
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
     """What Arrow says of a damaged file, as Unusable."""
@@ -93,13 +102,13 @@ def _damage() -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:  # names in a damaged footer need not be UTF-8
-        raise Unusable("corrupt", f"damaged or no Parquet: {error}") from error
+        raise Unusable("corrupt", f"damaged or no Parquet: {said(error)}") from error
     except pa.ArrowException as error:
-        raise Unusable("corrupt", f"cannot be read as Parquet: {error}") from error
+        raise Unusable("corrupt", f"cannot be read as Parquet: {said(error)}") from error
     except OSError as error:
         if error.errno is not None:  # the disk's own; of damaged data, Arrow says the same without a number
             raise
-        raise Unusable("corrupt", f"damaged Parquet: {error}") from error
+        raise Unusable("corrupt", f"damaged Parquet: {said(error)}") from error
 
 
 def batches_of(

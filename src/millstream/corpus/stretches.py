@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from millstream.corpus.parquet import as_stream, decoded_sizes, opened, rows_at_once
+from millstream.corpus.parquet import as_stream, decoded_sizes, opened, rows_at_once, said
 from millstream.corpus.sources import READ, InputShard, chunks, gunzip, unzstd
 from millstream.corpus.texts import safe_cut
 from millstream.errors import Unusable
@@ -269,5 +269,5 @@ def rows_of(group: RowGroup, columns: tuple[str, ...], step: int) -> Iterator[Sl
                     source=0, uri=shard.uri, name=shard.name, kind="rows", start=start, stop=row, data=as_stream(batch)
                 )
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        fault = ("corrupt", f"row group {group.number} cannot be read: {error}")
+        fault = ("corrupt", f"row group {group.number} cannot be read: {said(error)}")
         yield Slice(source=0, uri=shard.uri, name=shard.name, kind="rows", start=row, stop=row, data=b"", fault=fault)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from millstream.corpus.parquet import said
 from millstream.errors import RunError
 from millstream.folder import npy
 from millstream.folder.documents import DOCUMENT_ROWS, DocumentTable
@@ -324,4 +325,4 @@ def damaged(store: Store, name: str, error: Exception) -> RunError:
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         told = f"this process has as many files open as it may, {allowed:,}: samples that are kept keep theirs open"
         return RunError(f"{path} cannot be opened: {told}. Keep fewer, or allow more with ulimit -n")
-    return RunError(f"{path} cannot be read ({error}); 'millstream verify' says what is wrong")
+    return RunError(f"{path} cannot be read ({said(error)}); 'millstream verify' says what is wrong")

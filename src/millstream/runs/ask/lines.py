@@ -5,7 +5,7 @@ from typing import Any
 
 from millstream.client.bodies import Bodies
 from millstream.corpus.blocks import LongLine, digest_of, whole_lines
-from millstream.corpus.parquet import batches_of, names_of, opened, values_of
+from millstream.corpus.parquet import batches_of, names_of, opened, said, values_of
 from millstream.corpus.sources import InputShard
 from millstream.errors import RequestError, RunError, Unusable
 
@@ -81,9 +81,9 @@ def row_groups(
                         yield number, _values(rows, bodies.row_params)
                         number += rows.num_rows
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise _unreadable(prompts, f"damaged or no Parquet: {error}") from error
+        raise _unreadable(prompts, f"damaged or no Parquet: {said(error)}") from error
     except OSError as error:
-        raise _unreadable(prompts, error.strerror or f"damaged Parquet: {error}") from error
+        raise _unreadable(prompts, error.strerror or f"damaged Parquet: {said(error)}") from error
 
 
 def _columns(prompts: InputShard, there: list[str], bodies: Bodies) -> list[str]:

@@ -11,8 +11,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bench import corpus, measure
@@ -33,6 +36,8 @@ STRATEGIES = {
     "best-fit --shuffle": ("--strategy", "best-fit", "--shuffle", "0", "--window", WINDOW),
 }
 EVERY = ("--validation", "0.1", "--eos", "--shard-size", "4MiB", "--memory", "8GiB")
+JOIN = ("--join", "--lease", "2", "--workers", "1")
+BUCKET, THERE = "bench", "s3://bench/packed"
 PATIENCE = 120.0
 ROOT = Path(__file__).parent.parent
 READ = (
@@ -72,33 +77,45 @@ def by_workers(count: int) -> Way:
 
 def killed(task: Task) -> str:
     """By two workers, killed with -9 as soon as there is something to go on with; and then by three."""
-    kill_once_there_is(task.out, "records/train-*.json", begun(task.command("--workers", "2")))
+    sealed = partial(any_of, task.out, "records/train-*.json")
+    kill_once(sealed, begun(task.command("--workers", "2")))
     measure.run(task.command("--workers", "3"))
     return manifest_of(str(task.out))
 
 
 def joined(task: Task) -> str:
     """By two that join, of which one is killed with -9 as soon as anything is done."""
-    command = task.command("--join", "--lease", "2", "--workers", "1")
-    one, two = begun(command), begun(command)
-    try:
-        kill_once_there_is(task.out, "records/*/*.told", one)
-        if two.wait(PATIENCE):
-            raise Failed(f"the other one ended with {two.returncode}")
-    finally:
-        measure.end_session(two.pid)
-        two.wait()
+    one_of_two_is_killed(task.command(*JOIN), {}, partial(any_of, task.out, "records/*/*.told"))
     return manifest_of(str(task.out))
 
 
-def begun(command: list[str]) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+def one_of_two_is_killed(command: list[str], env: dict[str, str], done: Callable[[], bool]) -> None:
+    """Begin this twice, and kill one of them once anything is done; the other one ends."""
+    one, two = begun(command, env), begun(command, env)
+    try:
+        kill_once(done, one)
+        if two.wait(PATIENCE):
+            raise Failed(f"the other one ended with {two.returncode}")
+    finally:
+        for process in (one, two):
+            if process.poll() is None:
+                measure.end_session(process.pid)
+                process.wait()
 
 
-def kill_once_there_is(out: Path, files: str, process: "subprocess.Popen[bytes]") -> None:
-    """Kill a run with -9 once it has made one of these. Raises Failed if it ends before."""
+def begun(command: list[str], env: dict[str, str] | None = None) -> "subprocess.Popen[bytes]":
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    return subprocess.Popen(command, **quiet, env=measure.environment() | (env or {}))
+
+
+def any_of(out: Path, files: str) -> bool:
+    return any(out.glob(files))
+
+
+def kill_once(done: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+    """Kill a run with -9 once something is done. Raises Failed if it ends before."""
     deadline = time.monotonic() + PATIENCE
-    while process.poll() is None and time.monotonic() < deadline and not any(out.glob(files)):
+    while process.poll() is None and time.monotonic() < deadline and not done():
         time.sleep(0.005)
     measure.end_session(process.pid)
     if process.wait() != -signal.SIGKILL:
@@ -115,22 +132,35 @@ def on_ray(task: Task) -> str:
     return manifest_of(str(task.out))
 
 
-def in_a_bucket(*options: str) -> Way:
-    """Into a bucket of moto's server, as the environment of `make test-bucket` has it."""
+@contextmanager
+def bucket() -> Iterator[tuple[str, dict[str, str], str]]:
+    """A bucket of moto's server, as the environment of `make test-bucket` has it: its Python, what that needs in its
+    environment, and where the server is."""
     python = ROOT / ".venv-bucket" / "bin" / "python"
+    if not python.exists():
+        raise Failed("its environment is missing: make test-bucket")
+    with tempfile.TemporaryDirectory() as folder, served(folder, python) as address:
+        make_bucket(address, BUCKET)
+        yield str(python), {**OWN, "AWS_ENDPOINT_URL": address}, address
 
-    def run(task: Task) -> str:
-        if not python.exists():
-            raise Failed("its environment is missing: make test-bucket")
-        with tempfile.TemporaryDirectory() as folder, served(folder, python) as address:
-            make_bucket(address, "bench")
-            env = {**OWN, "AWS_ENDPOINT_URL": address}
-            command = [str(python), *task.command("--workers", "2", *options, out="s3://bench/packed")[1:]]
-            measure.run(command, env=env)
-            told = measure.run([str(python), "-c", READ, "s3://bench/packed"], env=env)
-        return told.output.strip()
 
-    return run
+def in_a_bucket(task: Task) -> str:
+    """By two workers, into a bucket."""
+    with bucket() as (python, env, _):
+        measure.run([python, *task.command("--workers", "2", out=THERE)[1:]], env=env)
+        return measure.run([python, "-c", READ, THERE], env=env).output.strip()
+
+
+def joined_in_a_bucket(task: Task) -> str:
+    """By two that join, which share nothing but a bucket, and of which one is killed as `joined` does it."""
+    with bucket() as (python, env, address):
+
+        def done() -> bool:
+            with urllib.request.urlopen(f"{address}/{BUCKET}?list-type=2&prefix=packed/records/") as reply:
+                return b".told<" in reply.read()
+
+        one_of_two_is_killed([python, *task.command(*JOIN, out=THERE)[1:]], env, done)
+        return measure.run([python, "-c", READ, THERE], env=env).output.strip()
 
 
 def manifest_of(folder: str) -> str:
@@ -147,7 +177,8 @@ WAYS: dict[str, Way] = {
     "2 workers, killed with -9 in the middle, and gone on with by 3": killed,
     "2 that join, one of them killed with -9": joined,
     "a Ray cluster of 2 nodes, `--on`": on_ray,
-    "2 workers, into a bucket": in_a_bucket(),
+    "2 workers, into a bucket": in_a_bucket,
+    "2 that join in a bucket, one of them killed with -9": joined_in_a_bucket,
 }
 
 

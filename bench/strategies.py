@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -25,7 +26,7 @@ from bench.conversations import chat_row
 from bench.measure import Failed
 from bench.rows import PER_SECOND, Row, could_not, millions, peak, spread
 
-ROWS = ("plan", "assign", "padding", "strategies", "windows", "convert", "chat")
+ROWS = ("plan", "assign", "padding", "strategies", "shards", "windows", "convert", "chat")
 
 TARGET_PLAN = 0.1
 TARGET_ASSIGN = 5e6
@@ -46,6 +47,7 @@ STRATEGIES = {
     "--shuffle 0": ("--shuffle", "0"),
     "--strategy best-fit --shuffle 0": ("--strategy", "best-fit", "--shuffle", "0"),
 }
+SHARDS = ("--shard-size", "16MiB")
 FORMATS = ("mds", "megatron", "parquet", "litdata")
 
 Told = dict[str, Any]
@@ -221,8 +223,10 @@ def strategy_rows(plan: Plan) -> list[Row]:
     return [strategy_row(plan, name, concat, some) for name, some in costs.items()]
 
 
-def strategy_row(plan: Plan, name: str, concat: list[Cost] | Failed, ours: list[Cost] | Failed) -> Row:
-    what = f"`millstream pack {name}`: its CPU seconds over those with `--strategy concat`, one worker, start included"
+def strategy_row(
+    plan: Plan, name: str, concat: list[Cost] | Failed, ours: list[Cost] | Failed, workers: str = "one worker"
+) -> Row:
+    what = f"`millstream pack {name}`: its CPU seconds over those with `--strategy concat`, {workers}, start included"
     target = f"at most {TARGET_STRATEGY} times"
     if isinstance(concat, Failed):
         return Row(what, target, could_not(concat), plan.judged(False))
@@ -232,6 +236,26 @@ def strategy_row(plan: Plan, name: str, concat: list[Cost] | Failed, ours: list[
     rates, others = (millions([cost.rate for cost in costs]) for costs in (ours, concat))
     measured = f"{spread(ratios, 2, ' times')}; {rates} {PER_SECOND} against {others}"
     return Row(what, target, measured, plan.judged(median(ratios) <= TARGET_STRATEGY))
+
+
+def shards_rows(plan: Plan) -> list[Row]:
+    """Best-fit with small output shards beside concat as it is, and with shards as small."""
+    best_fit = STRATEGIES["--strategy best-fit"]
+    runs = {"concat": (), "concat, small shards": SHARDS, "best-fit, small shards": (*best_fit, *SHARDS)}
+    found = []
+    for workers, named in {"1": "one worker", "2": "two workers"}.items():
+        how = ("--workers", workers, "--memory", "4GiB")  # which has room for two beside a window
+        concat, small, ours = alternate(
+            {f"{name}, {named}": partial(packed, plan, plan.mixed.path, *how, *more) for name, more in runs.items()},
+            plan.repeats,
+        ).values()
+        row = strategy_row(plan, " ".join((*best_fit, *SHARDS)), concat, ours, workers=named)
+        if isinstance(small, list) and isinstance(ours, list):
+            ratios = [mine.cpu / other.cpu for mine, other in zip(ours, small, strict=True)]
+            beside = f"; {spread(ratios, 2, ' times')} those of concat with such shards"
+            row = replace(row, measured=row.measured + beside)
+        found.append(row)
+    return found
 
 
 def window_memory_rows(plan: Plan) -> list[Row]:
@@ -306,6 +330,7 @@ def measured_rows(plan: Plan) -> list[Row]:
         "assign": assign_row,
         "padding": padding_rows,
         "strategies": strategy_rows,
+        "shards": shards_rows,
         "windows": window_memory_rows,
         "convert": convert_rows,
         "chat": chat_row,

@@ -11,6 +11,8 @@ from bench import (
     corpus,
     driving,
     gpt2,
+    kinds,
+    leading,
     lengths,
     loading,
     lost,
@@ -164,8 +166,9 @@ def packing(options: argparse.Namespace) -> tuple[str, list[rows.Row]]:
         f"Compared with: {versions(plan.rivals, 'pack')}; each on one thread.",
         medians(f"{plan.repeats} (rivals: {plan.rival_repeats})"),
     )
-    found = rows.measured_rows(plan)
+    found = rows.measured_rows(plan) + kinds.measured_rows(plan)
     found += two_cores.cores_rows(plan) if "cores" in plan.wanted else []
+    found += leading.leading_rows(plan) if "leading" in plan.wanted else []
     return told, found + (driving.driver_rows(plan) if "driver" in plan.wanted else [])
 
 

@@ -27,7 +27,7 @@ RIVALS = {
     "datatrove": ("datatrove_tokens.py", "datatrove (JsonlReader, DocumentTokenizer, one task)"),
     "datasets": ("datasets_map.py", "datasets (batched map of the tokenizer, then of group_texts)"),
 }
-ROWS = ("pack", "engine", *RIVALS, "cores", "memory", "packer", "driver")
+ROWS = ("pack", "engine", *RIVALS, "kinds", "start", "cores", "memory", "packer", "leading", "driver")
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,8 @@ def bound_row(driven: Driven) -> Row:
         driver = median(driven.ids(name))
         rates = [bound(worker, driver, workers) for workers in WORKERS]
         words.append(f"{name}: {told_rates(rates)}; at most {1e9 / driver / 1e9:.0f} G with any number")
-    what = f"Ids per second at {', '.join(map(str, WORKERS[:-1]))} and {WORKERS[-1]} workers, by Amdahl's law: computed"
+    many = f"{', '.join(map(str, WORKERS[:-1]))} and {WORKERS[-1]} workers"
+    what = f"Ids per second at {many}, by Amdahl's law with that counting: computed"
     one = f"one worker makes {millions([cost.rate for cost in driven.packed])} {PER_SECOND}"
     return Row(what, "–", f"{'; '.join(words)}; {one}")
 

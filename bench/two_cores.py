@@ -1,28 +1,20 @@
 """The rows about two workers on two cores beside one worker on one of them: rate by the clock, and CPU seconds."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from bench import corpus, measure
 from bench.contenders import HERE, MIB, Cost, Plan, alternate, packed, say
+from bench.files import FILES, in_files
 from bench.measure import Failed
 from bench.rows import Row, could_not, spread
 
 ROWS = ("cores",)
 TARGET_CPU = 1.15
 """CPU seconds of two workers over those of one, at most."""
-FILES = 32
-LINES = 256
-"""So many go into one file of a folder at once, and then into the next: all files are alike."""
-
-Write = Callable[[bytes], object]
-"""Writes some lines."""
 
 
 class Text(NamedTuple):
@@ -47,7 +39,8 @@ def cores_rows(plan: Plan) -> list[Row]:
         if len(cores) < 2:
             rows.append(Row(what, target, could_not(Failed("needs two cores to bind to")), plan.judged(False)))
             continue
-        measured, met = measured_cores(plan, str(in_files(whole, kind)), text, cores[0])
+        source = whole if kind == "jsonl" else in_files(whole, kind)
+        measured, met = measured_cores(plan, str(source), text, cores[0])
         if kind == "jsonl" and met is not None:
             measured += f"; {engine_scaling(plan, str(whole), cores)}"
         rows.append(Row(what, target, measured, plan.judged(bool(met))))
@@ -95,50 +88,3 @@ def engine_scaling(plan: Plan, source: str, cores: list[int]) -> str:
     except Failed as failure:
         return f"two independent engine processes {could_not(failure)}"
     return f"two independent engine processes get {spread(gains, 2, ' times')} on these cores"
-
-
-def in_files(whole: Path, kind: str) -> Path:
-    """The same lines in a folder of `FILES` files, from the cache folder when it is there; the file itself as JSONL."""
-    if kind == "jsonl":
-        return whole
-    folder = whole.with_name(f"{whole.stem}-{kind}")
-    if not folder.exists():
-        say(f"writing {folder.name}")
-        partial_ = folder.with_name(folder.name + ".partial")
-        partial_.mkdir(exist_ok=True)
-        open_one = zst if kind == "zst" else parquet
-        with ExitStack() as stack, open(whole, "rb") as lines:
-            writes = [stack.enter_context(open_one(partial_ / f"part-{number:02d}")) for number in range(FILES)]
-            for write in cycle(writes):
-                some = b"".join(islice(lines, LINES))
-                if not some:
-                    break
-                write(some)
-        partial_.replace(folder)
-    return folder
-
-
-@contextmanager
-def zst(path: Path) -> Iterator[Write]:
-    import pyarrow as pa
-
-    with pa.CompressedOutputStream(f"{path}.jsonl.zst", "zstd") as out:
-        yield out.write
-
-
-@contextmanager
-def parquet(path: Path) -> Iterator[Write]:
-    """A row group for each call, packed with zstd as well."""
-    import pyarrow as pa
-    import pyarrow.json
-    import pyarrow.parquet
-
-    schema = pa.schema({"id": pa.string(), "text": pa.string()})
-    with pyarrow.parquet.ParquetWriter(f"{path}.parquet", schema, compression="zstd") as writer:
-
-        def write(some: bytes) -> None:
-            options = pyarrow.json.ReadOptions(block_size=len(some) + 1)
-            table = pyarrow.json.read_json(pa.BufferReader(some), options)
-            writer.write_table(table.cast(schema))
-
-        yield write

@@ -88,6 +88,7 @@ def corpus(tmp_path_factory):
     [
         ("driver.py concat no 3 0", "ids"),
         ("driver.py best-fit yes 3 0 50 FOLDER", "tasks"),
+        ("leader.py pack CORPUS --out FOLDER --workers 1", "seconds"),
         ("lengths.py assign 100 2048 0", "documents"),
         *([("on_ray.py --one CORPUS FOLDER local 0", "driver")] if LINUX else []),
         ("streams.py pack CORPUS 16 1", "sha256"),

@@ -69,7 +69,7 @@ class PartsInTurn:
 
     def begin(self) -> None:
         """Hand out parts, as long as there is room for them and their pieces."""
-        while self._traffic.room and not self._at_the_limit and (not self._begun or not self._spill.full(self._coming)):
+        while self._traffic.room and not self._at_the_limit and self._may_come(not self._begun, self._coming):
             if self._plan.failed and self._begun:
                 return  # what comes before the error has its turn first
             part = self._next()
@@ -133,8 +133,13 @@ class PartsInTurn:
         """Let parts put as many pieces as may lie about; the one whose turn it is in any case, as the others wait
         for it."""
         for begun in self._begun:
-            if begun is self._begun[0] or not self._spill.full():
+            if self._may_come(begun is self._begun[0]):
                 self._let_on(begun)
+
+    def _may_come(self, first: bool, coming: int = 0) -> bool:
+        """Whether there is room for a piece more, or none will be let go without it: the `first` that is waited for is
+        needed for the next output shards, unless some are still to be written, which let pieces go."""
+        return not self._spill.full(coming) or (first and not self._sealing.left)
 
     def _let_on(self, begun: _Begun) -> None:
         while begun.more:

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer on a run folder: stopped after any checkpoint, it goes on with the samples that come next.
+"""Hugging Face's Trainer on a run folder: stopped at any time, it goes on with the samples that come next.
 
     millstream pack stdlib: --out packed --seq-len 128 --eos
     python examples/train_trainer.py packed trained --steps 20
@@ -8,11 +8,11 @@ All epochs are the dataset's (`epochs=`), and Trainer is told to take it in sequ
 """
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from millstream.torch import PackedDataset, collate
 
@@ -27,6 +27,15 @@ class Losses(TrainerCallback):
         if "loss" in logs:
             with open(self.path, "a") as file:
                 file.write(json.dumps([state.global_step, logs["loss"].hex()]) + "\n")
+
+
+def last_checkpoint(out):
+    """The last one that is whole: a kill may leave half of one, and Trainer writes its own state last."""
+    found = {}
+    for path in out.glob("checkpoint-*"):
+        with contextlib.suppress(OSError, ValueError):
+            found[json.loads((path / "trainer_state.json").read_text())["global_step"]] = str(path)
+    return found[max(found)] if found else None
 
 
 def main():
@@ -61,7 +70,7 @@ def main():
     losses = Losses(options.out / "losses.jsonl")
     trainer = Trainer(model, arguments, data_collator=collate, train_dataset=data, callbacks=[losses])
     options.out.mkdir(exist_ok=True)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(options.out))
+    trainer.train(resume_from_checkpoint=last_checkpoint(options.out))
 
 
 if __name__ == "__main__":

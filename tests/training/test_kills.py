@@ -5,20 +5,36 @@ import os
 import random
 import subprocess
 import sys
-import time
 import zlib
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from runs import PATIENCE, kept_port, train_tokenizer
+from runs import PATIENCE, kept_port, train_tokenizer, wait_until
 
 import millstream
 from millstream.torch import PackedDataset
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
-BATCH, STEPS = 8, 40
+BATCH, STEPS, EVERY = 8, 40, 4
+
+_HELD = """
+import os, runpy, sys
+name, left = sys.argv[1], int(sys.argv[2])
+
+def hold(event, args):
+    global left
+    if event == "open" and isinstance(args[0], str) and args[2] & os.O_CREAT and os.path.basename(args[0]) == name:
+        left -= 1
+        if not left:
+            os.read(0, 1)
+
+sys.addaudithook(hold)
+sys.argv[:] = sys.argv[3:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +49,22 @@ def folder(tmp_path_factory):
 
 
 @contextmanager
-def started(example, *arguments, world=1):
-    """One process a rank; all of them are dead afterwards."""
+def started(example, *arguments, world=1, held=None):
+    """One process a rank; all of them are dead afterwards.
+
+    `held`: (name, n). They wait before they make a file of that name for the nth time, and do not get beyond it: who is
+    to be killed on the way there has not come to its end, however quick the machine is and however late we look.
+    """
     kept, port = kept_port()
     own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    own["OMP_NUM_THREADS"] = "1"  # sums come in another order on another number of threads
     if sys.platform == "linux":
         own["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's name need not lead anywhere
-    command = [sys.executable, EXAMPLES / example, *map(str, arguments)]
+    holding = ["-c", _HELD, *map(str, held)] if held else []
+    command = [sys.executable, *holding, EXAMPLES / example, *map(str, arguments)]
+    given = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     running = [
-        subprocess.Popen(command, env={**os.environ, **own, "RANK": str(rank)}, stdout=subprocess.DEVNULL)
-        for rank in range(world)
+        subprocess.Popen(command, env={**os.environ, **own, "RANK": str(rank)}, **given) for rank in range(world)
     ]
     try:
         yield running
@@ -50,6 +72,7 @@ def started(example, *arguments, world=1):
         for process in running:
             process.kill()
             process.wait()
+            process.stdin.close()
         kept.close()
 
 
@@ -58,15 +81,29 @@ def finish(example, *arguments, world=1):
         assert [process.wait(PATIENCE) for process in running] == [0] * world
 
 
-def kill_at(path, lines, example, *arguments, world=1):
-    """Run it until it has written so many lines more, and kill it in the middle of whatever it does then."""
-    before = len(path.read_text().splitlines()) if path.exists() else 0
-    with started(example, *arguments, world=world) as running:
-        end = time.monotonic() + PATIENCE
-        while not path.exists() or len(path.read_text().splitlines()) < before + lines:
-            assert running[0].poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < end
-            time.sleep(0.001)
+def kill_when(reached, held, example, *arguments, world=1):
+    """Run it until then, and kill it in the middle of whatever it does, or waits before as it is `held`."""
+    with started(example, *arguments, world=world, held=held) as running:
+
+        def is_reached():
+            assert [process.poll() for process in running] == [None] * world, "it ended before it could be killed"
+            return reached()
+
+        wait_until(is_reached)
+
+
+def count(path):
+    """How many lines it has."""
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def kill_gpt_at(lines, folder, out, *arguments, world=1):
+    """Kill the tiny GPT once it has written so many lines more, and before the checkpoint that comes next."""
+    path = out / "rank-0.txt"
+    wanted = count(path) + lines
+    # What another rank has done before that checkpoint, and not yet written down, would not be done again.
+    held = ("checkpoint.pt.part", lines // EVERY + 1)
+    kill_when(lambda: count(path) >= wanted, held, "train_gpt.py", folder, out, *arguments, world=world)
 
 
 def told(out, world=1):
@@ -96,16 +133,17 @@ def interleaved(found, step, world):
 @pytest.fixture(scope="module")
 def never_stopped(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("never")
-    finish("train_gpt.py", folder, out, "--steps", STEPS, "--every", 4, "--epochs", 9)
+    finish("train_gpt.py", folder, out, "--steps", STEPS, "--every", EVERY, "--epochs", 9)
     return told(out)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_at_random_every_loss_is_the_same(folder, never_stopped, tmp_path, workers):
-    arguments = (folder, tmp_path, "--steps", STEPS, "--every", 4, "--epochs", 9, "--workers", workers)
-    rng = random.Random(workers)
+# Seeds of kills before the first checkpoint, in the middle of one, and behind them.
+@pytest.mark.parametrize(("workers", "seed"), [(0, 6), (2, 9)])
+def test_killed_at_random_every_loss_is_the_same(folder, never_stopped, tmp_path, workers, seed):
+    arguments = (folder, tmp_path, "--steps", STEPS, "--every", EVERY, "--epochs", 9, "--workers", workers)
+    rng = random.Random(seed)
     for _ in range(3):
-        kill_at(tmp_path / "rank-0.txt", rng.randint(1, 11), "train_gpt.py", *arguments)
+        kill_gpt_at(rng.randint(1, 11), *arguments)
     finish("train_gpt.py", *arguments)
     assert told(tmp_path) == never_stopped
     assert [interleaved(never_stopped, step, 1) for step in range(STEPS)] == in_order(folder, STEPS)
@@ -114,15 +152,15 @@ def test_killed_at_random_every_loss_is_the_same(folder, never_stopped, tmp_path
 def test_from_one_rank_to_two_the_samples_are_the_same_and_kills_change_no_loss(folder, never_stopped, tmp_path):
     half, outs = STEPS // 2, [tmp_path / name for name in ("whole", "killed")]
     for out in outs:
-        one = (folder, out, "--steps", half, "--every", 4, "--epochs", 9)
-        two = (folder, out, "--steps", STEPS, "--every", 4, "--epochs", 9)
+        one = (folder, out, "--steps", half, "--every", EVERY, "--epochs", 9)
+        two = (folder, out, "--steps", STEPS, "--every", EVERY, "--epochs", 9)
         if out.name == "killed":
-            kill_at(out / "rank-0.txt", 7, "train_gpt.py", *one)
+            kill_gpt_at(7, *one)
         finish("train_gpt.py", *one)
         assert told(out) == {key: found for key, found in never_stopped.items() if key[0] < half}
         os.rename(out / "rank-0.txt", out / "alone.txt")
         if out.name == "killed":
-            kill_at(out / "rank-0.txt", 9, "train_gpt.py", *two, world=2)
+            kill_gpt_at(9, *two, world=2)
         finish("train_gpt.py", *two, world=2)
     whole, killed = (told(out, world=2) for out in outs)
     assert whole == killed
@@ -130,13 +168,31 @@ def test_from_one_rank_to_two_the_samples_are_the_same_and_kills_change_no_loss(
     assert [interleaved(whole, step, 2) for step in range(half, STEPS)] == samples[half:]
 
 
-def test_trainer_goes_on_with_the_samples_that_come_next(folder, tmp_path):
-    def losses(out):
-        return dict(map(json.loads, (out / "losses.jsonl").read_text().splitlines()))
+def losses(out):
+    return dict(map(json.loads, (out / "losses.jsonl").read_text().splitlines()))
 
-    finish("train_trainer.py", folder, tmp_path / "whole", "--steps", 16, "--every", 4)
-    stopped = tmp_path / "stopped"
-    kill_at(stopped / "losses.jsonl", 6, "train_trainer.py", folder, stopped, "--steps", 16, "--every", 4)
-    finish("train_trainer.py", folder, stopped, "--steps", 16, "--every", 4)
-    assert losses(stopped) == losses(tmp_path / "whole")
-    assert len(losses(stopped)) == 16
+
+@pytest.fixture(scope="module")
+def never_stopped_trainer(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trainer")
+    finish("train_trainer.py", folder, out, "--steps", 16, "--every", EVERY)
+    return losses(out)
+
+
+def test_trainer_goes_on_with_the_samples_that_come_next(folder, never_stopped_trainer, tmp_path):
+    arguments = (folder, tmp_path, "--steps", 16, "--every", EVERY)
+    path = tmp_path / "losses.jsonl"
+    kill_when(lambda: count(path) >= 6, (path.name, 8), "train_trainer.py", *arguments)
+    finish("train_trainer.py", *arguments)
+    assert losses(tmp_path) == never_stopped_trainer
+    assert len(never_stopped_trainer) == 16
+
+
+def test_trainer_goes_on_from_a_whole_checkpoint(folder, never_stopped_trainer, tmp_path):
+    """A kill in the middle of one leaves half of it, which is the last one there."""
+    arguments = (folder, tmp_path, "--steps", 16, "--every", EVERY)
+    half = tmp_path / "checkpoint-8"
+    kill_when(lambda: (half / "scheduler.pt").exists(), ("trainer_state.json", 2), "train_trainer.py", *arguments)
+    assert not (half / "trainer_state.json").exists()
+    finish("train_trainer.py", *arguments)
+    assert losses(tmp_path) == never_stopped_trainer

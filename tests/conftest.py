@@ -1,5 +1,5 @@
-"""The tests see nothing of what the machine that runs them is set up for: no proxy, account, server or colour; and they
-are interrupted as at a keyboard.
+"""The tests see nothing of what the machine that runs them is set up for: no proxy, account, server, rank or colour;
+and they are interrupted as at a keyboard.
 
 As it is here, what tests share can be imported in the folders below too.
 """
@@ -7,7 +7,8 @@ As it is here, what tests share can be imported in the folders below too.
 import os
 import signal
 
-_OTHERS = ("ALL_PROXY", "COLUMNS", "FORCE_COLOR", "HTTPS_PROXY", "HTTP_PROXY", "LINES", "NO_COLOR", "NO_PROXY")
+_PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
+_OTHERS = (*_PROXIES, "COLUMNS", "FORCE_COLOR", "LINES", "LOCAL_RANK", "NO_COLOR", "RANK", "WORLD_SIZE")
 _FRONTS = ("AWS_", "AZURE_", "GOOGLE_", "HF_", "HUGGING", "MILLSTREAM_", "OPENAI_", "RAY_", "TIKTOKEN_", "TTY_")
 
 for name in list(os.environ):

@@ -8,7 +8,7 @@ from helpers import fill_tiktoken_cache, pack
 from runs import train_tokenizer
 
 from millstream.corpus.sources import InputShard
-from millstream.engines.bench import own_shelf
+from millstream.engines.called import own_shelf
 from millstream.errors import RequestError
 from millstream.folder.manifest import PIECES
 from millstream.records import Ref

@@ -10,7 +10,7 @@ import pytest
 import ray
 import runs
 
-from millstream.engines.bench import own_shelf
+from millstream.engines.called import own_shelf
 from millstream.engines.ray import Ray
 from millstream.errors import RequestError, WorkerDied
 

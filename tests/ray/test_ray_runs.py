@@ -122,7 +122,7 @@ def workers():
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            if Path("/proc", name, "cmdline").read_bytes().startswith(b"ray::RayBench"):
+            if Path("/proc", name, "cmdline").read_bytes().startswith(b"ray::RayWorker"):
                 found.append(int(name))
     return found
 

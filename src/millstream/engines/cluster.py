@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from millstream.engines.bench import Bench
+from millstream.engines.called import CalledWorker
 from millstream.errors import RequestError, setting
 from millstream.store import file_at
 
@@ -107,7 +107,7 @@ class Cluster:
 
     def hand(self, node: Node) -> Any:
         """A new worker on a node."""
-        made = self._ray.remote(RayBench)
+        made = self._ray.remote(RayWorker)
         how = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": _on(node)}
         return made.options(**how).remote(os.getcwd())
 
@@ -164,7 +164,7 @@ class Cluster:
         return found  # type: ignore[no-any-return]
 
 
-class RayBench(Bench):
+class RayWorker(CalledWorker):
     """A worker that is given references, and fetches what they lead to."""
 
     def begin(self, number: int, which: int, unit: Any, given: dict[str, Any], *, step: bool = True) -> Any:

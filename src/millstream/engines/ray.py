@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from millstream.engines import Done
-from millstream.engines.bench import Handed
+from millstream.engines.called import Handed
 from millstream.engines.cluster import Cluster, Node, Sight
 from millstream.engines.deaths import PATIENCE, ended_by_itself
 from millstream.engines.hands import CALLS, Call, Errand, Hand

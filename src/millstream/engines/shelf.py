@@ -37,6 +37,6 @@ class Shelf:
             del self._refs[name]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from millstream.engines.bench import own_shelf
+        from millstream.engines.called import own_shelf
 
         return own_shelf, ()

@@ -1,19 +1,16 @@
 """A worker process of the local engine: units come on standard input, results go to standard output."""
 
 import os
-import pickle
 import queue
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from types import GeneratorType
+from collections.abc import Callable
 from typing import Any
 
 from millstream.engines.lean import keep_freed_memory
 from millstream.engines.local import receive, send
-from millstream.errors import RunError
+from millstream.engines.steps import Steps
 from millstream.store.pipe import to_nowhere
 
 
@@ -55,14 +52,6 @@ def main() -> None:
                 desk.take(inbox.get())
 
 
-@dataclass(slots=True)
-class _Begun:
-    """A generator that goes on while it is `allowed` another answer; None: always."""
-
-    items: Generator[Any]
-    allowed: int | None
-
-
 class Desk:
     """What lies before a worker, and in which order it is done: what is urgent, what was begun, what is new.
 
@@ -80,33 +69,36 @@ class Desk:
 
     def __init__(self, answer: Callable[[tuple[int, str, Any]], None]) -> None:
         self._answer = answer
-        self._functions: list[Callable[[Any], Any]] = []
+        self._steps = Steps()
         self._urgent: deque[tuple[Any, ...]] = deque()
         self._new: deque[tuple[Any, ...]] = deque()
-        self._begun: dict[int, _Begun] = {}
+        self._allowed: dict[int, int | None] = {}  # answers of generators that were begun; None: as many as they like
         self._more: dict[int, int] = {}  # that came for units that are not begun
 
     def take(self, message: tuple[Any, ...]) -> None:
         kind, *content = message
         if kind == "function":
-            self._functions.append(content[0])
+            self._steps.learn(content[0])
         elif kind == "more":
-            begun = self._begun.get(content[0])
-            if begun is None:
-                self._more[content[0]] = self._more.get(content[0], 0) + 1
-            elif begun.allowed is not None:
-                begun.allowed += 1
+            self._let_on(content[0])
         elif kind == "give up":
             self._give_up(content[0])
         else:
             number, which, unit, urgent, allowed = content
             (self._urgent if urgent else self._new).append((number, which, unit, allowed))
 
+    def _let_on(self, number: int) -> None:
+        """A generator may give another answer."""
+        if number not in self._allowed:
+            self._more[number] = self._more.get(number, 0) + 1
+        elif (allowed := self._allowed[number]) is not None:
+            self._allowed[number] = allowed + 1
+
     def _give_up(self, number: int) -> None:
-        begun = self._begun.pop(number, None)
         fresh = next((unit for unit in self._new if unit[0] == number), None)
-        if begun:
-            begun.items.close()
+        if number in self._allowed:
+            del self._allowed[number]
+            self._steps.give_up(number)
         elif fresh:
             self._new.remove(fresh)
         else:
@@ -127,40 +119,20 @@ class Desk:
         return True
 
     def _next_begun(self) -> int | None:
-        return next((number for number, begun in self._begun.items() if begun.allowed != 0), None)
+        return next((number for number, allowed in self._allowed.items() if allowed != 0), None)
 
     def _begin(self, number: int, which: int, unit: Any, allowed: int | None) -> None:
         extra = self._more.pop(number, 0)
-        try:
-            result = self._functions[which](unit)
-        except BaseException as error:
-            self._answer((number, "error", portable(error)))
-            return
-        if isinstance(result, GeneratorType):
-            self._begun[number] = _Begun(result, None if allowed is None else allowed + extra)
+        kind, result = self._steps.begin(number, which, unit)
+        if kind:
+            self._answer((number, kind, result))
         else:
-            self._answer((number, "done", result))
+            self._allowed[number] = None if allowed is None else allowed + extra
 
     def _go_on(self, number: int) -> None:
-        begun = self._begun[number]
-        try:
-            item = next(begun.items)
-        except StopIteration as end:
-            del self._begun[number]
-            self._answer((number, "done", end.value))
-        except BaseException as error:
-            del self._begun[number]
-            self._answer((number, "error", portable(error)))
-        else:
-            if begun.allowed is not None:
-                begun.allowed -= 1
-            self._answer((number, "part", item))
-
-
-def portable(error: BaseException) -> BaseException:
-    """The error, or one with its words if it cannot be sent: the classes of some libraries cannot be imported."""
-    try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except (pickle.PickleError, AttributeError, ImportError, TypeError, ValueError):
-        return RunError(f"{type(error).__name__}: {error}")
+        kind, result = self._steps.go_on(number)
+        if kind != "part":
+            del self._allowed[number]
+        elif (allowed := self._allowed[number]) is not None:
+            self._allowed[number] = allowed - 1
+        self._answer((number, kind, result))

@@ -1,13 +1,12 @@
 """A worker that does calls one after the other, and leaves what it puts on its shelf to whoever called."""
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import suppress
-from types import GeneratorType
 from typing import Any, NamedTuple
 
 from millstream.engines.lean import keep_freed_memory
-from millstream.engines.worker import portable
+from millstream.engines.steps import Stepped, Steps
 
 
 class OwnShelf:
@@ -51,17 +50,12 @@ class Handed(NamedTuple):
     names: tuple[str, ...]
 
 
-class _Items(NamedTuple):
-    items: Generator[Any]
-    given: dict[str, Any]
-
-
-class Bench:
+class CalledWorker:
     """What a worker does. Each call hands back a `Handed`, and what was put on the shelf, by name.
 
-    >>> bench = Bench(".")
-    >>> bench.learn(abs)
-    >>> bench.begin(7, 0, -3, {})
+    >>> worker = CalledWorker(".")
+    >>> worker.learn(abs)
+    >>> worker.begin(7, 0, -3, {})
     (Handed(kind='done', result=3, names=()), {})
     """
 
@@ -69,48 +63,37 @@ class Bench:
         with suppress(OSError):  # so that relative paths mean what they mean to the driver, where it is the same disk
             os.chdir(folder)
         keep_freed_memory()
-        self._functions: list[Callable[[Any], Any]] = []
-        self._begun: dict[int, _Items] = {}
+        self._steps = Steps()
+        self._given: dict[int, dict[str, Any]] = {}  # to generators that were begun
 
     def learn(self, *functions: Callable[[Any], Any]) -> None:
         """Functions that calls name by their place among all that it was told."""
-        self._functions += functions
+        self._steps.learn(*functions)
 
     def begin(
         self, number: int, which: int, unit: Any, given: dict[str, Any], *, step: bool = True
     ) -> tuple[Handed, dict[str, Any]]:
         """Do a unit, or the first step of one that is a generator."""
         _OWN.given = given
-        try:
-            result = self._functions[which](unit)
-        except BaseException as error:
-            return self._answer("error", portable(error))
-        if not isinstance(result, GeneratorType):
-            return self._answer("done", result)
-        self._begun[number] = _Items(result, given)
-        return self.go_on(number) if step else self._answer("", None)
+        done = self._steps.begin(number, which, unit)
+        if done.kind:
+            return self._answer(done)
+        self._given[number] = given
+        return self.go_on(number) if step else self._answer(done)
 
     def go_on(self, number: int) -> tuple[Handed, dict[str, Any]]:
         """The next step of a generator."""
-        if number not in self._begun:
-            return self._answer("", None)
-        items, _OWN.given = self._begun[number]
-        try:
-            return self._answer("part", next(items))
-        except StopIteration as end:
-            kind, result = "done", end.value
-        except BaseException as error:
-            kind, result = "error", portable(error)
-        del self._begun[number]
-        return self._answer(kind, result)
+        _OWN.given = self._given.get(number, {})
+        done = self._steps.go_on(number)
+        if done.kind != "part":
+            self._given.pop(number, None)
+        return self._answer(done)
 
     def give_up(self, number: int) -> tuple[Handed, dict[str, Any]]:
         """End a generator where it is."""
-        if number not in self._begun:
-            return self._answer("", None)
-        self._begun.pop(number).items.close()
-        return self._answer("done", None)
+        self._given.pop(number, None)
+        return self._answer(self._steps.give_up(number))
 
-    def _answer(self, kind: str, result: Any) -> tuple[Handed, dict[str, Any]]:
+    def _answer(self, step: Stepped) -> tuple[Handed, dict[str, Any]]:
         tray, _OWN.tray, _OWN.given = _OWN.tray, {}, {}
-        return Handed(kind, result, tuple(tray)), tray
+        return Handed(*step, tuple(tray)), tray

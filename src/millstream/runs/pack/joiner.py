@@ -5,7 +5,6 @@ message, or any of them in particular.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +15,7 @@ from millstream.corpus.slices import not_read
 from millstream.corpus.unpacked import Unpacked
 from millstream.engines import Done, engine
 from millstream.errors import RunError
-from millstream.folder.journal import Journal, NotCompared, PieceRemade, WorkerReplaced
+from millstream.folder.journal import Journal, NotCompared, WorkerReplaced
 from millstream.folder.manifest import MANIFEST
 from millstream.folder.records import Joint
 from millstream.folder.told import InputTold, ToldCounts, ToldShards, ToldUnpacked, tell
@@ -26,9 +25,11 @@ from millstream.runs.pack.hearing import Did, Hearing, differs
 from millstream.runs.pack.inputs import state_of
 from millstream.runs.pack.pieces import PieceLost, StoredPieces
 from millstream.runs.pack.planning import PART
+from millstream.runs.pack.remaking import Remaking
 from millstream.runs.pack.run import Run
 from millstream.runs.pack.spill import Spill, most_of, refs_of, shared_pieces
 from millstream.runs.pack.subset import Mark
+from millstream.runs.pack.tokenizing import AHEAD
 from millstream.runs.pack.traffic import Traffic
 from millstream.runs.pack.words import named
 from millstream.store import at
@@ -42,8 +43,6 @@ UNPACKED = 2
 """Parts for each worker of all that join that may be unpacked before anybody has tokenized them."""
 LISTS = 6
 """How often a minute the others are counted, at most."""
-_AHEAD = 2  # pieces that a part may put before anybody looks at the first
-_PATIENCE = 3  # times that a piece may be made again
 _SHORTEST, _LONGEST = 0.02, 5.0  # seconds between two looks, where there is nothing to do
 
 
@@ -120,7 +119,6 @@ class Joiner:
         self._packed: dict[str, _Packed] = {}  # those of them that are unpacked
         self._later: dict[str, float] = {}  # when to ask again for those that others have
         self._bound = 0  # for the pieces that lie about
-        self._lost: Counter[str] = Counter()
         self._writing = 0
         self._workers, self._counted = run.workers, float("-inf")
         self.did = Did()
@@ -131,6 +129,14 @@ class Joiner:
             on_death=lambda why: journal.write(WorkerReplaced(why=why)),
         )
         self._traffic = Traffic(pool, run.tally)
+        self._remaking = Remaking(
+            run.reading,
+            self._tokenize,
+            self._traffic,
+            self._spill,
+            journal=journal,
+            put=lambda counts: self._own.add(refs_of(counts)),
+        )
         self.close = self._traffic.close
 
     def is_finished(self) -> bool:
@@ -202,7 +208,7 @@ class Joiner:
             return True
         here = self._parts[label] = _Part(part)
         task = self._run.reading.part_task(part)
-        here.unit = self._traffic.submit(partial(self._came, label, here), self._tokenize, task, ahead=_AHEAD)
+        here.unit = self._traffic.submit(partial(self._came, label, here), self._tokenize, task, ahead=AHEAD)
         return True
 
     def _may_begin(self, part: Part) -> bool:
@@ -366,24 +372,13 @@ class Joiner:
 
     def _make_again(self, label: str, task: ShardTask, lost: PieceLost) -> None:
         """Have the part done again that a lost piece is of, and then the task."""
-        self._lost[lost.name] += 1
-        if self._lost[lost.name] > _PATIENCE:
-            raise lost
-        self._journal.write(PieceRemade(name=lost.name))
+
+        def then() -> None:
+            self._writing -= 1
+            self._submit(label, task)
+
+        self._remaking.make(lost, then)
         self.did.again += 1
-
-        def came(done: Done) -> None:
-            if done.error:
-                raise done.error
-            if not done.last:
-                self._own.add(refs_of(done.result))
-                self._spill.put_again(done.result)
-            else:
-                self._writing -= 1
-                self._submit(label, task)
-
-        part = self._spill.part_of(lost.name)
-        self._traffic.submit(came, self._tokenize, self._run.reading.part_task(part), urgent=True)
 
     def _is_told(self, error: BaseException, is_done: Callable[[], bool]) -> bool:
         """Whether what went wrong matters to nobody: somebody who took us for dead has done it, and what it was made of

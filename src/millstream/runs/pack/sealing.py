@@ -1,21 +1,19 @@
 """Output shards on their way: counts become tasks, which wait for a writer, are done by workers, and get records."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 
 from millstream.engines import Done
 from millstream.folder.entries import ShardEntry
-from millstream.folder.journal import PieceRemade
 from millstream.runs.pack.counts import Counts, ShardTask
 from millstream.runs.pack.course import Course
 from millstream.runs.pack.folder import Found
 from millstream.runs.pack.pieces import PieceLost
+from millstream.runs.pack.remaking import Remaking
 from millstream.runs.pack.shards import Shards, starts_of
 from millstream.runs.pack.shop import Shop
 from millstream.runs.pack.subset import Mark
-
-_PATIENCE = 3  # times that a piece may be made again
 
 
 class Sealing:
@@ -32,7 +30,7 @@ class Sealing:
         self._read = Mark()
         self._ready: deque[ShardTask] = deque()
         self._writing = 0
-        self._lost: Counter[str] = Counter()
+        self._remaking = Remaking(run.reading, shop.tokenize, shop.traffic, shop.spill, journal=shop.journal)
 
     @property
     def waiting(self) -> int:
@@ -89,20 +87,12 @@ class Sealing:
 
     def _make_again(self, task: ShardTask, lost: PieceLost) -> None:
         """Have the part done again that a lost piece is of, and then the task."""
-        self._lost[lost.name] += 1
-        part = self._spill.part_of(lost.name)
-        if self._lost[lost.name] > _PATIENCE or part.data:  # what was unpacked for it is gone, too
-            raise lost
-        self._shop.journal.write(PieceRemade(name=lost.name))
+        if self._spill.part_of(lost.name).data:
+            raise lost  # what was unpacked for it is gone, too
 
-        def came(done: Done) -> None:
-            if done.error:
-                raise done.error
-            if not done.last:
-                self._spill.put_again(done.result)
-            else:
-                self._writing -= 1  # not before: who waits for all shards waits for this one too
-                self._ready.appendleft(task)
-                self._begin()
+        def then() -> None:
+            self._writing -= 1  # not before: who waits for all shards waits for this one too
+            self._ready.appendleft(task)
+            self._begin()
 
-        self._traffic.submit(came, self._shop.tokenize, self._run.reading.part_task(part), urgent=True)
+        self._remaking.make(lost, then)

@@ -27,6 +27,8 @@ PIECE = 16 << 20
 """Bytes of text in a piece, of a part that has more."""
 LARGE_PIECE = 4 * PIECE
 """The same on a cluster, where each answer takes the driver some ms."""
+AHEAD = 2
+"""Pieces that a part may put before anybody looks at the first."""
 LONG = 4 << 20
 """Bytes of a unit that only one worker at once tokenizes, as `memory` counts one long document."""
 

@@ -15,9 +15,8 @@ from millstream.runs.pack.sealing import Sealing
 from millstream.runs.pack.shop import Shop
 from millstream.runs.pack.spill import refs_of
 from millstream.runs.pack.subset import Mark
+from millstream.runs.pack.tokenizing import AHEAD
 from millstream.runs.pack.wanted import Wanted
-
-_AHEAD = 2  # pieces that a part may put before anybody looks at the first
 
 
 @dataclass
@@ -107,7 +106,7 @@ class PartsInTurn:
     def _begin(self, part: Part, skip: int = 0) -> _Begun:
         begun = _Begun(part, skip=skip)
         task = self._run.reading.part_task(part)
-        begun.unit = self._traffic.submit(partial(self._came, begun), self._shop.tokenize, task, ahead=_AHEAD)
+        begun.unit = self._traffic.submit(partial(self._came, begun), self._shop.tokenize, task, ahead=AHEAD)
         return begun
 
     def _came(self, begun: _Begun, done: Done) -> None:

@@ -455,8 +455,10 @@ def exits(unit):
 def crash_everywhere(job):
     """Run `pack_to` again and again, killed before its first, second, ... file operation, and then going on.
 
-    `job`: folder, sources, settings, and `first`: settings of an earlier run in the same folder, or None. The list of
-    (operation, what was wrong) and the number of operations. Each run is a fork of this process, which starts no
+    `job`: folder, sources, settings, and `first`: settings of an earlier run in the same folder, or None; `then`:
+    settings with which the killed run is gone on with, if those are others; and `pooled`: how its workers, if there are
+    several, are set up in the one process that is killed. The list of (operation, what was wrong) and the number of
+    operations. Each run is a fork of this process, which starts no
     threads, so that hundreds of them are cheap.
     """
     for module in ("pyarrow.parquet", "millstream.runs.pack.packing"):
@@ -475,7 +477,7 @@ def crash_everywhere(job):
             return wrong, number - 1
         if code != -signal.SIGKILL:
             wrong.append((number, f"ended with {code} before it could be killed"))
-        elif (code := _forked(job, out, None)) != 0:
+        elif (code := _forked({**job, "settings": {**job["settings"], **job.get("then", {})}}, out, None)) != 0:
             wrong.append((number, f"going on: {code}; the folder had {sorted(os.listdir(out))}"))
         elif (found := digests(out)) != expected:
             wrong.append((number, f"differs: {sorted(n for n in found | expected if found.get(n) != expected.get(n))}"))
@@ -501,11 +503,21 @@ def _pack_and_exit(job, out, crash_at, writer):
         os.fsync = lambda fd: None  # a killed process loses nothing that it has written, and this is quick
         if crash_at:
             _crash_at(crash_at, out)
-        millstream.pack_to(out, job["sources"], **job["settings"])
+        with _together(job.get("pooled")):
+            millstream.pack_to(out, job["sources"], **job["settings"])
     except BaseException as error:
         os.write(writer, f"{type(error).__name__}: {error}".encode())
         os._exit(1)
     os._exit(0)
+
+
+def _together(how):
+    """Within, several workers are in this process."""
+    if not how:
+        return contextlib.nullcontext()
+    from here import pooled
+
+    return pooled(**how)
 
 
 def _crash_at(number, out):

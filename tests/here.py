@@ -19,7 +19,7 @@ LEFT = [-1]
 class Here:
     """An `Engine`. Raises AssertionError where all wait for one another."""
 
-    def __init__(self, workers, *, depth=16, named=repr, on_death=None):
+    def __init__(self, workers, *, depth=16, named=repr, on_death=None, advice=""):
         self.slots, self._depth = workers, depth
         self._answers = []
         self._desks = [Desk(self._answers.append) for _ in range(workers)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import itertools
 import json
 import os
 import random
@@ -18,8 +19,10 @@ from hypothesis import strategies as st
 
 import millstream
 from millstream.corpus import sources
-from millstream.errors import DataError, ResumeRefused
+from millstream.errors import DataError, ResumeRefused, WorkerDied
+from millstream.records import Part, Range
 from millstream.runs.pack import run
+from millstream.runs.pack.words import named
 
 SMALL = ("--seq-len", "128", "--shard-size", "64KiB")
 
@@ -674,4 +677,74 @@ def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path):
         code, stderr = run.end()
     assert code == 0, stderr  # a slow machine is told of progress there
     assert "worker died" in runs.events(tmp_path / "out")
+    assert runs.digests(tmp_path / "out") == runs.digests(tmp_path / "whole")
+
+
+def test_the_documents_of_a_part_are_told_by_its_lines(tmp_path):
+    source = runs.write_plain(tmp_path / "a.jsonl", [b"1234567\n", b"\n", b"01234\n", b"56789"])
+    packed = runs.write_gzip(tmp_path / "a.jsonl.gz", [b"1234567\n", b"\n", b"01234\n", b"56789"])
+    shards = [sources.InputShard(str(path), path.name, "jsonl") for path in (source, tmp_path / "gone.jsonl")]
+    shards.append(sources.InputShard(str(packed), packed.name, "jsonl", "gzip"))
+
+    def told(number, start, stop):
+        return named(Part(0, (Range(number, start, stop),)), shards).partition("bytes ")[2]
+
+    assert told(0, 0, None) == "0 to its end"
+    assert told(0, 0, 1) == "0 to 1, lines 1 to 1"
+    assert told(0, 7, None) == "7 to its end, lines 2 to its end"
+    assert told(0, 8, 9) == told(2, 8, 9) == "8 to 9, lines 2 to 2"
+    assert told(0, 9, 15) == "9 to 15, lines 3 to 3"
+    assert told(0, 10, 15) == "10 to 15, within line 3"
+    assert told(0, 10, 99) == "10 to 99, lines 4 to 4"
+    assert told(1, 10, 99) == "10 to 99"
+    assert told(0, 10, 1 << 40) == "10 to 1,099,511,627,776"
+
+
+KILLER = """
+import os, signal
+from millstream.runs.pack.encode import Encode
+
+encode = Encode.__call__
+
+
+def texts(data):
+    return bytes(data) if isinstance(data, bytes | memoryview) else str(data.to_pydict()).encode()
+
+
+def __call__(self, given):
+    if any(b"killer" in texts(piece.data) for piece in given[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(self, given)
+
+
+Encode.__call__ = __call__
+"""
+
+
+@runs.needs_proc
+@pytest.mark.parametrize("kind", ["plain", "gzip", "parquet"])
+def test_a_document_that_kills_whoever_reads_it_is_named(tmp_path, monkeypatch, kind):
+    """By the part that it is in, and the lines or rows of that; the same run goes on once it is mended."""
+    (tmp_path / "sitecustomize.py").write_text(KILLER)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = runs.lines(3, 700_000)
+    at, sizes = len(rows) // 2, list(itertools.accumulate(map(len, rows)))
+    good, rows[at] = rows[at], b'{"text": "a killer"}\n'
+    source = write_kind(tmp_path, kind, rows)
+    wanted = {"seq_len": 64, "shard_size": 20_000}
+    with pytest.raises(WorkerDied) as raised:
+        millstream.pack_to(tmp_path / "out", source, **wanted, workers=2, memory=8 << 30)
+    told = str(raised.value)
+    assert "(killed by signal 9), 3 times at " in told
+    if kind == "plain":
+        low, high = (sum(size < stop for size in sizes) for stop in (1 << 18, 1 << 19))
+        assert low < at < high
+        assert f"at {source.name}, bytes 262,144 to 524,288, lines {low + 2:,} to {high + 1:,}; often" in told
+    else:
+        assert f"at {source.name}, {'bytes' if kind == 'gzip' else 'rows'} " in told
+    assert "fewer workers need less. The same command goes on from what is done. If it ends there again" in told
+    rows[at] = good
+    write_kind(tmp_path, kind, rows)
+    millstream.pack_to(tmp_path / "out", source, **wanted, workers=2, memory=8 << 30)
+    millstream.pack_to(tmp_path / "whole", source, **wanted)
     assert runs.digests(tmp_path / "out") == runs.digests(tmp_path / "whole")

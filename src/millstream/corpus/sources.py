@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -91,7 +91,7 @@ def rough_total(shards: Iterable[InputShard]) -> int | None:
     return None if any(shard.uri == "-" for shard in shards) else sum(map(rough_size, shards))
 
 
-def chunks(shard: InputShard, start: int = 0, size: int | None = None, *, stop: int | None = None) -> Iterator[bytes]:
+def chunks(shard: InputShard, start: int = 0, size: int | None = None, *, stop: int | None = None) -> Generator[bytes]:
     """The shard's bytes, decompressed, in pieces; from byte `start` where it is seekable, else from the beginning.
     About `size` bytes are read at once, and few where a seekable one is read on behind `stop`.
 

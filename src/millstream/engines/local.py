@@ -126,7 +126,7 @@ class Local:
     """An `Engine` of `workers` processes on this machine, each of which has `depth` units at once.
 
     A process that dies is started anew, and its units are done again, one at a time: the one that killed it three times
-    is an error, which `named` names. `on_death` is told of each, in words.
+    is an error, which `named` names and which ends with an `advice`. `on_death` is told of each death, in words.
     """
 
     def __init__(
@@ -136,8 +136,10 @@ class Local:
         depth: int = 16,
         named: Callable[[Any], str] = repr,
         on_death: Callable[[str], None] = lambda words: None,
+        advice: str = "",
     ) -> None:
         self.slots, self._depth, self._named, self._on_death = workers, depth, named, on_death
+        self._advice = advice
         self._tasks: dict[int, _Task] = {}
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
@@ -235,7 +237,7 @@ class Local:
             unit = self._named(self._tasks[left[0]].unit) if left else None
             fewer = f"; often the system was out of memory: fewer {setting('workers')} need less"
             hint = fewer if code in (-signal.SIGKILL, -signal.SIGABRT) else ""  # the second is how Rust says so
-            raise ended_by_itself(why, unit, hint)
+            raise ended_by_itself(why, unit, hint, self._advice)
         self._on_death(why)
         fresh = self._started()
         fresh.idle_deaths = worker.idle_deaths

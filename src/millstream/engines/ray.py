@@ -38,13 +38,14 @@ class Ray:
         depth: int = 2,
         named: Callable[[Any], str] = repr,
         on_death: Callable[[str], None] = lambda words: None,
+        advice: str = "",
         address: str | None = None,
         cores: int | None = None,
         check: Callable[[], Sight] = Sight,
         share: Callable[[int, int], int] = lambda cores, memory: cores,
     ) -> None:
         self._most, self._depth, self._named, self._on_death = workers, depth, named, on_death
-        self._check, self._share = check, share
+        self._check, self._share, self._advice = check, share, advice
         self._tasks: dict[int, Errand] = {}
         self._urgent: deque[Errand] = deque()
         self._new: deque[Errand] = deque()
@@ -306,7 +307,7 @@ class Ray:
         first = asked[0] if asked else None
         if self._blamed(first) >= PATIENCE:
             hint = f"; often the system was out of memory: fewer {setting('workers')} need less"
-            raise ended_by_itself(why, self._named(first.unit) if first else None, hint)
+            raise ended_by_itself(why, self._named(first.unit) if first else None, hint, self._advice)
         self._on_death(why)
         for task in asked:
             task.alone = True

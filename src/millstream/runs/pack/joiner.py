@@ -31,7 +31,7 @@ from millstream.runs.pack.spill import Spill, most_of, refs_of, shared_pieces
 from millstream.runs.pack.subset import Mark
 from millstream.runs.pack.tokenizing import AHEAD
 from millstream.runs.pack.traffic import Traffic
-from millstream.runs.pack.words import named
+from millstream.runs.pack.words import ADVICE, named
 from millstream.store import at
 from millstream.store.lease import Leases
 
@@ -127,6 +127,7 @@ class Joiner:
             depth=1,
             named=partial(named, shards=run.shards),
             on_death=lambda why: journal.write(WorkerReplaced(why=why)),
+            advice=ADVICE,
         )
         self._traffic = Traffic(pool, run.tally)
         self._remaking = Remaking(

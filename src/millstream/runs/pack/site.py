@@ -20,7 +20,7 @@ from millstream.runs.pack.planning import PART
 from millstream.runs.pack.run import Run
 from millstream.runs.pack.spill import pieces_of
 from millstream.runs.pack.tokenizing import LARGE_PIECE, PIECE
-from millstream.runs.pack.words import named
+from millstream.runs.pack.words import ADVICE, named
 from millstream.store import Store, at
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def site_of(run: Run, journal: Journal) -> Site:
         "depth": DEPTH,
         "named": partial(named, shards=run.shards),
         "on_death": lambda why: journal.write(WorkerReplaced(why=why)),
+        "advice": ADVICE,
     }
     if run.settings.on == "local":
         return Site(engine("local")(run.workers, **how), pieces_of(run))

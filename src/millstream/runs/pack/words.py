@@ -1,12 +1,21 @@
 """What workers are given, in words."""
 
 from collections.abc import Sequence
+from contextlib import closing
 
-from millstream.corpus.sources import InputShard
+from millstream.corpus.sources import InputShard, chunks
+from millstream.errors import Unusable, setting
 from millstream.exports.tasks import Task
 from millstream.records import Part, Range
 from millstream.runs.pack.counts import ShardTask
 from millstream.runs.pack.tokenizing import PartTask
+
+ADVICE = (
+    "The same command goes on from what is done. If it ends there again, a document there does it: see whether "
+    f"{setting('engine', 'reference')} can read it, or mend it, or take it out"
+)
+"""What is good to do where a part of a corpus kills its workers."""
+_LOOKED_AT = 1 << 30  # bytes that are read, to say which lines a part has
 
 
 def named(unit: Part | PartTask | ShardTask | Task, shards: Sequence[InputShard]) -> str:
@@ -37,4 +46,31 @@ def named(unit: Part | PartTask | ShardTask | Task, shards: Sequence[InputShard]
 
     behind = f"to {shards[last.source].name}, {what(last)} to" if last.source != first.source else "to"
     end = "its end" if last.stop is None else f"{last.stop:,}"
-    return f"{shards[first.source].name}, {what(first)} {first.start:,} {behind} {end}"
+    lines = _lines(first, shards[first.source]) if len(unit.ranges) == 1 else ""
+    return f"{shards[first.source].name}, {what(first)} {first.start:,} {behind} {end}{lines}"
+
+
+def _lines(wanted: Range, shard: InputShard) -> str:
+    """Which lines begin in a range of bytes, where that can be seen soon: they are its documents, and a part is not
+    known by them before it is read."""
+    far = shard.far or shard.uri == "-" or max(wanted.start, wanted.stop or 0) > _LOOKED_AT
+    if far or shard.kind != "jsonl" or (not wanted.start and wanted.stop is None):
+        return ""
+    try:
+        first = _lines_before(wanted.start, shard) + 1
+        last = None if wanted.stop is None else _lines_before(wanted.stop, shard)
+    except (OSError, Unusable):
+        return ""
+    if last is not None and last < first:
+        return f", within line {last:,}"
+    return f", lines {first:,} to {'its end' if last is None else f'{last:,}'}"
+
+
+def _lines_before(stop: int, shard: InputShard) -> int:
+    """How many lines begin before a byte."""
+    count, left = int(stop > 0), stop - 1
+    with closing(chunks(shard, stop=stop)) as pieces:
+        while left > 0 and (piece := next(pieces, b"")):
+            count += piece[:left].count(b"\n")
+            left -= len(piece)
+    return count

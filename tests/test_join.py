@@ -4,6 +4,7 @@ import errno
 import os
 import platform
 import signal
+from importlib.metadata import version
 
 import pytest
 import runs
@@ -16,9 +17,11 @@ from test_resume import write_kind
 
 from millstream.corpus import lines, texts
 from millstream.corpus import sources as corpus_sources
+from millstream.engines.cluster import SAME
 from millstream.errors import DataError, RequestError, ResumeRefused, RunError
+from millstream.folder import records
 from millstream.folder.manifest import is_journal
-from millstream.runs.pack import joining
+from millstream.runs.pack import settings as pack_settings
 from millstream.runs.pack.joiner import LISTS
 from millstream.store.lease import Leases
 
@@ -281,12 +284,22 @@ def test_another_setting_is_refused_by_name(tmp_path, source):
     assert "seq_len was 16, is 17" in str(error)
 
 
-def test_another_version_is_refused_by_name(tmp_path, source, monkeypatch):
+@pytest.mark.parametrize("other", ["millstream", "fastokens", "pyarrow"])
+def test_another_version_is_refused_by_name(tmp_path, source, monkeypatch, other):
+    """Of all that decides bytes, which is what a cluster's nodes are asked for, too."""
+    assert other in SAME
     begun(tmp_path, source)
-    monkeypatch.setattr(joining, "this_version", lambda: "9.9")
-    assert "millstream was" in str(refused(tmp_path, source))
-    assert "is 9.9. Give each the same" in str(refused(tmp_path, source))
-    assert "\n" not in str(refused(tmp_path, source))
+    for module in (records, pack_settings):
+        monkeypatch.setattr(module, "version", lambda name: "99.9" if name == other else version(name))
+    told = str(refused(tmp_path, source))
+    assert f"{other} {'was ' * (other == 'millstream')}{version(other)}, " in told
+    assert "99.9" in told
+    assert "Give each the same command, versions and inputs" in told
+    assert "\n" not in told
+
+
+def test_what_is_known_to_decide_bytes():
+    assert set(SAME) == {"millstream", "fastokens", "pyarrow"}
 
 
 def test_other_inputs_are_refused_by_name(tmp_path, source):

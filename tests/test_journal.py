@@ -22,6 +22,7 @@ from millstream.folder.journal import (
     InputUsed,
     Journal,
     Measured,
+    NodeChanged,
     NotCompared,
     Process,
     Resumed,
@@ -43,6 +44,7 @@ EVENTS = [
     InputUsed(used=Used(0, "a.jsonl", 0, 9, "ab", FileState(1, 2, 3, 4, 5))),
     NotCompared(documents={"d1": "an unknown word"}),
     WorkerReplaced(why="out of memory"),
+    NodeChanged(why="the Ray node b7 is gone"),
     Measured(
         seconds=1.5,
         share=None,

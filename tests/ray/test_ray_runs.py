@@ -183,7 +183,7 @@ def test_a_node_is_killed(nodes, large, tmp_path):
         end(run, out, large[2])
     nodes.remove(nodes.other)
     nodes.other = nodes.add()
-    assert "worker died" in runs.events(out)
+    assert {"worker died", "node"} & set(runs.events(out))  # the second, if it was known before the run ended
 
 
 @pytest.mark.parametrize("then", ["ray", "local"])

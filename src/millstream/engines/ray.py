@@ -28,7 +28,8 @@ class Ray:
     Where no cluster runs, one of this machine is started, with so many `cores`.
     `check` is done on each node before it gets work, and `share` says how many workers a node with so many CPUs and
     bytes of memory has. Raises RequestError, which names the node, where one that is there at the beginning will not
-    do; one that joins later is left out, which `on_death` is told in words, as it is of workers that died.
+    do; one that joins later is left out. `on_node` is told of that and of nodes that are gone, in words, as `on_death`
+    is of workers that died.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Ray:
         depth: int = 2,
         named: Callable[[Any], str] = repr,
         on_death: Callable[[str], None] = lambda words: None,
+        on_node: Callable[[str], None] = lambda words: None,
         advice: str = "",
         address: str | None = None,
         cores: int | None = None,
@@ -45,7 +47,7 @@ class Ray:
         share: Callable[[int, int], int] = lambda cores, memory: cores,
     ) -> None:
         self._most, self._depth, self._named, self._on_death = workers, depth, named, on_death
-        self._check, self._share, self._advice = check, share, advice
+        self._check, self._share, self._on_node, self._advice = check, share, on_node, advice
         self._tasks: dict[int, Errand] = {}
         self._urgent: deque[Errand] = deque()
         self._new: deque[Errand] = deque()
@@ -281,16 +283,18 @@ class Ray:
         if not self.cluster.has(node):
             return
         if sight.problem:
-            self._on_death(f"the Ray node {node.name} is left out: it {sight.problem}")
+            self._on_node(f"the Ray node {node.name} is left out: it {sight.problem}")
         else:
             self._staff(node, sight)
 
     def _lost(self, node: str) -> None:
         """A node is gone, with all workers and objects that it had. Nobody is to blame."""
         self.shelf.lost(node)
-        for hand in [hand for hand in self._hands if hand.node.id == node]:
+        lost = [hand for hand in self._hands if hand.node.id == node]
+        if lost:
+            self._on_node(f"the Ray node {lost[0].node.name} is gone")
+        for hand in lost:
             self._hands.remove(hand)
-            self._on_death(f"the Ray node {hand.node.name} is gone")
             self._do_again(list(hand.begun.values()))
 
     def _died(self, hand: Hand, error: Exception) -> None:

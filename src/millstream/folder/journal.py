@@ -75,6 +75,12 @@ class WorkerReplaced(_Event, frozen=True, kw_only=True, tag="worker died"):
     why: str
 
 
+class NodeChanged(_Event, frozen=True, kw_only=True, tag="node"):
+    """A node of a cluster is gone, or one that came later is left out, as it will not do."""
+
+    why: str
+
+
 class Spilled(_Event, frozen=True, kw_only=True, tag="spill"):
     """Workers leave pieces for one another in a folder outside the run's."""
 
@@ -160,6 +166,7 @@ Event = (
     | Stopped
     | Finished
     | WorkerReplaced
+    | NodeChanged
     | PieceRemade
     | Spilled
     | NotCompared

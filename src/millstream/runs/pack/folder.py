@@ -280,6 +280,8 @@ def _difference(name: str, then: Any, now: Any) -> str:
 
 
 def _named(name: str) -> str:
+    if name == "engine":  # by name and version, which are no value of the setting
+        return "the tokenizer's engine"
     return setting({"pad_id": "pad_id", "exports": "format"}.get(name) or name.removesuffix("_id"))
 
 

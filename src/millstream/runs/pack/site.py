@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from millstream.corpus.sources import InputShard
 from millstream.engines import Engine, engine
-from millstream.folder.journal import Journal, WorkerReplaced
+from millstream.folder.journal import Journal, NodeChanged, WorkerReplaced
 from millstream.folder.manifest import PIECES
 from millstream.runs.pack.machine import cores, memory
 from millstream.runs.pack.memory import share_of
@@ -47,7 +47,7 @@ class Site(NamedTuple):
 def site_of(run: Run, journal: Journal) -> Site:
     """Start a run's workers, or find them: `run` is told how many there are. Raises RequestError where a machine will
     not do."""
-    how = {
+    how: dict[str, Any] = {
         "depth": DEPTH,
         "named": partial(named, shards=run.shards),
         "on_death": lambda why: journal.write(WorkerReplaced(why=why)),
@@ -55,6 +55,7 @@ def site_of(run: Run, journal: Journal) -> Site:
     }
     if run.settings.on == "local":
         return Site(engine("local")(run.workers, **how), pieces_of(run))
+    how["on_node"] = lambda why: journal.write(NodeChanged(why=why))
     address = None if run.settings.on == "ray" else run.settings.on
     files = pieces_of(run)
     share = share_of(run.settings, run.tokenizer, run.shards)

@@ -1,7 +1,9 @@
 """Packed on a Ray cluster: the bytes of a run on this machine, whatever dies on the way."""
 
 import contextlib
+import fcntl
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -15,7 +17,7 @@ import runs
 
 import millstream
 from millstream.engines import cluster
-from millstream.errors import RequestError
+from millstream.errors import RequestError, RunError
 from millstream.runs.pack import planning
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -240,6 +242,23 @@ def test_a_source_that_no_node_sees_as_it_is_here(nodes, tmp_path):
             millstream.pack_to(tmp_path / "out", source, on=nodes.address, **SMALL)
 
 
+def test_a_source_in_the_middle_that_no_node_can_read(nodes, tmp_path):
+    """It is not looked at before the work begins, and is no fault that may be skipped: this machine can read it."""
+    named = [runs.write_plain(tmp_path / f"{name}.jsonl", runs.lines(1, 3_000)) for name in "abc"]
+    with open(tmp_path / "b.jsonl", "rb") as file:
+        high = fcntl.fcntl(file, fcntl.F_DUPFD, 500)  # which is none of a worker's
+        (tmp_path / "b.jsonl").rename(tmp_path / "there.jsonl")
+        (tmp_path / "b.jsonl").symlink_to(f"/proc/self/fd/{high}")
+        try:
+            with pytest.raises(RunError, match=rf"b\.jsonl cannot be read on {platform.node()}: No such file"):
+                millstream.pack_to(tmp_path / "out", named, on=nodes.address, **SMALL)
+        finally:
+            os.close(high)
+    (tmp_path / "there.jsonl").replace(tmp_path / "b.jsonl")
+    millstream.pack_to(tmp_path / "out", named, on=nodes.address, **SMALL)
+    assert runs.digests(tmp_path / "out") == here(tmp_path / "here", named)
+
+
 def test_memory_is_that_of_each_machine(nodes, tmp_path):
     code, line = told_of(tmp_path, "--on", nodes.address, "--memory", "64MiB")
     assert code == 2
@@ -260,6 +279,58 @@ def test_a_running_cluster_is_found_where_ray_has_written_it_down(tmp_path, monk
         written.parent.mkdir(parents=True)
         written.write_text(address)
         assert cluster._running() == address
+
+
+OWN = """
+import sys
+from millstream.engines.cluster import Cluster
+
+cluster = Cluster(None, 1)
+print(cluster.own, flush=True)
+sys.stdin.read()
+cluster.close()
+"""
+LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+
+
+def listening(pid):
+    """The addresses at which a process can be reached, as Linux writes them."""
+    links = [os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
+    sockets = {link.removeprefix("socket:[").rstrip("]") for link in links if link.startswith("socket:")}
+    for kind in ("tcp", "tcp6"):
+        for line in Path("/proc", pid, "net", kind).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in sockets:
+                yield fields[1].partition(":")[0]
+
+
+def test_nobody_else_reaches_a_cluster_that_is_started_here(tmp_path):
+    """That hangs on a name of Ray's that is nobody's business, and on no setting."""
+    short = tempfile.mkdtemp(dir="/tmp")  # Ray makes sockets below it, whose names have a limit
+    own = {**os.environ, "RAY_TMPDIR": short}
+    del own["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]  # which says the same, for the clusters of these tests
+    with subprocess.Popen(
+        [sys.executable, "-c", OWN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=own, text=True
+    ) as process:
+        assert process.stdout.readline() == "True\n"
+        reached = []
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if short.encode() in Path("/proc", name, "cmdline").read_bytes() or int(name) == process.pid:
+                    reached += listening(name)
+    assert process.returncode == 0
+    assert reached
+    assert set(reached) <= set(LOOPBACK)
+    shutil.rmtree(short)
+
+
+def test_what_is_replaced_in_ray_is_there():
+    """Where it is not, pages of Ray's go to standard output, and a cluster of this machine can be reached from others:
+    who runs it is not told."""
+    from ray._private import ray_constants, worker
+
+    assert callable(worker.listen_error_messages)
+    assert isinstance(ray_constants.ENABLE_RAY_CLUSTER, bool)
 
 
 def test_ray_is_started_where_there_is_none_and_ended(corpus, tmp_path):

@@ -18,7 +18,9 @@ import runs
 import millstream
 from millstream.engines import cluster
 from millstream.errors import RequestError, RunError
+from millstream.folder.journal import Measured, events
 from millstream.runs.pack import planning
+from millstream.store import at
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 SMALL = {"seq_len": 64, "shard_size": 1 << 16, "on_error": "skip"}
@@ -63,6 +65,9 @@ def test_the_bytes_are_those_of_this_machine(nodes, corpus, tmp_path, settings, 
     assert runs.digests(tmp_path / "ray") == wanted
     assert report.workers == 2
     assert "2 nodes of the Ray cluster" in report.workers_why
+    *_, last = events(at(tmp_path / "ray"), Measured)
+    assert sum(node.workers for node in last.nodes) == 2
+    assert all(node.memory > 10 << 20 and node.cpu > 0 for node in last.nodes)
 
 
 def test_the_driver_is_outside_the_cluster(nodes, corpus, tmp_path):

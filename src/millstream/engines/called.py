@@ -1,6 +1,8 @@
 """A worker that does calls one after the other, and leaves what it puts on its shelf to whoever called."""
 
 import os
+import resource
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -41,13 +43,21 @@ def own_shelf() -> OwnShelf:
     return _OWN
 
 
+class Consumed(NamedTuple):
+    """What a process has taken by now: at most so many bytes of memory at once, and seconds of CPU time."""
+
+    memory: int = 0
+    cpu: float = 0.0
+
+
 class Handed(NamedTuple):
-    """What a call gave: `kind` is "part", "done" or "error", or nothing where there was nothing to do; and the names of
-    what it has put on the shelf."""
+    """What a call gave: `kind` is "part", "done" or "error", or nothing where there was nothing to do; the names of
+    what it has put on the shelf; and what the worker has taken."""
 
     kind: str
     result: Any
     names: tuple[str, ...]
+    taken: Consumed | None = None
 
 
 class CalledWorker:
@@ -55,8 +65,11 @@ class CalledWorker:
 
     >>> worker = CalledWorker(".")
     >>> worker.learn(abs)
-    >>> worker.begin(7, 0, -3, {})
-    (Handed(kind='done', result=3, names=()), {})
+    >>> handed, shelf = worker.begin(7, 0, -3, {})
+    >>> handed.kind, handed.result, handed.names, shelf
+    ('done', 3, (), {})
+    >>> handed.taken.memory > 1 << 20, handed.taken.cpu > 0
+    (True, True)
     """
 
     def __init__(self, folder: str) -> None:
@@ -96,4 +109,10 @@ class CalledWorker:
 
     def _answer(self, step: Stepped) -> tuple[Handed, dict[str, Any]]:
         tray, _OWN.tray, _OWN.given = _OWN.tray, {}, {}
-        return Handed(*step, tuple(tray)), tray
+        return Handed(*step, tuple(tray), _taken()), tray
+
+
+def _taken() -> Consumed:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Consumed(used.ru_maxrss * unit, used.ru_utime + used.ru_stime)

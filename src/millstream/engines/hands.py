@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from millstream.engines.called import Consumed
 from millstream.engines.cluster import Node
 
 CALLS = 2
@@ -51,7 +52,8 @@ class Call(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Hand:
-    """A worker on a node; it is given nothing before it has answered for the first time."""
+    """A worker on a node; it is given nothing before it has answered for the first time. What it has `taken` it tells
+    with each answer."""
 
     actor: Any
     node: Node
@@ -59,6 +61,7 @@ class Hand:
     begun: dict[int, Errand] = field(default_factory=dict)
     learned: int = 0
     ready: bool = False
+    taken: Consumed = field(default_factory=Consumed)
 
     @property
     def free(self) -> bool:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from millstream.engines import Done
-from millstream.engines.called import Handed
+from millstream.engines.called import Consumed, Handed
 from millstream.engines.cluster import Cluster, Node, Sight
 from millstream.engines.deaths import PATIENCE, ended_by_itself
 from millstream.engines.hands import CALLS, Call, Errand, Hand
@@ -110,6 +110,14 @@ class Ray:
         if self.cluster.own:
             return "by Ray, which was started on this machine"
         return f"on {count} node{'s' * (count > 1)} of the Ray cluster{self.cluster.where}"
+
+    @property
+    def taken(self) -> dict[str, list[Consumed]]:
+        """What the workers that are there have taken, by the names of their nodes."""
+        found: dict[str, list[Consumed]] = {}
+        for hand in self._hands:
+            found.setdefault(hand.node.name, []).append(hand.taken)
+        return found
 
     @property
     def slots(self) -> int:
@@ -226,6 +234,8 @@ class Ray:
             answer = Handed("error", RunError(f"the Ray node {hand.node.name} cannot do its work: {told[-1]}"), ())
         hand.calls.popleft()
         hand.ready, self._idle_deaths = True, 0
+        if answer and answer.taken:
+            hand.taken = answer.taken
         if call.task:
             yield from self._answered(hand, call, answer)
         elif answer and answer.kind == "error":

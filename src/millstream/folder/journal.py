@@ -139,11 +139,22 @@ class Process(msgspec.Struct, frozen=True):
     cpu: float
 
 
+class NodeTaken(msgspec.Struct, frozen=True):
+    """So many workers on a node of a cluster, and what they have taken: bytes of memory, each at most so far, and
+    seconds of CPU time. One for all of them, as a cluster may have thousands."""
+
+    node: str
+    workers: int
+    memory: int
+    cpu: float
+
+
 class Measured(_Event, frozen=True, kw_only=True, tag="measured"):
     """How far a run is, since this call began: `seconds`, and what was read and written in them.
 
     `stages`: seconds of work by stage, over all processes. `queue`: units of work handed out and not done; `spilled`:
-    bytes of pieces that lie about. `processes`: this one first, and those that it has started.
+    bytes of pieces that lie about. `processes`: this one first, and those that it has started;
+    `nodes`: those on a cluster.
     """
 
     seconds: float
@@ -156,6 +167,7 @@ class Measured(_Event, frozen=True, kw_only=True, tag="measured"):
     queue: int
     spilled: int
     processes: list[Process]
+    nodes: list[NodeTaken] = []
 
 
 Event = (

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from millstream.folder.journal import Journal, Measured, Process, Rhythm, events
+from millstream.folder.journal import Journal, Measured, NodeTaken, Process, Rhythm, events
 from millstream.runs.progress import Progress
 from millstream.store import at
 
@@ -22,7 +22,7 @@ class Measuring:
     def due(self) -> bool:
         return self._rhythm.due(time.monotonic())
 
-    def tell(self, now: Progress, queue: int, spilled: int) -> None:
+    def tell(self, now: Progress, queue: int, spilled: int, nodes: list[NodeTaken]) -> None:
         self._journal.write(
             Measured(
                 seconds=round(now.seconds, 3),
@@ -35,6 +35,7 @@ class Measuring:
                 queue=queue,
                 spilled=spilled,
                 processes=processes(),
+                nodes=nodes,
             )
         )
 

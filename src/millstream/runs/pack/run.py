@@ -14,7 +14,7 @@ from millstream.corpus.parquet import check_columns
 from millstream.exports.out import Place
 from millstream.exports.tasks import Export
 from millstream.folder.entries import SubsetEntry
-from millstream.folder.journal import Journal, NotCompared
+from millstream.folder.journal import Journal, NodeTaken, NotCompared
 from millstream.folder.records import Resume, ShardRecord, record_shard
 from millstream.folder.samples import Samples
 from millstream.folder.shards import Shape
@@ -145,6 +145,7 @@ class Run:
             self.workers, self.workers_why, self.writers = Crew(0, "nobody knows yet", 0)  # until the cluster is asked
         self.tally = Tally()
         self.measuring: Measuring | None = None
+        self.nodes: Callable[[], list[NodeTaken]] = list  # those of a cluster
         self.elsewhere = False  # whether somebody else has the work done, perhaps on other machines
         self.started = time.perf_counter()
 
@@ -241,7 +242,7 @@ class Run:
             self._shown = now
             self._on_progress(self._progress(mark, start))
         if self.measuring and (self.measuring.due or at_once):
-            self.measuring.tell(self._progress(mark, start), queue, spilled)
+            self.measuring.tell(self._progress(mark, start), queue, spilled, self.nodes())
 
     def rest(self, mark: Mark) -> int | None:
         """About how many ids are behind a mark, going by those before it; None if nobody can tell."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from millstream.corpus.sources import InputShard
 from millstream.engines import Engine, engine
-from millstream.folder.journal import Journal, NodeChanged, WorkerReplaced
+from millstream.folder.journal import Journal, NodeChanged, NodeTaken, WorkerReplaced
 from millstream.folder.manifest import PIECES
 from millstream.runs.pack.machine import cores, memory
 from millstream.runs.pack.memory import share_of
@@ -62,6 +62,10 @@ def site_of(run: Run, journal: Journal) -> Site:
     look = _look_of(run, files.store)
     pool: Any = engine("ray")(run.settings.workers, **how, address=address, cores=cores(), check=look, share=share)
     run.workers, run.workers_why = pool.slots, pool.told
+    run.nodes = lambda: [
+        NodeTaken(node, len(some), sum(each.memory for each in some), round(sum(each.cpu for each in some), 3))
+        for node, some in pool.taken.items()
+    ]
     run.writers = 1 << 20  # as many as there are workers, who come and go: each has the memory for it
     pieces = ObjectPieces(files, pool.shelf) if run.settings.spill is None else files
     return Site(pool, pieces, LARGE_PART, LARGE_PIECE, afar=True)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_resume import write_kind
 
+from millstream.corpus.sources import InputShard
 from millstream.errors import DataError, RequestError, RunError
 from millstream.folder.records import read_shards, sealed_shards
 from millstream.folder.shards import ShardWriter
@@ -108,6 +109,18 @@ def test_what_another_machine_cannot_read_is_no_fault_of_the_corpus(tmp_path, mi
         assert pack(tmp_path / "out", folder, **wanted, workers=3).resumed
     pack(tmp_path / "whole", folder, **wanted, workers=1)
     assert run_bytes(tmp_path / "out") == run_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("afar", [False, True])
+def test_a_file_that_ends_earlier_on_another_machine_is_told(tmp_path, middle, monkeypatch, afar):
+    """Where all workers are here, it is looked at when it has been read."""
+    folder, name, _ = middle
+    size = InputShard.size
+    monkeypatch.setattr(InputShard, "size", lambda shard: size(shard) - (shard.called == name))
+    with pooled(1, part=2000, afar=afar), pytest.raises(RunError) if afar else contextlib.nullcontext() as raised:
+        pack(tmp_path / "out", folder, seq_len=16, on_error="skip", workers=3, memory=8 << 30)
+    real = size(InputShard(str(folder.parent / name), name, "jsonl"))
+    assert not afar or f"{name} has {real - 1:,} bytes on {platform.node()} and {real:,} where" in str(raised.value)
 
 
 def test_it_is_known_before_which_shards_fill(tmp_path, monkeypatch):

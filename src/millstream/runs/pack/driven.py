@@ -87,7 +87,7 @@ class PackJob:
             for each in part.ranges:
                 self._run.inputs.state(each.source)
             self._handed.append(part)
-            yield self._run.reading.part_task(part)
+            yield self._run.part_task(part)
 
     def count(self, counts: Iterable[Counts]) -> list[ShardTask]:
         """The tasks that became possible. Raises DataError at a bad document, if the run stops there."""
@@ -104,7 +104,7 @@ class PackJob:
             again = self._order.first
             if again is not None and again.limit is not None and part.limit is None:
                 self._spill.let_go(self._order.unwanted())
-                return tasks + self.count(self.tokenize_part(self._run.reading.part_task(again)))
+                return tasks + self.count(self.tokenize_part(self._run.part_task(again)))
         return self._given(tasks)
 
     def finish(self) -> list[ShardTask]:

@@ -131,7 +131,7 @@ class Joiner:
         )
         self._traffic = Traffic(pool, run.tally)
         self._remaking = Remaking(
-            run.reading,
+            run,
             self._tokenize,
             self._traffic,
             self._spill,
@@ -208,7 +208,7 @@ class Joiner:
             self._begin_packed(label, part)
             return True
         here = self._parts[label] = _Part(part)
-        task = self._run.reading.part_task(part)
+        task = self._run.part_task(part)
         here.unit = self._traffic.submit(partial(self._came, label, here), self._tokenize, task, ahead=AHEAD)
         return True
 

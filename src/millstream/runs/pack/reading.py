@@ -80,9 +80,9 @@ class Reading:
             shared=shared,
         )
 
-    def part_task(self, part: Part) -> PartTask:
-        """A part as workers are given it."""
-        return PartTask(part, {each.source: self._shards[each.source] for each in part.ranges})
+    def part_task(self, part: Part, sizes: dict[int, int] | None = None) -> PartTask:
+        """A part as workers are given it; `sizes` of its inputs, by number."""
+        return PartTask(part, {each.source: self._shards[each.source] for each in part.ranges}, sizes or {})
 
     def encode(self) -> Encode:
         """What workers do with a unit."""

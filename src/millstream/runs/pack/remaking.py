@@ -7,7 +7,7 @@ from millstream.engines import Done
 from millstream.folder.journal import Journal, PieceRemade
 from millstream.runs.pack.counts import Counts
 from millstream.runs.pack.pieces import PieceLost
-from millstream.runs.pack.reading import Reading
+from millstream.runs.pack.run import Run
 from millstream.runs.pack.spill import Spill
 from millstream.runs.pack.tokenizing import TokenizePart
 from millstream.runs.pack.traffic import Traffic
@@ -16,12 +16,12 @@ _PATIENCE = 3  # times that a piece may be made again
 
 
 class Remaking:
-    """Has the part tokenized again that a lost piece is of, as `reading` says, before any other unit in `traffic`;
+    """Has the part tokenized again that a lost piece is of, as `run` reads it, before any other unit in `traffic`;
     `spill` keeps account of what it puts, and `put` is told of it first. The journal tells of each."""
 
     def __init__(
         self,
-        reading: Reading,
+        run: Run,
         tokenize: TokenizePart,
         traffic: Traffic,
         spill: Spill,
@@ -29,7 +29,7 @@ class Remaking:
         journal: Journal,
         put: Callable[[Counts], None] = lambda counts: None,
     ) -> None:
-        self._reading, self._tokenize, self._traffic, self._spill = reading, tokenize, traffic, spill
+        self._run, self._tokenize, self._traffic, self._spill = run, tokenize, traffic, spill
         self._journal, self._put = journal, put
         self._lost: Counter[str] = Counter()
 
@@ -49,5 +49,5 @@ class Remaking:
                 self._put(done.result)
                 self._spill.put_again(done.result)
 
-        task = self._reading.part_task(self._spill.part_of(lost.name))
+        task = self._run.part_task(self._spill.part_of(lost.name))
         self._traffic.submit(came, self._tokenize, task, urgent=True)

@@ -18,7 +18,7 @@ from millstream.folder.journal import Journal, NodeTaken, NotCompared
 from millstream.folder.records import Resume, ShardRecord, record_shard
 from millstream.folder.samples import Samples
 from millstream.folder.shards import Shape
-from millstream.records import Cursor
+from millstream.records import Cursor, Part
 from millstream.runs.pack.counts import Checks
 from millstream.runs.pack.extent import Extent
 from millstream.runs.pack.folder import Found
@@ -37,6 +37,7 @@ from millstream.runs.pack.settings import (
     paces,
 )
 from millstream.runs.pack.subset import Mark, Sealed
+from millstream.runs.pack.tokenizing import PartTask
 from millstream.runs.pack.writing import Form, WriteShards
 from millstream.runs.progress import Progress
 from millstream.store import at, is_far, temporary
@@ -176,6 +177,11 @@ class Run:
             for name, pace in zip(("train", "validation"), paces(self.settings.validation), strict=True)
             if pace
         }
+
+    def part_task(self, part: Part) -> PartTask:
+        """A part as workers are given it, with what is known of its files here."""
+        states = {each.source: self.inputs.state(each.source) for each in part.ranges}
+        return self.reading.part_task(part, {source: state.size for source, state in states.items() if state})
 
     def write_shards(self, pieces: Pieces) -> WriteShards:
         """What workers do with a shard task."""

@@ -30,7 +30,7 @@ class Sealing:
         self._read = Mark()
         self._ready: deque[ShardTask] = deque()
         self._writing = 0
-        self._remaking = Remaking(run.reading, shop.tokenize, shop.traffic, shop.spill, journal=shop.journal)
+        self._remaking = Remaking(run, shop.tokenize, shop.traffic, shop.spill, journal=shop.journal)
 
     @property
     def waiting(self) -> int:

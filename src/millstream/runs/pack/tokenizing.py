@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import platform
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from millstream.corpus.limits import Manner
 from millstream.corpus.parts import slices_of
 from millstream.corpus.slices import surely, units
 from millstream.corpus.sources import InputShard
+from millstream.errors import RunError
 from millstream.records import Cursor, DocumentFault, Part, Seen, Slice, TokenBatch
 from millstream.runs.pack.counts import Checks, Counts, SubsetCounts
 from millstream.runs.pack.encode import CHECK_FIRST, Encode, Encoded
@@ -34,10 +36,12 @@ LONG = 4 << 20
 
 
 class PartTask(NamedTuple):
-    """A part, and the input shards that it is of, by number: a corpus may have a million of them."""
+    """A part, and the input shards that it is of, by number: a corpus may have a million of them. `sizes`: the bytes
+    that these had, as far as that is known."""
 
     part: Part
     shards: dict[int, InputShard]
+    sizes: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,9 @@ class TokenizePart:
             return self.encode((unit, check_all))
 
     def _slices(self, task: PartTask) -> Iterator[Slice]:
-        part, shards = task
+        part, shards, _ = task
+        if self.shared:
+            _check_sizes(task)
         data = None
         if part.data:
             try:
@@ -163,6 +169,22 @@ def _timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
     for item in items:
         yield item, time.perf_counter() - start
         start = time.perf_counter()
+
+
+def _check_sizes(task: PartTask) -> None:
+    """Raises RunError where a file ends earlier here than for whoever has handed out the part: nothing would tell that
+    lines behind that are missed. It may have grown; what is far away is known by more than its size."""
+    for source, size in task.sizes.items():
+        shard = task.shards[source]
+        if shard.far:
+            continue
+        with contextlib.suppress(OSError):  # which is told when it is read
+            found = shard.size()
+            if found < size:
+                raise RunError(
+                    f"{shard.called} has {found:,} bytes on {platform.node()} and {size:,} where its parts are handed "
+                    "out: see that all machines have the same inputs, and run the same command again"
+                )
 
 
 def _before(task: PartTask) -> int:

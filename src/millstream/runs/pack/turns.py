@@ -105,7 +105,7 @@ class PartsInTurn:
 
     def _begin(self, part: Part, skip: int = 0) -> _Begun:
         begun = _Begun(part, skip=skip)
-        task = self._run.reading.part_task(part)
+        task = self._run.part_task(part)
         begun.unit = self._traffic.submit(partial(self._came, begun), self._shop.tokenize, task, ahead=AHEAD)
         return begun
 

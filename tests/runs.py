@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import random
+import re
 import select
 import signal
 import socket
@@ -173,11 +174,21 @@ def command(*args):
     return [sys.executable, "-m", "millstream", *map(str, args)]
 
 
+_PROGRESS = re.compile(r"^(?: *\d+% · )?[\d,]+ (?:documents|done) · .*\n", re.MULTILINE)
+
+
+def without_progress(said):
+    """What is on standard error besides how far a run is, which is told now and then where it takes long."""
+    return _PROGRESS.sub("", said)
+
+
 def cli(*args, piped=None):
     """Run the command line to its end; `piped` is a file that comes on standard input."""
     with contextlib.ExitStack() as stack:
         stdin = stack.enter_context(open(piped, "rb")) if piped else subprocess.DEVNULL
-        return subprocess.run(command(*args), stdin=stdin, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(command(*args), stdin=stdin, capture_output=True, text=True, timeout=PATIENCE)
+    done.stderr = without_progress(done.stderr)
+    return done
 
 
 _HELD = """
@@ -286,9 +297,9 @@ class Run:
             os.kill(self.process.pid, number)
 
     def end(self):
-        """(exit code, standard error) once it has ended."""
+        """(exit code, standard error without progress) once it has ended."""
         _, stderr = self.process.communicate(timeout=PATIENCE)
-        return self.process.returncode, stderr.decode()
+        return self.process.returncode, without_progress(stderr.decode())
 
 
 def _state(pid):
@@ -379,13 +390,10 @@ def spin(unit):
     return number
 
 
-def waits_or_writes(unit):
-    """Waits for a file, or writes one: (number, "wait" or "write" or "", path)."""
-    number, what, path = unit
-    if what == "wait":
-        wait_until(lambda: os.path.exists(path))
-    elif what == "write":
-        Path(path).touch()
+def waits_for(unit):
+    """(number, a file that is waited for, or "") -> number."""
+    number, path = unit
+    wait_until(lambda: not path or os.path.exists(path))
     return number
 
 

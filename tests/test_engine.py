@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from itertools import count
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import millstream
+from millstream.engines import ordered
 from millstream.engines.local import Local
 from millstream.engines.ordered import map_ordered
 from millstream.engines.worker import Desk
@@ -60,18 +62,21 @@ def test_no_more_than_the_window_is_in_flight(sizes, window):
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_results_that_wait_for_a_slow_unit_count_as_in_flight(tmp_path, workers):
+def test_results_that_wait_for_a_slow_unit_count_as_in_flight(tmp_path, monkeypatch, workers):
     window, gate = 8, tmp_path / "gate"
     handed_on, most = 0, 0
+    monkeypatch.setattr(ordered, "_PATIENCE", runs.PATIENCE)  # or a slow machine gives out fewer units than fit
 
     def units():
         nonlocal most
         for number in range(50):
             most = max(most, number - handed_on)
             assert number - handed_on <= window
-            yield number, {0: "wait", window - 1: "write"}.get(number, ""), str(gate)
+            if number == window:  # it is asked for when as many are given out as may be
+                gate.touch()
+            yield number, "" if number else str(gate)
 
-    for number in map_ordered(runs.waits_or_writes, units(), workers=workers, window_bytes=window):
+    for number in map_ordered(runs.waits_for, units(), workers=workers, window_bytes=window):
         assert number == handed_on
         handed_on += 1
     assert handed_on == 50
@@ -220,6 +225,41 @@ def test_closing_early_leaves_no_process():
     assert next(results) in runs.children()
     assert len(runs.children()) == 3
     results.close()
+    assert not runs.children()
+
+
+def interrupt_here():
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+
+def interrupt_elsewhere():
+    """As the system may, where this thread has signals blocked."""
+
+    def unblocked():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        interrupt_here()
+
+    thread = threading.Thread(target=unblocked)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("interrupt", [interrupt_here, interrupt_elsewhere])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_an_interrupt_while_a_worker_is_started_is_not_lost_and_leaves_no_process(monkeypatch, number, interrupt):
+    """The third is one that is started anew, in the place of one that has died."""
+    start, started = subprocess.Popen, []
+
+    def interrupted(*given, **named):
+        started.append(given)
+        if len(started) == number:
+            interrupt()
+        return start(*given, **named)
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(map_ordered(runs.exits, range(10), workers=2))
+    assert len(started) == max(2, number)
     assert not runs.children()
 
 

@@ -52,20 +52,30 @@ def _exactly(file: IO[bytes], size: int) -> bytearray:
     return data
 
 
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextlib.contextmanager
-def _inherited_as_ignored() -> Iterator[None]:
-    """Ctrl-C reaches the whole group, and a scheduler's SIGTERM every process of a job: only this one answers them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {
-        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+def _answered_here() -> Iterator[None]:
+    """Ctrl-C reaches the whole group, and a scheduler's SIGTERM every process of a job: only this one answers them.
+
+    Processes that are started within have them blocked. What comes meanwhile is answered at the end of the block, where
+    all that was started is known; it may come through another thread of ours, in which nothing is blocked.
+    """
+    came: list[int] = []
+    main = threading.current_thread() is threading.main_thread()  # else Python answers them, whatever happens here
+    handlers = {number: handler for number in _STOPS if main and callable(handler := signal.getsignal(number))}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    for number in handlers:
+        signal.signal(number, lambda each, frame: came.append(each))
     try:
         yield
     finally:
-        for number, handler in before.items():
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
             signal.signal(number, handler)
+        for each in came:
+            handlers[signal.Signals(each)](each, None)
 
 
 class _Worker:
@@ -79,11 +89,10 @@ class _Worker:
         self.idle_deaths = 0  # of those before it in its place, at no unit, since one of them answered
         command = [sys.executable, "-P", "-c", "from millstream.engines.worker import main; main()"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with _inherited_as_ignored():
-            # Without buffers: a frame read ahead into one would never make its pipe readable for `select`.
-            self.process = subprocess.Popen(
-                command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-            )
+        # Without buffers: a frame read ahead into one would never make its pipe readable for `select`.
+        self.process = subprocess.Popen(
+            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
         assert self.process.stdin
         assert self.process.stdout
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
@@ -143,8 +152,13 @@ class Local:
         self._tasks: dict[int, _Task] = {}
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
-        for _ in range(workers):
-            self._workers.append(self._started())
+        try:
+            with _answered_here():
+                for _ in range(workers):
+                    self._workers.append(self._started())
+        except BaseException:  # an interrupt that has waited: nobody has got the engine, to close it
+            self.close()
+            raise
 
     def _started(self) -> _Worker:
         worker = _Worker()
@@ -239,9 +253,10 @@ class Local:
             hint = fewer if code in (-signal.SIGKILL, -signal.SIGABRT) else ""  # the second is how Rust says so
             raise ended_by_itself(why, unit, hint, self._advice)
         self._on_death(why)
-        fresh = self._started()
-        fresh.idle_deaths = worker.idle_deaths
-        self._workers[self._workers.index(worker)] = fresh
+        with _answered_here():
+            fresh = self._started()
+            fresh.idle_deaths = worker.idle_deaths
+            self._workers[self._workers.index(worker)] = fresh
         fresh.held_back = left
         if left:
             self._send(fresh, fresh.held_back.popleft(), alone=True)

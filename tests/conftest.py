@@ -1,11 +1,13 @@
 """The tests see nothing of what the machine that runs them is set up for: no proxy, account, server, rank or colour;
-and they are interrupted as at a keyboard.
+and they are interrupted as at a keyboard. Nor does it matter how quick it is.
 
 As it is here, what tests share can be imported in the folders below too.
 """
 
 import os
 import signal
+
+from hypothesis import settings
 
 _PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
 _OTHERS = (*_PROXIES, "COLUMNS", "FORCE_COLOR", "LINES", "LOCAL_RANK", "NO_COLOR", "RANK", "WORLD_SIZE")
@@ -19,3 +21,7 @@ for name in list(os.environ):
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
+
+# How long an example takes tells how busy the machine is, and nothing of us.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from runs import PATIENCE
+from runs import PATIENCE, without_progress
 
 import millstream
 from millstream.corpus.sources import InputShard
@@ -83,7 +83,7 @@ def cli(*arguments, cwd=None, stdin=b"", **environment):
         env={**os.environ, **environment},
         timeout=PATIENCE,
     )
-    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    done.stdout, done.stderr = done.stdout.decode(), without_progress(done.stderr.decode())
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -103,7 +103,8 @@ def run_here(monkeypatch, capfd, *front):
             main()
         except SystemExit as end:
             code = end.code
-        return code, *capfd.readouterr()
+        out, err = capfd.readouterr()
+        return code, out, without_progress(err)
 
     return call
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import PATIENCE
+from runs import PATIENCE, without_progress
 from test_asking import journalled, rows_of
 from test_rows import prompts_in, settings_for
 from wires import deciding_elsewhere, said
@@ -262,7 +262,9 @@ def test_journals_from_before_headers_were_asked_in_sorted_order(asking, server,
 
 def command(server, prompts, *more):
     call = [sys.executable, "-m", "millstream", "ask", prompts, "--model", "m", "--base-url", server.url, *more]
-    return subprocess.run(call, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(call, capture_output=True, text=True, timeout=PATIENCE)
+    done.stderr = without_progress(done.stderr)
+    return done
 
 
 def test_a_pipe_gets_whole_replies_only_unless_told_otherwise(server, tmp_path):

@@ -73,6 +73,11 @@ def test_a_line_fits(width):
     assert ("left" in ask_line(ASKED, width)) == (width > 20)
 
 
+@pytest.mark.parametrize("line", [progress_line(NOW), progress_line(NOW._replace(share=None)), ask_line(ASKED)])
+def test_what_else_is_told_can_be_told_from_it(line):
+    assert runs.without_progress(f"{line}\nmillstream: an error\n{line}\n") == "millstream: an error\n"
+
+
 @pytest.mark.parametrize("columns", [60, 80])
 def test_no_line_is_wider_than_the_terminal(tmp_path, columns):
     write(tmp_path / "a.jsonl", jsonl(LINES))

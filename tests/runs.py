@@ -220,13 +220,16 @@ def kept_port():
     return kept, kept.getsockname()[1]
 
 
-def wait_until(condition):
-    """Poll until `condition()` is true; its value."""
+def wait_until(condition, process=None):
+    """Poll until `condition()` is true, as a `process` may have to make it before it ends; its value."""
     end = time.monotonic() + PATIENCE
-    while not (found := condition()):
+    while True:
+        over = process and process.poll() is not None  # looked at before: it may end as soon as it has done it
+        if found := condition():
+            return found
+        assert not over, "the process has ended"
         assert time.monotonic() < end, f"waited {PATIENCE} s in vain"
-        time.sleep(0.001)
-    return found
+        time.sleep(0.005 if process else 0.001)
 
 
 class Run:

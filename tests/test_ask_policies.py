@@ -11,8 +11,8 @@ import threading
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from runs import PATIENCE
-from test_asking import command, journalled, prompts_file, rows_of, serving, settings_for
+from runs import PATIENCE, kept_port, wait_until
+from test_asking import Held, command, journalled, nobody, prompts_file, rows_of, serving, settings_for
 
 from millstream.client.client import Client
 from millstream.client.servers import Servers
@@ -43,29 +43,28 @@ def test_what_every_request_would_end_in_is_one_message(tmp_path, monkeypatch, f
 def test_a_server_that_is_not_there_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr("millstream.llm.wire.FIRST_WAIT", 0.001)
     prompts = prompts_file(tmp_path / "prompts.jsonl", 100)
-    with serving(Behaviour()) as server:
-        settings = settings_for(server)
-    with pytest.raises(RunError, match="is the server running"):
-        ask_to(str(tmp_path / "out.jsonl"), prompts, settings)
+    with nobody() as away, pytest.raises(RunError, match="is the server running"):
+        ask_to(str(tmp_path / "out.jsonl"), prompts, settings_for(away))
 
 
 def test_a_server_that_dies_ends_the_run_and_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("millstream.llm.wire.FIRST_WAIT", 0.001)
     prompts, out = prompts_file(tmp_path / "prompts.jsonl", 5000), str(tmp_path / "out.jsonl")
     failure = []
-    with serving(Behaviour(latency=parse_latency("fixed 0.01"))) as server:
-        settings = settings_for(server, attempts=2)
+    kept, port = kept_port()
+    with kept:
+        with serving(Behaviour(latency=Held("fixed 0.01", at=217)), port) as server:
+            settings = settings_for(server, attempts=2)
 
-        def asking():
-            with pytest.raises(RunError, match="in a row could not be sent") as raised:
-                ask_to(out, prompts, settings)
-            failure.append(raised)
+            def asking():
+                with pytest.raises(RunError, match="in a row could not be sent") as raised:
+                    ask_to(out, prompts, settings)
+                failure.append(raised)
 
-        thread = threading.Thread(target=asking)
-        thread.start()
-        while journalled(out) < 200:
-            assert thread.is_alive()
-    thread.join(timeout=PATIENCE)
+            thread = threading.Thread(target=asking)
+            thread.start()
+            wait_until(lambda: journalled(out) >= 200)
+        thread.join(timeout=PATIENCE)
     assert failure
     kept = journalled(out)
     assert 200 <= kept < 5000

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rated import IN_FLIGHT, keys, killed_and_gone_on, pipeline, told
-from runs import PATIENCE
+from runs import PATIENCE, kept_port
 from test_asking import serving
 
 import millstream
@@ -156,12 +156,14 @@ def test_what_everybody_would_share_stops_it_and_is_nobodys_fault(tmp_path):
 
 @pytest.mark.parametrize("window", [1, 3, 200])
 def test_a_server_that_goes_away_stops_it_and_is_nobodys_fault(tmp_path, window):
-    with serving(Behaviour()) as server:
-        one = client(server, attempts=1, in_flight=4)
-        stream = ask(documents(300), one, RATE, journal=str(tmp_path), window=window)
-        found = list(islice(stream, 10))
-    with pytest.raises(RunError, match="Stopped: "):
-        found.extend(stream)
+    kept, port = kept_port()
+    with kept:
+        with serving(Behaviour(), port) as server:
+            one = client(server, attempts=1, in_flight=4)
+            stream = ask(documents(300), one, RATE, journal=str(tmp_path), window=window)
+            found = list(islice(stream, 10))
+        with pytest.raises(RunError, match="Stopped: "):
+            found.extend(stream)
     assert len(found) >= 10
     faults = [answered.fault for answered in found if answered.fault]
     # With one attempt each, what was on its way as the server went may have been reset; what came after it waits.

@@ -7,29 +7,53 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+import urllib.request
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
 
 import pytest
-from runs import PATIENCE
+from runs import PATIENCE, kept_port, wait_until
 from wires import deciding_elsewhere, said
 
 from millstream.errors import RequestError, RunError
-from millstream.llm.simulator import Behaviour, parse_fault, parse_latency, running
+from millstream.llm.simulator import Behaviour, Server, Stats, parse_fault, parse_latency, running
 from millstream.runs.ask.asking import AskSettings, ask_to
 
 
+class Held:
+    """The latency of a server that falls silent: from its request number `at` on nobody is answered until it is let go.
+
+    What is done to a client meanwhile meets one that is not over, however quick it is and however late we look.
+    """
+
+    def __init__(self, latency, at):
+        self._latency, self._go, self._asked = parse_latency(latency), threading.Event(), 0
+        self.hold(at)
+
+    def hold(self, at):
+        self._at = at
+        self._go.clear()
+
+    def seconds(self, draw):
+        """The simulator calls it in the only thread that it has."""
+        self._asked += 1
+        assert self._asked < self._at or self._go.wait(PATIENCE)
+        return self._latency.seconds(draw)
+
+    def let_go(self):
+        self._go.set()
+
+
 @contextmanager
-def serving(behaviour):
+def serving(behaviour, port=0):
     """A simulator in another thread's loop: its `Server`, with live stats."""
     made = Queue()
 
     async def main():
         stop = asyncio.Event()
-        async with running(behaviour) as server:
+        async with running(behaviour, port=port) as server:
             made.put((server, asyncio.get_running_loop(), stop))
             await stop.wait()
 
@@ -40,7 +64,23 @@ def serving(behaviour):
         yield server
     finally:
         loop.call_soon_threadsafe(stop.set)
+        if isinstance(behaviour.latency, Held):
+            behaviour.latency.let_go()
         thread.join()
+
+
+@contextmanager
+def nobody():
+    """A server that is not there, in whose place nobody else listens meanwhile."""
+    kept, port = kept_port()
+    with kept:
+        yield Server(f"http://127.0.0.1:{port}/v1", Stats())
+
+
+def all_seen(server):
+    """Wait until a server has read what anybody has sent to it before."""
+    with urllib.request.urlopen(server.url.removesuffix("/v1") + "/_simulator/stats", timeout=PATIENCE) as reply:
+        reply.read()
 
 
 def prompts_file(path, count):
@@ -162,15 +202,18 @@ def journalled(out):
 @pytest.mark.parametrize(("count", "kills"), [(2000, 3), pytest.param(20_000, 8, marks=pytest.mark.slow)])
 def test_killed_anywhere_every_answered_request_is_there_once(tmp_path, count, kills):
     prompts, out = prompts_file(tmp_path / "prompts.jsonl", count), str(tmp_path / "out.jsonl")
-    with serving(Behaviour(latency=parse_latency("lognormal 0.02 0.5"))) as server:
-        slowly = command(server, prompts, out, "--in-flight", "16")  # so that a kill hits the middle
+    held = Held("lognormal 0.02 0.5", at=1)
+    with serving(Behaviour(latency=held)) as server:
+        call = command(server, prompts, out, "--in-flight", "16")
         for number in range(1, kills + 1):
-            asking = subprocess.Popen(slowly, stderr=subprocess.DEVNULL)
             goal = number * count // (kills + 1)
-            while journalled(out) < goal and asking.poll() is None:
-                time.sleep(0.005)
+            held.hold(goal + number * 16 + 1)  # each kill may have lost the replies to what was in flight
+            asking = subprocess.Popen(call, stderr=subprocess.DEVNULL)
+            wait_until(lambda goal=goal: journalled(out) >= goal, asking)
             asking.kill()
-            assert asking.wait() == -9, "it was killed in the middle"
+            assert asking.wait() == -9
+            held.let_go()
+            all_seen(server)
         kept = journalled(out)
         assert 0 < kept < count
         before = server.stats.requests
@@ -201,9 +244,8 @@ def test_killed_while_replies_wait_for_their_turn_none_is_asked_twice(tmp_path, 
         words = ["ask", str(prompts), "--out", out, "--ordered", "--journal", str(journal), "--model", "m"]
         line = [sys.executable, "-m", "millstream", *words, "--base-url", url, "--attempts", "99"]
         asking = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (path := journal / "journal.jsonl").exists() or path.read_bytes().count(b'{"key":') < 99:
-            assert asking.poll() is None
-            time.sleep(0.005)
+        path = journal / "journal.jsonl"
+        wait_until(lambda: path.exists() and path.read_bytes().count(b'{"key":') == 99, asking)
         asking.kill()
         assert asking.wait() == -9
         mended.append(True)
@@ -217,12 +259,13 @@ def test_killed_while_replies_wait_for_their_turn_none_is_asked_twice(tmp_path, 
 
 def test_interrupted_it_lets_what_runs_end_and_says_how_to_go_on(tmp_path):
     prompts, out = prompts_file(tmp_path / "prompts.jsonl", 5000), str(tmp_path / "out.jsonl")
-    with serving(Behaviour(latency=parse_latency("fixed 0.02"))) as server:
-        asking = subprocess.Popen(command(server, prompts, out), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        while journalled(out) < 100:
-            assert asking.poll() is None
-            time.sleep(0.005)
+    held = Held("fixed 0.02", at=117)
+    with serving(Behaviour(latency=held)) as server:
+        call = command(server, prompts, out, "--in-flight", "16")
+        asking = subprocess.Popen(call, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        wait_until(lambda: journalled(out) >= 100, asking)
         asking.send_signal(signal.SIGINT)
+        held.let_go()
         _, said = asking.communicate(timeout=PATIENCE)
         assert asking.returncode == 130
         assert b"run the same command again" in said
@@ -265,9 +308,7 @@ def test_two_runs_on_one_file_are_refused(tmp_path):
     with serving(Behaviour(latency=parse_latency("fixed 0.05"))) as server:
         first = subprocess.Popen(command(server, prompts, out), stderr=subprocess.DEVNULL)
         try:
-            while journalled(out) < 10:
-                assert first.poll() is None
-                time.sleep(0.005)
+            wait_until(lambda: journalled(out) >= 10, first)
             second = subprocess.run(command(server, prompts, out), capture_output=True, text=True)
             assert second.returncode == 2
             assert "another millstream" in second.stderr

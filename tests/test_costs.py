@@ -3,10 +3,10 @@
 import asyncio
 import json
 import subprocess
-import time
 
 import pytest
-from test_asking import command, journalled, prompts_file, rows_of, serving, settings_for
+from runs import wait_until
+from test_asking import Held, all_seen, command, journalled, prompts_file, rows_of, serving, settings_for
 
 from millstream.aio import Fault
 from millstream.client.client import Client
@@ -163,14 +163,17 @@ def test_without_a_limit_it_is_exceeded_by_at_most_what_was_in_flight(tmp_path):
 def test_after_a_kill_it_is_exceeded_by_at_most_what_was_in_flight(tmp_path):
     prompts, out = prompts_file(tmp_path / "prompts.jsonl", 3000), str(tmp_path / "out.jsonl")
     most, a_request = 150.0, 12 * 0.03 + 1.0
-    with serving(behaving(latency=parse_latency("0.02"))) as server:
+    held = Held("0.02", at=1)
+    with serving(behaving(latency=held)) as server:
         flags = ["--price", "1e4,3e4,5e3", "--max-cost", str(most), "--max-tokens", "12", "--in-flight", "16"]
-        for goal in (40, 90):
+        for number, goal in enumerate((40, 90), 1):
+            held.hold(goal + number * 16 + 1)
             asking = subprocess.Popen(command(server, prompts, out, *flags), stderr=subprocess.DEVNULL)
-            while journalled(out) < goal and asking.poll() is None:
-                time.sleep(0.005)
+            wait_until(lambda goal=goal: journalled(out) >= goal, asking)
             asking.kill()
             assert asking.wait() == -9
+            held.let_go()
+            all_seen(server)
         done = subprocess.run(command(server, prompts, out, *flags), capture_output=True, text=True)
         assert done.returncode == 1
         assert "--max-cost" in done.stderr

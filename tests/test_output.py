@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from helpers import small_disk
-from runs import PATIENCE, without_progress
-from test_asking import command, journalled, prompts_file, rows_of, serving, settings_for
+from runs import PATIENCE, wait_until, without_progress
+from test_asking import Held, command, journalled, nobody, prompts_file, rows_of, serving, settings_for
 
 from millstream.errors import RequestError, RunError
 from millstream.llm.simulator import Behaviour, parse_fault, parse_latency
@@ -231,8 +231,8 @@ def test_a_stop_leaves_no_fewer_rows_than_there_were(tmp_path, monkeypatch, orde
         prompts, out = finished(server, tmp_path, count=3000, in_flight=64)
     faults = sum("fault" in row for row in rows_of(out))
     assert 20 < faults < 200
-    with pytest.raises(RunError, match="the same command again goes on"):
-        ask_to(out, prompts, settings_for(server, retry_faults=True, ordered=ordered))
+    with nobody() as away, pytest.raises(RunError, match="the same command again goes on"):
+        ask_to(out, prompts, settings_for(away, retry_faults=True, ordered=ordered))
     assert indexes(out) == list(range(3000))
     assert sum("fault" in row for row in rows_of(out)) == faults
     with serving(Behaviour()) as server:
@@ -249,8 +249,8 @@ def test_what_a_damaged_journal_lost_stays_in_the_output_until_it_is_asked_again
     before, journal = Path(out).read_bytes(), tmp_path / "out.jsonl.run" / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:150]) + b"damage\n" * 50 + b"".join(lines[200:]))
-    with pytest.raises(RunError):  # the server is away
-        ask_to(out, prompts, settings_for(server, ordered=ordered))
+    with nobody() as away, pytest.raises(RunError):
+        ask_to(out, prompts, settings_for(away, ordered=ordered))
     assert Path(out).read_bytes() == before
     with serving(Behaviour()) as server:
         report = ask_to(out, prompts, settings_for(server, ordered=ordered))
@@ -265,13 +265,13 @@ def test_stopped_by_a_signal_all_that_was_known_is_there(tmp_path, number):
     lines = Path(prompts).read_text().splitlines(keepends=True)
     edited = [line.replace("question", "edited") if n % 2 else line for n, line in enumerate(lines)]
     Path(prompts).write_text("".join(edited))
-    with serving(Behaviour(latency=parse_latency("fixed 0.05"))) as server:
+    held = Held("fixed 0.05", at=12)
+    with serving(Behaviour(latency=held)) as server:
         call = command(server, prompts, out, "--in-flight", "4", "--retry-faults")
         asking = subprocess.Popen(call, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        while server.stats.requests < 12:
-            assert asking.poll() is None
-            time.sleep(0.005)
+        wait_until(lambda: server.stats.requests >= 12, asking)
         asking.send_signal(number)
+        held.let_go()
         _, said = asking.communicate(timeout=PATIENCE)
     assert asking.returncode == 130
     assert b"run the same command again" in said
@@ -284,16 +284,16 @@ def test_stopped_by_a_signal_all_that_was_known_is_there(tmp_path, number):
 
 def test_nohup_is_left_alone(tmp_path):
     prompts, out = prompts_file(tmp_path / "prompts.jsonl", 60), str(tmp_path / "out.jsonl")
-    with serving(Behaviour(latency=parse_latency("fixed 0.05"))) as server:
+    held = Held("fixed 0.05", at=13)
+    with serving(Behaviour(latency=held)) as server:
         ignored = (
             "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
         )
         call = [sys.executable, "-c", ignored, *command(server, prompts, out, "--in-flight", "4")]
         asking = subprocess.Popen(call, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while journalled(out) < 8:
-            assert asking.poll() is None
-            time.sleep(0.005)
+        wait_until(lambda: journalled(out) >= 8, asking)
         asking.send_signal(signal.SIGHUP)
+        held.let_go()
         assert asking.wait(PATIENCE) == 0
     assert len(rows_of(out)) == 60
 
@@ -304,9 +304,7 @@ def test_a_second_interrupt_ends_at_once_with_one_line(tmp_path):
     prompts_file(tmp_path / "prompts.jsonl", 100)
     with serving(Behaviour(latency=parse_latency("fixed 50"))) as server:
         asking = subprocess.Popen(command(server, prompts, out), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-        while server.stats.requests < 2:
-            assert asking.poll() is None
-            time.sleep(0.005)
+        wait_until(lambda: server.stats.requests >= 2, asking)
         asking.send_signal(signal.SIGINT)
         time.sleep(0.2)
         assert asking.poll() is None
@@ -321,13 +319,13 @@ def test_a_second_interrupt_ends_at_once_with_one_line(tmp_path):
 
 def test_without_a_journal_nobody_is_told_that_nothing_is_lost(tmp_path):
     prompts = prompts_file(tmp_path / "prompts.jsonl", 1000)
-    with serving(Behaviour(latency=parse_latency("fixed 0.02"))) as server:
+    held = Held("fixed 0.02", at=500)
+    with serving(Behaviour(latency=held)) as server:
         with open(tmp_path / "out", "wb") as target:
             asking = subprocess.Popen(command(server, prompts, "-"), stderr=subprocess.PIPE, stdout=target)
-        while not (tmp_path / "out").stat().st_size:
-            assert asking.poll() is None
-            time.sleep(0.005)
+        wait_until(lambda: (tmp_path / "out").stat().st_size, asking)
         asking.send_signal(signal.SIGINT)
+        held.let_go()
         _, said = asking.communicate(timeout=PATIENCE)
     assert asking.returncode == 130
     assert b"without --journal the same command asks everything again" in said
@@ -336,14 +334,14 @@ def test_without_a_journal_nobody_is_told_that_nothing_is_lost(tmp_path):
 
 def test_what_a_reader_of_standard_output_has_is_a_prefix_of_the_next_run(tmp_path):
     prompts, journal = prompts_file(tmp_path / "prompts.jsonl", 1200), str(tmp_path / "J")
-    with serving(Behaviour(latency=parse_latency("lognormal 0.02 1.0"))) as server:
+    held = Held("lognormal 0.02 1.0", at=900)  # when the first twenty are answered, however long one of them takes
+    with serving(Behaviour(latency=held)) as server:
         call = command(server, prompts, "-", "--journal", journal, "--in-flight", "32")
         with open(tmp_path / "first", "wb") as target:
             asking = subprocess.Popen(call, stderr=subprocess.DEVNULL, stdout=target)
-        while (first := (tmp_path / "first").read_bytes()).count(b"\n") < 20:
-            assert asking.poll() is None
-            time.sleep(0.005)
+        wait_until(lambda: (tmp_path / "first").read_bytes().count(b"\n") >= 20, asking)
         asking.send_signal(signal.SIGINT)
+        held.let_go()
         assert asking.wait(PATIENCE) == 130
         first = (tmp_path / "first").read_bytes()
         whole = subprocess.run(call, capture_output=True, check=True).stdout
@@ -428,9 +426,7 @@ def test_two_runs_with_one_output_and_two_journals_are_refused(tmp_path):
     with serving(Behaviour(latency=parse_latency("fixed 0.05"))) as server:
         first = subprocess.Popen(command(server, prompts, out), stderr=subprocess.DEVNULL)
         try:
-            while journalled(out) < 10:
-                assert first.poll() is None
-                time.sleep(0.005)
+            wait_until(lambda: journalled(out) >= 10, first)
             call = command(server, prompts, out, "--journal", str(tmp_path / "J"), "--overwrite")
             second = subprocess.run(call, capture_output=True, text=True)
             assert second.returncode == 2

@@ -28,7 +28,7 @@ def served(folder, python=sys.executable):
     command = [Path(python).with_name("moto_server"), "-H", "127.0.0.1", "-p", "0"]
     with open(log, "w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
         try:
-            while not (found := re.search(r"Running on (http://[\d.:]+)", log.read_text())):
+            while not (found := re.search(r"Running on (http://[\d.:]+)\s", log.read_text())):
                 assert process.poll() is None, log.read_text()
                 time.sleep(0.05)
             yield found[1]

@@ -18,9 +18,9 @@ for name in list(os.environ):
         del os.environ[name]
 
 # Whoever starts the tests in the background, or with nohup, may have these ignored, and that is inherited.
-for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD):
     if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, handler)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 # How long an example takes tells how busy the machine is, and nothing of us.
 settings.register_profile("patient", deadline=None)

@@ -1,7 +1,6 @@
 """Datasets of a hub are read as a folder of this machine with the same files is."""
 
 import gzip
-import socket
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -10,6 +9,7 @@ import hubs
 import pytest
 import zstandard
 from helpers import TEXTS, document_ids, gpt2_ids, jsonl, pack, parquet, rows, run_bytes, stream, without_fsync
+from runs import kept_port
 
 import millstream
 from millstream.corpus.find import find_inputs
@@ -165,13 +165,11 @@ def test_addresses_that_do_not_work(hub, monkeypatch, source, told):
 
 
 def test_no_network(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
+    kept, port = kept_port()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(hub_store, "_FIRST_WAIT", 0.001)
-    with pytest.raises(
-        RunError, match=rf"hf://datasets/org/name cannot be read from http://127.0.0.1:{port}"
-    ) as raised:
+    told = rf"hf://datasets/org/name cannot be read from http://127.0.0.1:{port}"
+    with kept, pytest.raises(RunError, match=told) as raised:  # where nobody listens
         find_inputs(["hf://datasets/org/name"])
     assert "\n" not in str(raised.value)
 

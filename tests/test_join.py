@@ -428,8 +428,8 @@ def test_processes_that_join_write_what_one_does_whoever_is_killed(tmp_path, wan
     with runs.Run(*join, held="manifest.json") as one, runs.Run(*join, held="manifest.json") as two:
         runs.wait_until(lambda: not one.goes_on() or not two.goes_on() or len(told(tmp_path / "out")) > 2)
         assert one.process.poll() is None, one.end()
+        one.signal(signal.SIGKILL)  # first, as else the other one may finish the run, and both end
         two.let_go()
-        one.signal(signal.SIGKILL)
         assert one.end()[0] == -signal.SIGKILL
         code, stderr = two.end()
         assert code == 0, stderr
@@ -460,11 +460,13 @@ def test_who_was_taken_for_dead_and_wakes_up_does_no_harm(tmp_path):
     source = runs.write_plain(tmp_path / "a.jsonl", runs.lines(5, 3_000_000))
     args = ["pack", source, "--seq-len", 128, "--shard-size", "100kB", "--format", "npy,megatron"]
     join = [*args, "--out", tmp_path / "out", "--join", "--lease", 1, "--workers", 1]
-    with runs.Run(*join) as asleep, runs.Run(*join) as awake:
-        runs.wait_until(lambda: len(told(tmp_path / "out")) > 2)
+    with runs.Run(*join, held="manifest.json") as asleep, runs.Run(*join, held="manifest.json") as awake:
+        runs.wait_until(lambda: not asleep.goes_on() or not awake.goes_on() or len(told(tmp_path / "out")) > 2)
         asleep.signal(signal.SIGSTOP)
+        awake.let_go()
         code, stderr = awake.end()
         assert code == 0, stderr
+        asleep.let_go()
         asleep.signal(signal.SIGCONT)
         code, stderr = asleep.end()
         assert code == 0, stderr

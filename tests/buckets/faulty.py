@@ -35,6 +35,7 @@ class Proxy(ThreadingHTTPServer):
     """`asked` has all requests, `sent` the bytes that went out of each path, `done` the faults."""
 
     daemon_threads = True
+    request_queue_size = 128  # else clients that come side by side wait a second, and on a busy machine give up
 
     def __init__(self, server: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -104,7 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         if self.command == "GET":
-            self.server.sent[unquote(self.path)] += len(data)
+            with self.server.lock:
+                self.server.sent[unquote(self.path)] += len(data)
         return self._answer(answer.status, told, data, cut=fault == "cut")
 
     def _answer(self, status: int, headers: dict[str, str], data: bytes, *, cut: bool = False) -> None:

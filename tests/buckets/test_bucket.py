@@ -128,11 +128,13 @@ def test_a_fork_is_told_to_start_otherwise(store):
     store.put("a", b"")
     pid = os.fork()
     if not pid:
+        code = 1
         try:
             store.read("a")
         except RequestError as error:
-            os._exit(7 if "forkserver" in str(error) else 1)
-        os._exit(2)
+            code = 7 if "forkserver" in str(error) else 2
+        finally:
+            os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
 
 

@@ -389,7 +389,7 @@ def test_an_interrupt_does_not_wait_for_a_server_that_says_nothing(bucket, monke
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with runs.Run("plan", f"{bucket}/a.jsonl") as run:
-            silent.settimeout(60)
+            silent.settimeout(runs.PATIENCE)
             connection, _ = silent.accept()
             while not connection.recv(10):  # it looks first whether anybody is there
                 connection.close()

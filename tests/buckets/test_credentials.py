@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import boto3
 import pytest
 from helpers import cli
+from runs import PATIENCE
 
 from millstream.errors import RequestError
 from millstream.store import at, client
@@ -69,6 +70,7 @@ def wants(monkeypatch, bucket, server, proxy, tmp_path):
     )
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
+    monkeypatch.setattr("millstream.store.credentials._SOON", PATIENCE)  # `answers` may take its time on a busy machine
 
     def signed(environment, credentials="", config=""):
         for name, text in (("AWS_SHARED_CREDENTIALS_FILE", credentials), ("AWS_CONFIG_FILE", config)):
@@ -261,7 +263,7 @@ def test_what_is_no_machine_of_amazons(wants, answers, answer):
 
 def test_keys_are_renewed_before_they_expire_and_the_old_ones_serve_while_that_fails(wants, answers, bucket, proxy):
     now = datetime.datetime.now(datetime.UTC)
-    soon = [(now + datetime.timedelta(seconds=seconds)).isoformat() for seconds in (200, 250, 9999)]
+    soon = [(now + datetime.timedelta(seconds=seconds)).isoformat() for seconds in (280, 290, 9999)]
     turns = [given(AccessKeyId=f"K{number}", Expiration=until) for number, until in enumerate(soon)]
     turns.insert(1, (403, b""))
     answers.answers["GET /keys"] = lambda: turns.pop(0)

@@ -4,6 +4,7 @@ import os
 import random
 import re
 import urllib.request
+from collections import Counter
 
 import pytest
 from helpers import cli
@@ -16,8 +17,16 @@ KINDS = ("500", "503", "slow", "cut", "lost")
 
 
 def some(chance, *kinds):
-    """Faults of these kinds, now and then: never ten in a row, which a client gives up at."""
-    return lambda asked: chance.choice(kinds) if chance.random() < 0.3 else None
+    """Faults of these kinds, now and then: never ten in a row for the same thing, which a client gives up at. Which
+    request of those that are made side by side comes first is another one each time, and so is what each meets."""
+    in_a_row = Counter()
+
+    def fault(asked):
+        what = asked.method, asked.path, asked.wanted
+        in_a_row[what] = in_a_row[what] + 1 if in_a_row[what] < 5 and chance.random() < 0.3 else 0
+        return chance.choice(kinds) if in_a_row[what] else None
+
+    return fault
 
 
 @pytest.mark.parametrize("kind", KINDS)

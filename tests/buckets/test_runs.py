@@ -1,5 +1,6 @@
 """What a run promises holds in a bucket: the same bytes as in a folder, whatever happens on the way."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import time
 import urllib.request
 
 import pytest
+from runs import PATIENCE
 
 import millstream
 from millstream import distributed
@@ -87,17 +89,25 @@ def flags(out, corpus, *more):
     return [sys.executable, "-m", "millstream", "pack", str(corpus), "--out", out, "--eos", *told, *more]
 
 
+@contextlib.contextmanager
 def packing(out, corpus, **more):
-    """Another process that packs, in small steps."""
+    """Another process that packs, in small steps; behind the block it is gone, though the test failed while it was
+    held."""
     script = "import json, sys, millstream; millstream.pack_to(*sys.argv[1:3], **json.loads(sys.argv[3]))"
     told = json.dumps(SMALL | {"block": 1 << 13} | more)
-    return subprocess.Popen([sys.executable, "-c", script, out, corpus, told], stderr=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", script, out, corpus, told], stderr=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def when(process, found):
     """Wait for what another process does."""
+    end = time.monotonic() + PATIENCE
     while not found():
         assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"waited {PATIENCE} s in vain"
         time.sleep(0.1)
 
 
@@ -106,10 +116,10 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(bucket, corpus, tmp_pat
     there, store = f"{bucket}/run", at(f"{bucket}/run")
     proxy.hold_the_end()
     for shards in (2, 5):
-        process = packing(there, corpus, workers=workers)
-        when(process, lambda shards=shards: len([each for each in store.list() if "samples" in each]) > shards)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        with packing(there, corpus, workers=workers) as process:
+            when(process, lambda shards=shards: len([each for each in store.list() if "samples" in each]) > shards)
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
         assert process.returncode == -signal.SIGKILL
         with pytest.raises(RequestError, match="is not finished"):
             millstream.open(there)
@@ -135,7 +145,7 @@ def test_a_second_writer_is_refused_by_name(bucket, corpus, proxy):
         with pytest.raises(RequestError, match="another millstream is writing"):
             millstream.pack_to(there, corpus, **SMALL, overwrite=True)
         proxy.go.set()
-        assert process.wait() == 0
+        assert process.wait(PATIENCE) == 0
     assert millstream.verify(there).problems == []
 
 
@@ -173,7 +183,7 @@ def test_a_run_survives_a_bad_network(bucket, corpus, tmp_path, proxy):
 @pytest.mark.parametrize("code", ["AccessDenied", "NoSuchBucket", "InvalidAccessKeyId"])
 def test_what_a_person_can_mend_is_one_line(bucket, corpus, proxy, code):
     proxy.fault = lambda asked: code if asked.method in ("PUT", "POST") else None
-    done = subprocess.run(flags(f"{bucket}/run", corpus), capture_output=True, text=True)
+    done = subprocess.run(flags(f"{bucket}/run", corpus), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

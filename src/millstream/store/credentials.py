@@ -24,6 +24,7 @@ _CONTAINER, _METADATA = "http://169.254.170.2", "http://169.254.169.254"
 _CONTAINERS = ("127.0.0.1", "localhost", "::1", "169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 """Who may be sent a container's token without TLS."""
 _EARLY = datetime.timedelta(minutes=5)
+_SOON = 1.0  # seconds within which a machine of Amazon's answers
 _A_WHILE = datetime.timedelta(minutes=10)
 """How long keys are used that somebody else renews."""
 
@@ -147,7 +148,7 @@ def _of_container(url: str) -> S3Keys:
 def _of_machine() -> S3Keys:
     """What a machine of Amazon's has by itself; on any other it is soon known that nobody answers as it should."""
     server = (named("AWS_EC2_METADATA_SERVICE_ENDPOINT", "AWS_METADATA_ENDPOINT") or _METADATA).rstrip("/")
-    ask = partial(fetched, near=True, times=1, patience=1.0)
+    ask = partial(fetched, near=True, times=1, patience=_SOON)
     headers: dict[str, str] = {}
     with suppress(Refused, TimeoutError):  # an older server, or a container that the answer does not reach
         life = {"X-aws-ec2-metadata-token-ttl-seconds": "600"}

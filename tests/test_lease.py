@@ -132,6 +132,19 @@ def test_a_slow_holder_is_seen_again(tmp_path):
     assert sorted(name for name in os.listdir(tmp_path) if name != "beats") == ["second.1"]
 
 
+def test_who_is_late_and_was_missed_by_nobody_still_holds_what_it_has(tmp_path):
+    """A disk or a server may stand still for a while, and with it all who share it."""
+    now = [0.0]
+    one, two = pair(tmp_path, now)
+    assert one.take("task")
+    assert not two.take("task")
+    now[0] = PATIENCE
+    assert not one.fresh
+    assert one.holds("task")
+    assert one.fresh
+    assert not two.take("task")  # who has heard of it since
+
+
 def test_a_lease_that_was_begun_by_a_process_killed_in_it_is_taken_in_time(tmp_path):
     now = [0.0]
     one, _ = pair(tmp_path, now)

@@ -85,10 +85,13 @@ class Leases:
         return False
 
     def holds(self, task: str) -> bool:
-        """Whether a task is still ours: unlike `fresh` this asks, as a clock may stand still while a machine sleeps."""
+        """Whether a task is still ours: unlike `fresh` this asks, as a clock may stand still while a machine sleeps,
+        and a beat that comes too late may have been missed by nobody."""
         found = self._latest.get(task)
-        if found is None or found.holder != self.me or not self.fresh:
+        if found is None or found.holder != self.me:
             return False
+        if not self.fresh:
+            self.beat()
         return self._has(f"{task}.{found.number}") and not self._has(f"{task}.{found.number + 1}")
 
     def _has(self, lease: str) -> bool:

@@ -191,9 +191,13 @@ def cli(*args, piped=None):
     return done
 
 
-_HELD = """
-import os, runpy, sys
+_WATCHED = """
+import atexit, os, re, runpy, sys
 name, told, go = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+
+def tell():
+    with open("/proc/self/status", "rb") as file:
+        os.write(told, re.search(rb"VmHWM:\\s+(\\d+) kB", file.read())[1])
 
 def hold(event, args):
     global name
@@ -203,7 +207,10 @@ def hold(event, args):
             os.write(told, b".")
             os.read(go, 1)
 
-sys.addaudithook(hold)
+if name:
+    sys.addaudithook(hold)
+else:
+    atexit.register(tell)
 sys.argv[1:] = sys.argv[4:]
 runpy.run_module("millstream", run_name="__main__", alter_sys=True)
 """
@@ -236,10 +243,11 @@ class Run:
     """A run of the command line in a process group of its own, whose processes can be found wherever they are.
 
     With `held` it waits before it makes the first file whose name begins like that, until it is let go: what is done to
-    it meanwhile meets a run that is not over, however quick the machine is and however late we look.
+    it meanwhile meets a run that is not over, however quick the machine is and however late we look. One that is
+    `measured` tells in the end how much memory its first process had at most.
     """
 
-    def __init__(self, *args, piped=None, held=None):
+    def __init__(self, *args, piped=None, held="", measured=False):
         self.tag = uuid.uuid4().hex
         (self._told, told), (go, self._go) = os.pipe(), os.pipe()
         env = {**os.environ, TAG: self.tag}
@@ -247,7 +255,9 @@ class Run:
         named = isinstance(piped, str | Path)
         self.source = subprocess.Popen(["cat", str(piped)], stdout=subprocess.PIPE) if named else None
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _HELD, held, str(told), str(go), *map(str, args)] if held else command(*args),
+            [sys.executable, "-c", _WATCHED, held, str(told), str(go), *map(str, args)]
+            if held or measured
+            else command(*args),
             stdin=self.source.stdout if self.source else piped or subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -281,6 +291,10 @@ class Run:
 
     def let_go(self):
         os.write(self._go, b".")
+
+    def own_peak(self):
+        """Bytes, as the system keeps count; of a run that is `measured` and over."""
+        return int(os.read(self._told, 100)) * 1024
 
     def alive(self):
         """The processes of this run that are still there."""

@@ -175,5 +175,4 @@ def test_memory_of_a_window(tmp_path):
 
     lines = b"".join(runs.lines(1, 60_000_000))
     (tmp_path / "a.jsonl.zst").write_bytes(framed(lines * 5, 28))
-    with runs.Run("pack", tmp_path / "a.jsonl.zst", "--out", tmp_path / "out") as run:
-        check(run, "a window of 256 MiB", 1 << 30)
+    check("a window of 256 MiB", 1 << 30, "pack", tmp_path / "a.jsonl.zst", "--out", tmp_path / "out")

@@ -39,7 +39,8 @@ class FenceParser(doctest.DocTestParser):
 
 
 class _Hurried:
-    """A selector for whom a wait is over after a fraction of its time, unless something happens before."""
+    """A selector for whom a wait is over after a fraction of its time, unless something happens before, or a thread has
+    work for the loop: nobody knows how long that takes."""
 
     def __init__(self, loop):
         self._loop, self._real = loop, selectors.DefaultSelector()
@@ -47,7 +48,7 @@ class _Hurried:
     def select(self, timeout):
         if timeout is None or timeout <= 0:
             return self._real.select(timeout)
-        events = self._real.select(timeout / SPEED)
+        events = self._real.select(timeout if self._loop.in_threads else timeout / SPEED)
         if not events:
             self._loop.now += timeout
         return events
@@ -63,11 +64,20 @@ class QuickLoop(asyncio.SelectorEventLoop):
     """
 
     def __init__(self):
-        self.now = 0.0
+        self.now, self.in_threads = 0.0, 0
         super().__init__(_Hurried(self))
 
     def time(self):
         return self.now
+
+    def run_in_executor(self, *given):
+        def over(_):
+            self.in_threads -= 1
+
+        self.in_threads += 1
+        work = super().run_in_executor(*given)
+        work.add_done_callback(over)
+        return work
 
 
 def commands(group, *names):

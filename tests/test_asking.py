@@ -121,7 +121,7 @@ def test_nothing_is_asked_twice_and_edited_prompts_are_asked_anew(tmp_path):
     with serving(Behaviour()) as server:
         first = ask_to(out, prompts, settings_for(server, limit=30))
         assert (first.requests, server.stats.requests) == (30, 30)
-        second = ask_to(out, prompts, settings_for(server, timeout=5.0, in_flight=3))
+        second = ask_to(out, prompts, settings_for(server, timeout=50.0, in_flight=3))
         assert (second.requests, second.again, server.stats.requests) == (50, 30, 50)
         lines = (tmp_path / "prompts.jsonl").read_text().replace("question 7", "edited 7")
         (tmp_path / "prompts.jsonl").write_text(lines)

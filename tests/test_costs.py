@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from runs import wait_until
-from test_asking import Held, all_seen, command, journalled, prompts_file, rows_of, serving, settings_for
+from test_asking import Held, all_seen, command, journalled, nobody, prompts_file, rows_of, serving, settings_for
 
 from millstream.aio import Fault
 from millstream.client.client import Client
@@ -105,10 +105,8 @@ def test_what_timed_out_is_counted_with_what_it_may_have_cost(tmp_path):
 
 def test_a_server_that_is_not_there_costs_nothing(tmp_path, quick):
     prompts, out = prompts_file(tmp_path / "prompts.jsonl", 200), str(tmp_path / "out.jsonl")
-    with serving(behaving()) as server, serving(behaving()) as other:
-        away = other.url
-    with serving(behaving()) as server:
-        report = ask_to(out, prompts, bounded(server, 1000.0, base_urls=[server.url, away]))
+    with serving(behaving()) as server, nobody() as away:
+        report = ask_to(out, prompts, bounded(server, 1000.0, base_urls=[server.url, away.url]))
         assert (report.replies, report.faults) == (200, {})
         assert report.cost == pytest.approx(server.stats.cost)
 

@@ -50,7 +50,7 @@ def test_it_asks_the_server_that_is_named(chosen, model):
     slow = Behaviour(latency=parse_latency("fixed 0.5"), models=("first", "second"), api_key="right")
     with serving(slow) as server:
         asked, shown = parts(run(OPENAI_BASE_URL=server.url, OPENAI_API_KEY="right", **chosen))
-        assert server.stats.requests >= 10
+        assert server.stats.requests >= 9  # the story may be left before it is sent
     assert asked.splitlines() == [f"Asking {model} at {server.url}"]
     check(shown)
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 import msgspec
 import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from runs import PATIENCE
 from wires import FINE, SENT, STREAMED, answering, body, faulty, http, told
 
 from millstream.client.pieces import StreamedReply
@@ -181,7 +182,7 @@ def test_a_server_without_tls():
 
 
 async def until(happened):
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         while not happened():
             await asyncio.sleep(0.001)
 

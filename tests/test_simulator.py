@@ -8,6 +8,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from runs import PATIENCE
 
 from millstream.errors import RequestError
 from millstream.llm import simulator
@@ -46,11 +47,11 @@ async def serving(behaviour=None):
     assert (server.stats.in_flight, server.stats.in_service, server.stats.queued) == (0, 0, 0)
 
 
-def run(test, behaviour=None, seconds=60):
+def run(test, behaviour=None):
     """`await test(server, session)` with a server that runs; no test may hang."""
 
     async def whole():
-        async with asyncio.timeout(seconds), serving(behaviour) as (server, session):
+        async with asyncio.timeout(PATIENCE), serving(behaviour) as (server, session):
             return await test(server, session)
 
     return asyncio.run(whole())
@@ -379,7 +380,7 @@ def test_hang_ends_with_the_client(stream):
 
 def test_the_end_of_the_server_ends_what_hangs():
     async def whole():
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             async with running(faulty("hang:1", capacity=1)) as server:
                 pairs = [await connect(server) for _ in range(3)]
                 for number, (_, writer) in enumerate(pairs):

@@ -191,3 +191,4 @@ if __name__ == "__main__":
         prefix, folder, seq_len = place.rsplit(":", 2)
         found |= {f"{prefix}/{name}": values for name, values in read(folder, int(seq_len))}
     np.savez(result, **found)
+    os._exit(0)  # how these libraries come to their end is theirs, and some of them abort in it now and then

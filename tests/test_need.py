@@ -91,6 +91,7 @@ def test_the_limit_without_memory_is_told_in_whole_mib(tmp_path):
 
 
 def test_workers_that_are_asked_for_have_what_they_need(packed, monkeypatch):
+    monkeypatch.setattr(memory, "memory", lambda: 8 << 30)
     asked, why, writers = workers(packed, GPT2, workers=3)
     assert (asked, why, writers) == (3, "as asked, with up to 3,018 MiB", 3)
     with pytest.raises(RequestError, match=r"workers=3 needs up to 3018 MiB, and the limit is memory=2752 << 20"):

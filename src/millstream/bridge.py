@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import contextlib
 import queue
+import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -11,8 +12,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def run(main: Coroutine[Any, Any, T]) -> T:
+def run(main: Coroutine[Any, Any, T], *, answers_signals: bool = False) -> T:
     """The result of `main`, from synchronous code; also in a notebook, where a loop is running already.
+
+    SIGTERM and SIGHUP, where they are a Ctrl-C, cancel `main` as that does, unless it `answers_signals` itself.
 
     >>> async def answer():
     ...     return 42
@@ -22,7 +25,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(main)
+        return asyncio.run(main if answers_signals else _interrupted_alike(main))
     # A loop cannot wait for itself: another thread runs one of its own while this one waits.
     result: list[T] = []
     failure: list[BaseException] = []
@@ -58,6 +61,37 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     if failure:
         raise failure[0]
     return result[0]
+
+
+async def _interrupted_alike(main: Coroutine[Any, Any, T]) -> T:
+    """`main`, cancelled by SIGTERM and SIGHUP where they are a Ctrl-C, as asyncio does it for that one alone.
+
+    Their exception, raised in the midst of the loop, may take a task's next step along: then that never ends, nor does
+    the loop, which waits for it.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task
+    came: list[bool] = []
+
+    def interrupt() -> None:
+        came.append(True)
+        task.cancel()
+
+    here = threading.current_thread() is threading.main_thread()  # no other can be told of signals
+    others = (signal.SIGTERM, signal.SIGHUP) if here else ()
+    alike = [number for number in others if signal.getsignal(number) is signal.default_int_handler]
+    for number in alike:
+        loop.add_signal_handler(number, interrupt)
+    try:
+        return await main
+    except asyncio.CancelledError:
+        if came:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for number in alike:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.default_int_handler)
 
 
 class Alongside:

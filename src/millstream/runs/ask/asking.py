@@ -86,7 +86,7 @@ def ask_to(
             on_progress=on_progress,
             on_note=notes,
         )
-        report = run(course.main())
+        report = run(course.main(), answers_signals=True)
     if report is None:
         raise KeyboardInterrupt
     if client.shortage:

@@ -124,16 +124,6 @@ def large(tmp_path_factory):
     return folder / "a.jsonl", wanted, here(folder / "here", folder / "a.jsonl", **wanted)
 
 
-def workers():
-    """The processes of workers that have begun."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            if Path("/proc", name, "cmdline").read_bytes().startswith(b"ray::RayWorker"):
-                found.append(int(name))
-    return found
-
-
 def holders(some, path):
     """Those of some workers that have a file open whose name begins like that."""
     found = []
@@ -156,7 +146,8 @@ def kills(some, path):
 def killed(nodes, large, out, path):
     """A run of which a worker is killed that has such a file open; whether it was not too quick for that."""
     with begun(nodes, large, out) as run:
-        there = runs.wait_until(lambda: len(found := workers()) == 2 and found)
+        runs.wait_until(lambda: len(nodes.workers()) == 2 or not run.goes_on())
+        there = nodes.workers()
         runs.wait_until(lambda: kills(there, path) or not run.goes_on())
         end(run, out, large[2])
     return "worker died" in runs.events(out)

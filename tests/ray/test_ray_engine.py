@@ -3,7 +3,7 @@
 import contextlib
 import os
 import socket
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import pytest
@@ -26,6 +26,12 @@ def in_time():
 def puts(name):
     """The node where it does."""
     own_shelf().put(name, np.zeros(200_000, np.uint8))
+    return ray.get_runtime_context().get_node_id()
+
+
+def spins(unit):
+    """The same, after some work."""
+    runs.spin(unit)
     return ray.get_runtime_context().get_node_id()
 
 
@@ -74,19 +80,23 @@ def test_a_unit_that_kills_its_worker_three_times_is_named(nodes):
 
 
 def test_nodes_that_join_get_work_and_others_go_on_without_those_that_leave(nodes):
-    told, numbers = [], iter(range(10_000))
+    told, numbers = [], count()
     pool = Ray(None, on_node=told.append, depth=40)
     with contextlib.closing(pool), nodes.more() as more:
-        there = set()
-        while not there:  # until it has done something
-            some = list(islice(numbers, 12))
+        nodes_seen = set()
+        while more.node_id not in nodes_seen:  # until it works: what is put meanwhile would fill the others' memory
+            for number in islice(numbers, 12):
+                pool.submit(number, spins, (number, 200))
+            nodes_seen |= {node for _, node in runs.answers_of(pool)}
+        there, put = set(), []
+        while not there:
+            put += (some := list(islice(numbers, 12)))
             for number in some:
                 pool.submit(number, puts, str(number))
             found = runs.answers_of(pool)
             assert len(found) == len(some)
             there |= {number for number, node in found if node == more.node_id}
         assert pool.slots == 3
-        put = number + 1
         some = list(islice(numbers, 60))
         for number in some:
             pool.submit(number, runs.spin, (number, 3000))
@@ -98,10 +108,10 @@ def test_nodes_that_join_get_work_and_others_go_on_without_those_that_leave(node
             found += runs.answers_of(pool)
         assert sorted(found) == [(number, number) for number in some]
         # What lay there is gone, and what lies elsewhere is handed to whoever needs it.
-        for number in range(put):
+        for number in put:
             pool.submit(number, finds, str(number), needs=[str(number)])
         assert {number for number, size in runs.answers_of(pool) if size is None} == there
-        pool.shelf.drop(kept := str(min(set(range(put)) - there)))
+        pool.shelf.drop(kept := str(min(set(put) - there)))
         assert pool.shelf.get(kept) is None
     assert told == [f"the Ray node {socket.gethostname()} (127.0.0.1) is gone"]
 

@@ -81,7 +81,7 @@ def asking(monkeypatch, tmp_path, handle, count=200, texts=None, out="out.jsonl"
     wire = handle if isinstance(handle, Scripted) else Scripted(handle)
     took = []
 
-    def run(main):
+    def run(main, **_):
         async def timed():
             try:
                 return await main

@@ -146,7 +146,7 @@ def typing(monkeypatch, tmp_path, rows, template, name="typed.jsonl", **settings
     (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     wire = Scripted(lambda *_: None)
     monkeypatch.setattr("millstream.client.client._wire", lambda *_, **__: wire)
-    monkeypatch.setattr("millstream.runs.ask.asking.run", virtual.run)
+    monkeypatch.setattr("millstream.runs.ask.asking.run", lambda main, **_: virtual.run(main))
     from millstream.runs.ask.asking import AskSettings, ask_to
 
     asked = AskSettings(model="m", base_urls=[wire.base_url], template=template, **settings)
